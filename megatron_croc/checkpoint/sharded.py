@@ -1,0 +1,240 @@
+"""Save, resume, and take weights from another stage, at any parallel layout.
+
+    <save>/iter_0000100/      weights and optimizer (torch_dist), train_state.json, run.yaml
+    <save>/latest_checkpointed_iteration.txt      moved into place last, atomically
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from megatron_croc.checkpoint.state import (
+    LATEST_FILE,
+    TrainState,
+    iteration_folder,
+    latest_checkpoint,
+)
+from megatron_croc.checkpoint.writer import write_in_this_process
+from megatron_croc.config.base import to_yaml
+from megatron_croc.config.run import RunConfig
+from megatron_croc.errors import CheckpointError
+from megatron_croc.log import get_logger, log_on_rank_zero, rank
+
+logger = get_logger(__name__)
+
+FRESH_PARTS = ("prompt_pool.", "reconstruction_head.")
+"""Parts that only stage pretrain_croc has: drawn fresh when a checkpoint lacks them."""
+
+
+def _metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
+    return {
+        # The only optimizer format that can be saved with torch's AdamW and loaded at any layout.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": pg_collection.dp_cp,
+    }
+
+
+def _model_state(chunks: Sequence[nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Sharded state of every chunk; names carry no chunk, so layouts can be changed."""
+    return {
+        f"model{number}": _unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _flat(model_state: dict[str, Any]) -> dict[str, Any]:
+    """All chunks' entries in one dict, for the optimizer."""
+    return {f"{chunk}.{k}": v for chunk, state in model_state.items() for k, v in state.items()}
+
+
+def _unwrap(chunk: nn.Module) -> nn.Module:
+    return chunk.module if hasattr(chunk, "ddp_config") else chunk  # type: ignore[return-value]
+
+
+def save_checkpoint(
+    run: RunConfig,
+    state: TrainState,
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer,
+    pg_collection: ProcessGroupCollection,
+) -> Path:
+    """Write a complete checkpoint and make it the latest; every rank must call it.
+
+    Returns:
+        the checkpoint's folder.
+    """
+    assert run.checkpoint.save is not None
+    root = Path(run.checkpoint.save)
+    final = iteration_folder(root, state.iteration)
+    staged = final.with_name(final.name + ".incomplete")
+    if rank() == 0:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    dist.barrier()
+    for chunk in chunks:
+        if run.optimizer.overlap_param_gather:
+            # Otherwise the weights saved are those of the step before.
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+    metadata = _metadata(pg_collection)
+    model_state = _model_state(chunks, metadata)
+    content = {
+        **model_state,
+        "optimizer": optimizer.sharded_state_dict(_flat(model_state), metadata=metadata),
+    }
+    write_in_this_process()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(content, str(staged), strategy)
+    for chunk in chunks:
+        if run.optimizer.overlap_param_gather:
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+    if rank() == 0:
+        (staged / "run.yaml").write_text(to_yaml(run))
+        state.save(staged)
+        _publish(staged, final, root)
+    dist.barrier()
+    log_on_rank_zero(logger, 20, "saved %s", final)
+    return final
+
+
+def _publish(staged: Path, final: Path, root: Path) -> None:
+    """Give a finished checkpoint its name, then point `latest` at it; each move is atomic."""
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(staged, final)
+    tracker = root / (LATEST_FILE + ".incomplete")
+    tracker.write_text(f"{int(final.name.removeprefix('iter_'))}\n")
+    os.replace(tracker, root / LATEST_FILE)
+
+
+def load_checkpoint(
+    run: RunConfig,
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer,
+    pg_collection: ProcessGroupCollection,
+) -> TrainState | None:
+    """Resume from `run.checkpoint.load`; None when there is nothing to resume from.
+
+    Raises:
+        CheckpointError: a checkpoint of another stage or model, or a damaged one.
+    """
+    if run.checkpoint.load is None or (folder := latest_checkpoint(run.checkpoint.load)) is None:
+        return None
+    state = TrainState.load(folder)
+    if state.stage != run.stage:
+        raise CheckpointError(
+            f"{folder} was written by stage {state.stage}, this run is {run.stage}; to start "
+            f"this stage from its weights use --pretrained-checkpoint {folder.parent}"
+        )
+    metadata = _metadata(pg_collection)
+    model_state = _model_state(chunks, metadata)
+    _check_fit(folder, model_state, fresh=())
+    content = {
+        **model_state,
+        "optimizer": optimizer.sharded_state_dict(
+            _flat(model_state), is_loading=True, metadata=metadata
+        ),
+    }
+    loaded = _load(content, folder)
+    _load_chunks(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    log_on_rank_zero(logger, 20, "resumed from %s", folder)
+    return state
+
+
+def load_weights(
+    root: str | Path, chunks: Sequence[nn.Module], pg_collection: ProcessGroupCollection
+) -> Path:
+    """Take weights only, from the stage before; the pool and head may be missing there.
+
+    Raises:
+        CheckpointError: nothing there, or a checkpoint of another architecture (names the key).
+    """
+    folder = latest_checkpoint(root)
+    if folder is None:
+        raise CheckpointError(
+            f"--pretrained-checkpoint {root}: no checkpoint there (neither {LATEST_FILE} nor a "
+            "train_state.json)"
+        )
+    model_state = _model_state(chunks, _metadata(pg_collection))
+    missing = _check_fit(folder, model_state, fresh=FRESH_PARTS)
+    for entries in model_state.values():
+        for name in [n for n, entry in entries.items() if getattr(entry, "key", n) in missing]:
+            del entries[name]
+    loaded = _load(model_state, folder)
+    _load_chunks(chunks, loaded, strict=False)
+    fresh = sorted({key.split(".")[0] for key in missing})
+    log_on_rank_zero(
+        logger, 20, "took weights from %s%s", folder, f"; fresh: {', '.join(fresh)}" if fresh else ""
+    )
+    return folder
+
+
+def _load(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(content, str(folder))  # type: ignore[return-value]
+    except (CheckpointingException, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def _load_chunks(
+    chunks: Sequence[nn.Module], loaded: dict[str, Any], *, strict: bool = True
+) -> None:
+    for number, chunk in enumerate(chunks):
+        _unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=strict)
+
+
+def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]) -> set[str]:
+    """Compare names and shapes before anything is read.
+
+    Returns:
+        keys of this model that the checkpoint lacks; all of them in the parts named by `fresh`.
+    """
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    except (CheckpointingException, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
+    shapes = {entry.key: tuple(entry.global_shape) for entry in stored.values()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for entry in nested_values(model_state):
+        pieces = {"piece": entry}
+        if isinstance(entry, ShardedTensorFactory):
+            apply_factories(pieces)
+        for piece in nested_values(pieces):
+            if isinstance(piece, ShardedTensor):
+                wanted[piece.key] = tuple(piece.global_shape)
+    missing = {key for key in wanted if key not in shapes}
+    faults = [
+        f"  {key}: missing, {wanted[key]} needed"
+        for key in sorted(missing)
+        if not key.startswith(fresh)
+    ] + [
+        f"  {key}: {shapes[key]} there, {wanted[key]} needed"
+        for key in sorted(wanted)
+        if key in shapes and shapes[key] != wanted[key]
+    ]
+    if faults:
+        more = f"\n  ... and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"{folder} holds another architecture than this run's model:\n"
+            + "\n".join(faults[:5])
+            + more
+            + f"\nits own settings are in {folder / 'run.yaml'}"
+        )
+    return missing

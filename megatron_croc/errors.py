@@ -1,0 +1,17 @@
+"""Exception types that reach the user: one clear line, and the way out."""
+
+
+class CrocError(ValueError):
+    """Base of every error caused by input the user can mend."""
+
+
+class ConfigError(CrocError):
+    """One or more settings are wrong; the message lists every fault, a line each."""
+
+
+class DataError(CrocError):
+    """A sample, shard or tokenizer is not what training needs; the message names it."""
+
+
+class CheckpointError(CrocError):
+    """A checkpoint is missing, damaged or of another model; the message names file and key."""

@@ -1,0 +1,62 @@
+"""Fresh weights: a pure function of (seed, global parameter name), the same at any layout."""
+
+import hashlib
+import math
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.model.sharded_weights import Shard, fill_weights
+
+
+def initialize_weights(chunk: nn.Module, run: RunConfig) -> None:
+    """Draw every weight of a model chunk: matrices normal, norms 1, biases 0."""
+    fill_weights(chunk, lambda shard: _fresh(shard, run))
+    _mark_tensor_parallel(chunk)
+
+
+def _mark_tensor_parallel(chunk: nn.Module) -> None:
+    """Tell the gradient norm which weights are shards.
+
+    megatron sets these marks while it draws weights, which it does not do here; without them only
+    the first tensor-parallel rank's shard would be counted.
+    """
+    cut_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        if (dim := cut_dim.get(type(module))) is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
+def _fresh(shard: Shard, run: RunConfig) -> Tensor:
+    name = shard.key.rsplit(".", 1)[-1]
+    if len(shard.shape) == 1:
+        return torch.full(shard.shape, 0.0 if name.endswith("bias") else 1.0)
+    generator = torch.Generator().manual_seed(_seed_of(shard.name, run.training.seed))
+    drawn = torch.empty(shard.shape).normal_(generator=generator)
+    if shard.key.startswith("prompt_pool."):
+        return normalize(drawn, dim=1) if run.model.prompt_pool.pool_init == "unit" else drawn
+    return drawn * _standard_deviation(shard.key, run)
+
+
+def _standard_deviation(key: str, run: RunConfig) -> float:
+    """GPT-2's rule: layers that write into the residual stream start smaller, by its depth."""
+    std = run.model.language_model.init_method_std
+    if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        if key.startswith("language_model."):
+            return std / math.sqrt(2.0 * run.model.language_model.num_layers)
+        if key.startswith("vision_tower."):
+            return std / math.sqrt(2.0 * run.model.vision_tower.num_active_layers)
+    return std
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,65 @@
+"""Which modules megatron-core's transformer layers are made of.
+
+Norms stand apart from the linear layers here, while Transformer Engine fuses them; the key map
+gives both the same names in a checkpoint, so either can load what the other saved.
+"""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_croc.model.core_attention import FullAttention, MixedMaskAttention
+from megatron_croc.model.norm import Norm
+
+_TE_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def mlp_spec() -> ModuleSpec:
+    """Column-parallel, activation, row-parallel."""
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+
+
+def _layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=core_attention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp_spec(),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_TE_KEYS,
+        ),
+    )
+
+
+def language_model_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Decoder of `num_layers` layers (those of this stage) under the mixed mask, final norm."""
+    layer = _layer_spec(MixedMaskAttention, AttnMaskType.causal)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+
+
+def vision_tower_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Encoder of `num_layers` layers with full attention and no final norm."""
+    layer = _layer_spec(FullAttention, AttnMaskType.no_mask)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)

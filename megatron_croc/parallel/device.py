@@ -1,0 +1,159 @@
+"""The one place that knows CUDA from CPU.
+
+megatron-core calls torch.cuda in many places. Where CUDA is there, nothing here changes anything.
+Where it is not, `install_cpu_stand_in` points those few calls at the CPU, so that the very same
+schedules, layers, optimizer and checkpoints run on CPU and gloo. Each entry below is needed by
+megatron-core 0.16; the comment names where.
+
+transformers asks torch.cuda what it can do when it is imported: import it before the stand-in.
+"""
+
+import functools
+import logging
+import warnings
+
+import torch
+
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+_installed = False
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available() and not _installed
+
+
+def distributed_backend() -> str:
+    """Backend of torch.distributed for the device at hand."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def current_device() -> torch.device:
+    """The device this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def set_local_device(local_rank: int) -> None:
+    """Bind this process to its GPU; nothing to do on a CPU."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank)
+
+
+def synchronize() -> None:
+    """Wait until the device has finished all queued work."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """Name of the accelerator, as the peak-FLOPs table knows it."""
+    return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+def max_memory_allocated() -> int:
+    """Peak bytes of device memory since the start; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if has_cuda() else 0
+
+
+def manual_generator(seed: int) -> torch.Generator:
+    """A generator of its own on the current device, seeded with `seed`."""
+    return torch.Generator(device=current_device()).manual_seed(seed)
+
+
+def install_cpu_stand_in() -> None:
+    """Let megatron-core run without CUDA. Call it before megatron.core is imported; idempotent."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    cpu = torch.device("cpu")
+    cuda = torch.cuda
+
+    # tensor_parallel/mappings, p2p_communication, param_and_grad_buffer ask where to allocate.
+    cuda.current_device = lambda: cpu  # type: ignore[assignment]
+    # p2p_communication and the checkpoint writer wait for the device.
+    cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+
+    # tensor_parallel/random keeps named generator states; here they are the CPU generator's.
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def get_rng_state(*_: object, **__: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    cuda.manual_seed = manual_seed  # type: ignore[assignment]
+    cuda.get_rng_state = get_rng_state  # type: ignore[assignment]
+    cuda.random.get_rng_state = get_rng_state  # type: ignore[assignment]
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
+
+    # schedules, clip_grads, rope_utils: torch.zeros(..., device="cuda") and pin_memory=True.
+    # Wrapping the functions costs nothing; a TorchFunctionMode costs 13-18 % of a step.
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
+
+    # Tensor.cuda() and Module.cuda() stay where they are.
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    # distrib_optimizer, optimizer, clip_grads look for "torch.cuda.FloatTensor" and refuse others.
+    real_type = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+        answer = real_type(self, *args, **kwargs)  # type: ignore[arg-type]
+        return _TYPE_NAMES.get(answer, answer) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = tensor_type  # type: ignore[assignment,method-assign]
+
+    # tensor_parallel/random bound these two names from torch.cuda when it was imported.
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_rng_state  # type: ignore[assignment]
+    megatron_random._set_cuda_rng_state = (  # type: ignore[assignment]
+        lambda new_state, *_, **__: torch.set_rng_state(new_state)
+    )
+
+
+def _on_cpu(factory, cpu: torch.device):
+    """`factory` with any CUDA device read as the CPU and without pinned memory."""
+
+    @functools.wraps(factory)
+    def made_on_cpu(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = cpu
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return made_on_cpu
+
+
+def quiet_megatron() -> None:
+    """Silence megatron-core's repeated notes about absent apex and Transformer Engine.
+
+    What is used instead is said once, by the program itself.
+    """
+    for message in (".*Apex.*", ".*apex.*", ".*ransformer.?[Ee]ngine.*", ".*TE .*", ".*is not.*"):
+        warnings.filterwarnings("ignore", message=message, module=r"megatron\.core.*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+quiet_megatron()
+install_cpu_stand_in()

@@ -1,0 +1,76 @@
+"""Start torch.distributed and megatron-core, and hand out the process groups."""
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.errors import ConfigError
+from megatron_croc.parallel import device
+
+
+def world_size_from_env() -> int:
+    """Processes that torchrun started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
+    """Join the other processes and cut the world into parallel groups.
+
+    Args:
+        config: sizes of the axes; their product must divide the world.
+        seed: of megatron's generators; every data-parallel rank gets the same ones.
+
+    Returns:
+        megatron's groups (tp, pp, cp, dp, mp, embd, ...).
+
+    Raises:
+        ConfigError: the world cannot be cut that way.
+    """
+    world_size = world_size_from_env()
+    if world_size % config.model_parallel_size:
+        raise ConfigError(
+            f"{world_size} processes cannot be cut into copies of "
+            f"tensor {config.tensor_model_parallel_size} x pipeline "
+            f"{config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
+            f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
+        )
+    if not dist.is_initialized():
+        _start_torch(config, world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _start_torch(config: ParallelConfig, world_size: int) -> None:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    if world_size == 1:
+        dist.init_process_group(
+            device.distributed_backend(),
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+        )
+    else:
+        dist.init_process_group(device.distributed_backend(), timeout=timeout)
+
+
+def stop_distributed() -> None:
+    """Leave all groups; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

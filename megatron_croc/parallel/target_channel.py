@@ -1,0 +1,61 @@
+"""The reconstruction target's way from the first pipeline stage to the last.
+
+    first stage: visual_embeddings.detach() --isend--> last stage: reconstruction loss
+                 (middle stages never see it)
+
+Both ends walk the micro-batches in the same order, so a plain queue is enough. Sends are
+asynchronous: the schedule never waits, and at most as many targets are in flight as there are
+micro-batches between the first and the last stage.
+"""
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class TargetChannel:
+    """A first-in, first-out channel between the two ends of a pipeline."""
+
+    def __init__(self, *, pp: dist.ProcessGroup, ends: dist.ProcessGroup | None) -> None:
+        """Open the channel.
+
+        Args:
+            pp: the pipeline's group.
+            ends: group of its first and last rank (megatron's `embd`); unused when pp has one.
+        """
+        self._ends = ends
+        ranks = dist.get_process_group_ranks(pp)
+        self._first, self._last = ranks[0], ranks[-1]
+        self._queue: deque[Tensor] = deque()
+        self._in_flight: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def put(self, target: Tensor) -> None:
+        """First stage: hand over one micro-batch's target [n, N, h]; does not wait."""
+        if target.numel() == 0:
+            return  # the last stage knows the count from its batch, and does not listen
+        if self._first == self._last:
+            self._queue.append(target)
+            return
+        while self._in_flight and self._in_flight[0][0].is_completed():
+            self._in_flight.popleft()
+        target = target.contiguous()
+        work = dist.isend(target, dst=self._last, group=self._ends)
+        assert work is not None
+        self._in_flight.append((work, target))
+
+    def get(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Last stage: take the next micro-batch's target."""
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype, device=device)
+        if self._first == self._last:
+            return self._queue.popleft()
+        target = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(target, src=self._first, group=self._ends)
+        return target
+
+    def flush(self) -> None:
+        """Wait until every target has been taken; call it when the schedule has ended."""
+        while self._in_flight:
+            self._in_flight.popleft()[0].wait()

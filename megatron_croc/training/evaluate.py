@@ -1,0 +1,31 @@
+"""Validation: the same held-out samples every time, without dropout or update."""
+
+from dataclasses import fields
+
+from megatron_croc.data.loader import build_valid_loader
+from megatron_croc.training.build import Trainer
+from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.metrics import StepMetrics
+
+_AVERAGED = ("text_loss", "reconstruction_loss", "loss")
+
+
+def evaluate(trainer: Trainer) -> StepMetrics:
+    """Mean of `eval_iters` global batches' losses; counts are summed."""
+    run = trainer.run
+    steps: list[StepMetrics] = []
+    with open_feeder(run, trainer.pg_collection, build_valid_loader) as feeder:
+        for _ in range(run.training.eval_iters):
+            steps.append(trainer.stepper.evaluate(feeder.next_step()))
+    return _combine(steps)
+
+
+def _combine(steps: list[StepMetrics]) -> StepMetrics:
+    combined = {}
+    for field in fields(StepMetrics):
+        values = [getattr(step, field.name) for step in steps]
+        if field.name == "learning_rates" or any(value is None for value in values):
+            continue
+        scale = len(values) if field.name in _AVERAGED else 1
+        combined[field.name] = sum(values) / scale
+    return StepMetrics(**{"reconstruction_loss": None, **combined})

@@ -1,0 +1,103 @@
+"""One optimizer step's micro-batches, on every rank that needs them, before the schedule starts.
+
+    loader (first rank of each replica)
+        | next() x num_microbatches
+        v
+    tokens, masks, counts --broadcast--> all tensor- and pipeline-parallel ranks of the replica
+    pixels (uint8)        --broadcast--> tensor-parallel ranks of the first stage only
+
+Because everyone holds all micro-batches of the step up front, the losses' global denominators are
+known before the first forward pass, and no collective for data runs inside the pipeline schedule.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.batch import Batch
+from megatron_croc.data.loader import MicroBatchLoader
+from megatron_croc.parallel.broadcast import broadcast_object, broadcast_tensor, is_source
+
+
+class Feeder:
+    """Hands out the micro-batches of one optimizer step at a time."""
+
+    def __init__(
+        self,
+        loader: Iterator[Batch] | None,
+        pg_collection: ProcessGroupCollection,
+        *,
+        num_microbatches: int,
+        img_size: int,
+    ) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: micro-batches of this replica, on its first rank; None on the others.
+            pg_collection: process groups.
+            num_microbatches: micro-batches of one optimizer step.
+            img_size: height and width of the images, pixels.
+        """
+        self.loader = loader
+        self.pg = pg_collection
+        self.num_microbatches = num_microbatches
+        self.img_size = img_size
+
+    def next_step(self) -> list[Batch]:
+        """The next step's micro-batches; an error of the reader is raised on the whole replica."""
+        batches: list[Batch] = []
+        error: Exception | None = None
+        if self.loader is not None:
+            try:
+                batches = [next(self.loader) for _ in range(self.num_microbatches)]
+            except Exception as exception:  # re-raised below, everywhere
+                error = exception
+        bare = [replace(batch, pixel_values=None) for batch in batches]
+        bare, error = broadcast_object((bare, error), self.pg.mp)
+        if error is not None:
+            raise error
+        if self.pg.pp.rank() == 0:
+            pixels = [batch.pixel_values for batch in batches] or [None] * self.num_microbatches
+            bare = [self._with_pixels(b, p) for b, p in zip(bare, pixels, strict=True)]
+        return bare
+
+    def _with_pixels(self, batch: Batch, pixels: torch.Tensor | None) -> Batch:
+        shape = (batch.num_images, 3, self.img_size, self.img_size)
+        shared = broadcast_tensor(pixels, shape, dtype=torch.uint8, group=self.pg.tp)
+        return replace(batch, pixel_values=shared)
+
+
+@contextmanager
+def open_feeder(
+    run: RunConfig,
+    pg_collection: ProcessGroupCollection,
+    build_loader: Callable[..., MicroBatchLoader],
+    **position: int,
+) -> Iterator[Feeder]:
+    """A feeder over a loader that only the first rank of each replica opens, closed at the end.
+
+    Args:
+        run: the run.
+        pg_collection: process groups.
+        build_loader: called with (run, dp_rank=, dp_size=, **position).
+        position: where to start, for a loader that takes it.
+    """
+    dp = pg_collection.dp
+    loader = None
+    if is_source(pg_collection.mp):
+        loader = build_loader(run, dp_rank=dp.rank(), dp_size=dp.size(), **position)
+    samples_per_pass = run.training.micro_batch_size * dp.size()
+    try:
+        yield Feeder(
+            loader,
+            pg_collection,
+            num_microbatches=run.training.global_batch_size // samples_per_pass,
+            img_size=run.model.vision_tower.img_size,
+        )
+    finally:
+        if loader is not None:
+            loader.close()

@@ -1,0 +1,45 @@
+"""The training loop."""
+
+import time
+
+from megatron_croc.checkpoint.sharded import save_checkpoint
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.loader import build_train_loader
+from megatron_croc.parallel.groups import start_distributed, world_size_from_env
+from megatron_croc.training.build import Trainer, build_trainer
+from megatron_croc.training.evaluate import evaluate
+from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.length import resolve_train_iters
+from megatron_croc.training.reporting import Reporter
+
+
+def train(run: RunConfig) -> Trainer:
+    """Train from the start (or where the run stopped) to the end; returns the trained state."""
+    pg = start_distributed(run.parallel, seed=run.training.seed)
+    trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run))
+    reporter = Reporter(run, train_iters=trainer.train_iters, world_size=world_size_from_env())
+    state, last = trainer.state, trainer.train_iters
+
+    def due(interval: int) -> bool:
+        return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
+
+    position = {"consumed_samples": state.consumed_samples}
+    with open_feeder(run, pg, build_train_loader, **position) as feeder:
+        while state.iteration < last:
+            started = time.perf_counter()
+            batches = feeder.next_step()
+            waited = time.perf_counter() - started
+
+            metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+            state.iteration += 1
+            state.consumed_samples += run.training.global_batch_size
+            reporter.add_step(state.iteration, metrics, waited=waited)
+
+            if due(run.training.eval_interval):
+                reporter.add_validation(state.iteration, evaluate(trainer))
+                reporter.restart_clock()
+            if run.checkpoint.save and due(run.checkpoint.save_interval):
+                save_checkpoint(run, state, trainer.chunks, trainer.optimizer, pg)
+                reporter.restart_clock()
+    reporter.close()
+    return trainer

@@ -1,0 +1,161 @@
+"""What one optimizer step did: sums collected where they arise, reduced once per step.
+
+    first stage: replaced tokens, their distance, pool rows used
+    last stage:  text and reconstruction loss              } one all-reduce over all ranks
+    any stage:   tokens, images, samples, operations
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.batch import Batch
+from megatron_croc.model.flops import Work, count_flops
+from megatron_croc.model.prompt_pool import Replacement
+from megatron_croc.parallel.device import current_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One step (or validation batch), summed over the whole global batch; equal on all ranks."""
+
+    text_loss: float
+    """Mean cross entropy of the labelled tokens."""
+
+    reconstruction_loss: float | None
+    """Mean SmoothL1 over the visual tokens' elements, unweighted; None outside pretrain_croc."""
+
+    loss: float
+    """text + weight * reconstruction, what is minimised."""
+
+    num_tokens: int
+    """Tokens without padding."""
+
+    num_images: int
+    """Images."""
+
+    num_samples: int
+    """Samples."""
+
+    flops: float
+    """Useful operations, see model.flops."""
+
+    matched_distance: float | None = None
+    """Mean distance of a replaced token to its pool token."""
+
+    pool_usage: float | None = None
+    """Share of pool rows used in this step."""
+
+    grad_norm: float | None = None
+    """Norm of the whole gradient before clipping; None in validation."""
+
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Of each trained part."""
+
+
+class StepTotals:
+    """Sums of one step on this rank."""
+
+    def __init__(self, run: RunConfig, pg_collection: ProcessGroupCollection) -> None:
+        """Start at zero."""
+        self.run, self.pg = run, pg_collection
+        self.num_microbatches = 0
+        self.work = Work(num_tokens=0, num_pairs=0, num_images=0)
+        self.num_samples = 0
+        self.losses: list[dict[str, Tensor]] = []
+        self.distance_sum: Tensor | None = None
+        self.num_replaced = 0
+        self.rows_used: Tensor | None = None
+
+    @property
+    def num_microbatches_in_world(self) -> int:
+        """Micro-batches of the step over all replicas."""
+        return self.num_microbatches * self.pg.dp.size()
+
+    def count_batch(self, batch: Batch) -> None:
+        """Add a micro-batch's tokens and images; call it while the batch is on the CPU."""
+        self.num_microbatches += 1
+        self.num_samples += len(batch.sample_ids)
+        more = Work.from_lengths(
+            batch.mixed_mask.cu_seqlens.diff().tolist(),
+            num_images=batch.num_images,
+            span_lengths=batch.mixed_mask.spans.diff(dim=1).flatten().tolist(),
+        )
+        self.work = Work(
+            num_tokens=self.work.num_tokens + more.num_tokens,
+            num_pairs=self.work.num_pairs + more.num_pairs,
+            num_images=self.work.num_images + more.num_images,
+        )
+
+    def count_replacement(self, replacement: Replacement) -> None:
+        """Add one micro-batch's matching (first stage)."""
+        used = torch.zeros(
+            self.run.model.prompt_pool.pool_size, dtype=torch.float64, device=current_device()
+        )
+        used[replacement.index.flatten()] = 1.0
+        self.rows_used = used if self.rows_used is None else self.rows_used.maximum(used)
+        distance = replacement.distance.double().sum()
+        self.distance_sum = distance if self.distance_sum is None else self.distance_sum + distance
+        self.num_replaced += replacement.distance.numel()
+
+    def count_losses(self, losses: list[dict[str, Tensor]]) -> None:
+        """Add what the schedule collected (last stage; empty elsewhere)."""
+        self.losses.extend(losses)
+
+    def reduce(
+        self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
+    ) -> StepMetrics:
+        """Sum over all ranks; every rank gets the same metrics."""
+        sums = torch.zeros(8, dtype=torch.float64, device=current_device())
+        is_one_of_replica = self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0
+        if is_one_of_replica:
+            for part in self.losses:
+                sums[0] += part["text"].double()
+                sums[1] += part["reconstruction"].double()
+            if self.distance_sum is not None:
+                sums[2] = self.distance_sum
+                sums[3] = self.num_replaced
+            if self.pg.pp.rank() == 0:
+                work = self.work
+                flops = sum(count_flops(self.run, work).values())
+                counts = [work.num_tokens, work.num_images, self.num_samples, flops]
+                sums[4:] = torch.tensor(counts, dtype=torch.float64)
+        dist.all_reduce(sums)
+        text, reconstruction, distance, num_replaced, *counts = sums.tolist()
+        weight = self.run.model.reconstruction.reconstruction_loss_weight
+        return StepMetrics(
+            text_loss=text,
+            reconstruction_loss=reconstruction if self.run.reconstructs else None,
+            loss=text + weight * reconstruction,
+            num_tokens=int(counts[0]),
+            num_images=int(counts[1]),
+            num_samples=int(counts[2]),
+            flops=counts[3],
+            matched_distance=distance / num_replaced if num_replaced else None,
+            pool_usage=self._pool_usage(),
+            grad_norm=grad_norm,
+            learning_rates=_learning_rates(self.run, param_groups or []),
+        )
+
+    def _pool_usage(self) -> float | None:
+        if not self.run.reconstructs:
+            return None
+        size = self.run.model.prompt_pool.pool_size
+        used = self.rows_used
+        if used is None:
+            used = torch.zeros(size, dtype=torch.float64, device=current_device())
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        return used.sum().item() / size
+
+
+def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:
+    from megatron_croc.model.parameters import trained_parts
+    from megatron_croc.training.optimizer import part_of_group
+
+    trained = trained_parts(run)
+    rates = {part_of_group(group): float(group["lr"]) for group in param_groups}
+    return {part: rate for part, rate in rates.items() if part in trained}

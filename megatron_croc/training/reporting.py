@@ -1,0 +1,166 @@
+"""Where metrics go: console, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 writes."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_croc.config.base import to_tree
+from megatron_croc.config.run import RunConfig
+from megatron_croc.log import get_logger, rank
+from megatron_croc.parallel.device import device_name
+from megatron_croc.training.metrics import StepMetrics
+
+logger = get_logger(__name__)
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
+"""Dense bf16 operations per second of one device, from NVIDIA's data sheets."""
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak of the device at hand; None where it is not known, and no MFU is given then."""
+    return next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
+
+
+class Reporter:
+    """Turns step metrics into log lines; does nothing on ranks other than 0."""
+
+    def __init__(self, run: RunConfig, *, train_iters: int, world_size: int) -> None:
+        """Open the writers that `run.logging` asks for."""
+        self.run, self.train_iters, self.world_size = run, train_iters, world_size
+        self.interval: list[StepMetrics] = []
+        self.waited = 0.0
+        self.started = time.perf_counter()
+        self.peak = peak_flops(device_name())
+        folder = run.logging.log_dir or run.checkpoint.save
+        self.is_writer = rank() == 0
+        self.jsonl = self.tensorboard = self.wandb = None
+        if not self.is_writer:
+            return
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.jsonl = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            if run.logging.tensorboard:
+                self.tensorboard = _open_tensorboard(folder)
+        if run.logging.wandb_project is not None:
+            import wandb  # type: ignore[import-not-found]
+
+            self.wandb = wandb.init(
+                project=run.logging.wandb_project,
+                name=run.logging.wandb_exp_name,
+                config=to_tree(run),
+            )
+
+    def add_step(self, iteration: int, metrics: StepMetrics, *, waited: float) -> None:
+        """Note one training step; a line is written every log_interval steps and at the end."""
+        self.interval.append(metrics)
+        self.waited += waited
+        if iteration % self.run.logging.log_interval and iteration != self.train_iters:
+            return
+        now = time.perf_counter()
+        elapsed, self.started = now - self.started, now
+        self._write(iteration, self._summary(iteration, elapsed))
+        self.interval, self.waited = [], 0.0
+
+    def add_validation(self, iteration: int, metrics: StepMetrics) -> None:
+        """Note a validation."""
+        row = {
+            "iteration": iteration,
+            "valid_loss": metrics.loss,
+            "valid_text_loss": metrics.text_loss,
+            "valid_reconstruction_loss": metrics.reconstruction_loss,
+        }
+        self._write(iteration, row)
+
+    def restart_clock(self) -> None:
+        """Leave what has just happened (validation, saving) out of the throughput."""
+        self.started = time.perf_counter()
+
+    def _summary(self, iteration: int, elapsed: float) -> dict[str, Any]:
+        steps = self.interval
+        last = asdict(steps[-1])
+        rates = last.pop("learning_rates")
+        total = {name: sum(getattr(s, name) for s in steps) for name in ("num_tokens", "flops")}
+        samples = sum(s.num_samples for s in steps)
+        row = {
+            "iteration": iteration,
+            "loss": last["loss"],
+            "text_loss": last["text_loss"],
+            "reconstruction_loss": last["reconstruction_loss"],
+            "grad_norm": last["grad_norm"],
+            "matched_distance": last["matched_distance"],
+            "pool_usage": last["pool_usage"],
+            "consumed_samples": iteration * self.run.training.global_batch_size,
+            "seconds_per_step": elapsed / len(steps),
+            "samples_per_second": samples / elapsed,
+            "tokens_per_second": total["num_tokens"] / elapsed,
+            "tflops_per_device": total["flops"] / elapsed / self.world_size / 1e12,
+            "data_wait_share": self.waited / elapsed,
+            **{f"lr/{part}": rate for part, rate in rates.items()},
+        }
+        if self.peak is not None:
+            row["mfu"] = total["flops"] / elapsed / self.world_size / self.peak
+        return row
+
+    def _write(self, iteration: int, row: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        row = {name: value for name, value in row.items() if value is not None}
+        logger.info(_line(row, self.train_iters))
+        if self.jsonl is not None:
+            self.jsonl.write(json.dumps(row) + "\n")
+        scalars = {name: value for name, value in row.items() if name != "iteration"}
+        if self.tensorboard is not None:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=iteration)
+
+    def close(self) -> None:
+        """Flush and close all writers."""
+        if self.jsonl is not None:
+            self.jsonl.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _open_tensorboard(folder: str):  # noqa: ANN202
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("TensorBoard is not installed; metrics go to metrics.jsonl only")
+        return None
+    return SummaryWriter(log_dir=str(Path(folder) / "tensorboard"))
+
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "text_loss": "text {:.4f}",
+    "reconstruction_loss": "reconstruction {:.5f}",
+    "valid_loss": "validation: loss {:.4f}",
+    "valid_text_loss": "text {:.4f}",
+    "valid_reconstruction_loss": "reconstruction {:.5f}",
+    "grad_norm": "grad norm {:.3f}",
+    "pool_usage": "pool used {:.0%}",
+    "samples_per_second": "{:.1f} samples/s",
+    "tokens_per_second": "{:.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "data_wait_share": "waited {:.0%}",
+}
+
+
+def _line(row: dict[str, Any], train_iters: int) -> str:
+    """`step 20/200 | loss 3.1 | ... | 1.2 min left`."""
+    iteration = row["iteration"]
+    parts = [f"step {iteration}/{train_iters}"]
+    parts += [shown.format(row[name]) for name, shown in _SHOWN.items() if name in row]
+    rates = [f"{name[3:]} {rate:.2e}" for name, rate in row.items() if name.startswith("lr/")]
+    if rates:
+        parts.append("lr " + ", ".join(rates))
+    if "seconds_per_step" in row and iteration < train_iters:
+        left = row["seconds_per_step"] * (train_iters - iteration)
+        parts.append(f"{left / 60:.1f} min left" if left < 5400 else f"{left / 3600:.1f} h left")
+    return " | ".join(parts)

@@ -1,0 +1,183 @@
+"""One optimizer step: micro-batches through megatron's schedule, then the update.
+
+Losses are sums. Each is divided by its own count over the whole global batch, so neither the loss
+nor any gradient depends on how the batch is cut into micro-batches and ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.batch import Batch
+from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
+from megatron_croc.parallel.device import current_device
+from megatron_croc.training.metrics import StepMetrics, StepTotals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """What the two loss sums are divided by."""
+
+    text: Tensor
+    """Labelled tokens, float64 scalar on the device."""
+
+    reconstruction: Tensor
+    """Elements of all visual tokens, float64 scalar on the device."""
+
+
+def to_model_inputs(batch: Batch) -> ModelInputs:
+    """Data layer -> model, on the device."""
+    batch = batch.to(current_device(), non_blocking=True)
+    return ModelInputs(
+        input_ids=batch.input_ids,
+        labels=batch.labels,
+        mixed_mask=batch.mixed_mask,
+        image_starts=batch.image_starts,
+        replaced=batch.replaced,
+        pixel_values=batch.pixel_values,
+        image_seeds=batch.image_seeds,
+    )
+
+
+class Stepper:
+    """Runs training and validation steps over the model chunks of this rank."""
+
+    def __init__(
+        self, run: RunConfig, chunks: list[nn.Module], pg_collection: ProcessGroupCollection
+    ) -> None:
+        """Bind the model; `chunks` are wrapped in DistributedDataParallel."""
+        self.run = run
+        self.chunks = chunks
+        self.pg = pg_collection
+        self.models = [_unwrap(chunk) for chunk in chunks]
+
+    def train(
+        self,
+        batches: list[Batch],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> StepMetrics:
+        """Forward, backward, update; metrics of the whole global batch."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        optimizer.zero_grad()
+        totals = self.forward_backward(batches)
+        _, grad_norm, _ = optimizer.step()
+        scheduler.step(increment=self.run.training.global_batch_size)
+        return totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> StepMetrics:
+        """Losses of one global batch without dropout or update."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self.forward_backward(batches, forward_only=True).reduce()
+
+    def forward_backward(self, batches: list[Batch], *, forward_only: bool = False) -> StepTotals:
+        """All micro-batches through the pipeline; gradients are left in the DDP buffers."""
+        totals = StepTotals(self.run, self.pg)
+        for batch in batches:
+            totals.count_batch(batch)
+        step = partial(
+            _forward_step,
+            run=self.run,
+            denominators=self._denominators(batches),
+            totals=totals,
+        )
+        inputs = [to_model_inputs(batch) for batch in batches]
+        iterators = [iter(inputs) for _ in self.chunks]
+        schedule = get_forward_backward_func()
+        losses = schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.run.data.seq_length,
+            micro_batch_size=1,  # rows are packed: one row holds micro_batch_size samples
+            forward_only=forward_only,
+        )
+        for model in self.models:
+            if model.target_channel is not None:
+                model.target_channel.flush()
+        totals.count_losses(losses)
+        return totals
+
+    def _denominators(self, batches: list[Batch]) -> Denominators:
+        """Counts over all micro-batches and replicas, known before the first forward pass."""
+        model = self.run.model
+        per_image = model.vision_tower.num_visual_tokens * model.language_model.hidden_size
+        counts = torch.tensor(
+            [
+                sum(batch.num_label_tokens for batch in batches),
+                sum(batch.num_images for batch in batches) * per_image,
+            ],
+            dtype=torch.float64,
+        ).to(current_device())
+        dist.all_reduce(counts, group=self.pg.dp)
+        text, reconstruction = counts.clamp(min=1.0)
+        return Denominators(text=text, reconstruction=reconstruction)
+
+
+def _forward_step(
+    iterator: Iterator[ModelInputs],
+    chunk: nn.Module,
+    *,
+    run: RunConfig,
+    denominators: Denominators,
+    totals: StepTotals,
+) -> tuple[Tensor | ModelOutput, partial]:
+    """What megatron's schedule calls for each micro-batch on each model chunk."""
+    inputs = next(iterator)
+    output = chunk(inputs)
+    model = _unwrap(chunk)
+    if model.last_replacement is not None:
+        totals.count_replacement(model.last_replacement)
+        model.last_replacement = None
+    loss_func = partial(_loss, inputs=inputs, run=run, denominators=denominators, totals=totals)
+    return output, loss_func
+
+
+def _loss(
+    output: ModelOutput,
+    *,
+    inputs: ModelInputs,
+    run: RunConfig,
+    denominators: Denominators,
+    totals: StepTotals,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The scalar that is differentiated: this micro-batch's share of the global loss."""
+    assert output.text_loss_sum is not None
+    if run.training.loss_reduction == "micro_batch":
+        denominators = _micro_batch_denominators(inputs, run, totals.num_microbatches_in_world)
+    text = output.text_loss_sum / denominators.text
+    reconstruction = output.reconstruction_loss_sum / denominators.reconstruction
+    loss = text + run.model.reconstruction.reconstruction_loss_weight * reconstruction
+    parts = {"text": text.detach(), "reconstruction": reconstruction.detach()}
+    # megatron multiplies nothing onto a loss that comes with a token count.
+    return loss.float(), torch.zeros((), dtype=torch.int), parts
+
+
+def _micro_batch_denominators(
+    inputs: ModelInputs, run: RunConfig, num_microbatches: int
+) -> Denominators:
+    """As the released code: the mean of each micro-batch's own mean."""
+    assert inputs.labels is not None
+    hidden_size = run.model.language_model.hidden_size
+    labelled = (inputs.labels >= 0).sum().double().clamp(min=1.0)
+    elements = labelled.new_tensor(max(inputs.replaced.numel() * hidden_size, 1))
+    return Denominators(text=labelled * num_microbatches, reconstruction=elements * num_microbatches)
+
+
+def _unwrap(chunk: nn.Module) -> CrocModel:
+    return get_attr_wrapped_model(chunk, "target_channel", allow_none=True, return_model_obj=True)

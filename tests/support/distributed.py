@@ -1,0 +1,71 @@
+"""Run a function on several processes joined by gloo, in seconds.
+
+Importing torch and megatron-core takes seconds, so a fork server imports them once per test
+session; every job is then forked from it and starts in milliseconds with a clean state.
+"""
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["megatron_croc.training.build", "megatron_croc.training.evaluate"])
+
+TIMEOUT = 300
+"""Seconds after which a hanging job fails."""
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """function(*args) on every rank; its results in rank order, or the first rank's error."""
+    queue: mp.Queue = _context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        _context.Process(target=_entry, args=(queue, rank, world_size, port, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world_size:
+            rank, result, error = queue.get(timeout=TIMEOUT)
+            if error is not None:
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
+            results[rank] = result
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _entry(
+    queue: mp.Queue, rank: int, world_size: int, port: int, function: Callable, args: tuple
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        result = function(*args)
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+        queue.close()
+        queue.join_thread()
+        os._exit(1)
+    queue.put((rank, result, None))
+    from megatron_croc.parallel.groups import stop_distributed
+
+    stop_distributed()
