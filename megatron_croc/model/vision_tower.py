@@ -25,8 +25,7 @@ class VisionTower(MegatronModule):
         super().__init__(config=config)
         self.vision: VisionTowerConfig = run.model.vision_tower
         is_clip = self.vision.vision_model_type == "clip"
-        # 384 px in 14 px patches leave a margin of 6 px that the 'valid' convolution never sees.
-        self.covered = self.vision.img_size // self.vision.patch_dim * self.vision.patch_dim
+        self.covered = self.vision.covered_img_size
         self.vit = CLIPViTModel(
             config,
             vision_tower_spec(config.num_layers),  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Commands: parse, build, run; an error names what to do about it."""

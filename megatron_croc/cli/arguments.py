@@ -1,0 +1,82 @@
+"""From the words of a command line to a RunConfig: recipe < YAML file < flags and overrides.
+
+--recipe croc_7b/pretrain_croc --config mine.yaml --micro-batch-size 2 optimizer.lr=1e-5
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_croc.config.base import (
+    apply_changes,
+    changes_from_tree,
+    changes_from_words,
+    raise_faults,
+    read_yaml,
+    settings_help,
+)
+from megatron_croc.config.run import RunConfig
+from megatron_croc.errors import ConfigError
+from megatron_croc.recipes import get_recipe, list_recipes
+
+
+def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser of the options all commands share; a command adds its own before parsing.
+
+    The settings are not argparse's: `parse_command` reads them, to report every fault at once.
+    """
+    # Abbreviations would let --lr-decay mean whatever setting happens to start so.
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show every setting and exit")
+    parser.add_argument(
+        "--recipe", metavar="NAME/STAGE", help="one of " + ", ".join(list_recipes())
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings that change the recipe's")
+    return parser
+
+
+def parse_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, RunConfig]:
+    """Parse a command's own options and the run it is about.
+
+    Args:
+        parser: from `run_parser`, with the command's own options added.
+        argv: words after the program's name; default sys.argv[1:].
+
+    Raises:
+        ConfigError: with every fault of recipe, file, flags and overrides, a line each.
+    """
+    options, words = parser.parse_known_args(argv)
+    if options.help:
+        print(parser.format_help().rstrip() + "\n" + settings_help(RunConfig))
+        parser.exit()
+    faults: list[str] = []
+    run = RunConfig()
+    if options.recipe is not None:
+        try:
+            run = get_recipe(options.recipe)
+        except ConfigError as error:
+            faults.append(str(error))
+    elif options.config is None:
+        faults.append(f"--recipe is not given; there are {', '.join(list_recipes())}")
+    if options.config is not None:
+        try:
+            tree = read_yaml(options.config)
+        except ConfigError as error:
+            faults.append(str(error))
+        else:
+            apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=options.config))
+    apply_changes(run, changes_from_words(RunConfig, words, faults))
+    raise_faults(faults)
+    return options, run
+
+
+def parse_run(argv: Sequence[str] | None = None, *, prog: str = "megatron_croc") -> RunConfig:
+    """The run described by a command line that has no options of its own."""
+    return parse_command(run_parser(prog=prog, description=__doc__ or ""), argv)[1]

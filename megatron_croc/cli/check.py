@@ -1,0 +1,182 @@
+"""Is this run what I mean, and does it fit? Answers in a second, without a GPU.
+
+    python -m megatron_croc.cli.check --recipe croc_7b/pretrain_croc --world-size 8
+
+Prints the resolved run, its batch arithmetic, parameters by part and rank, a memory estimate and
+operations per step; or every fault at once, and exits 1. Neither torch nor megatron is imported.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_croc.cli.arguments import parse_command, run_parser
+from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
+from megatron_croc.config.checks import find_faults, find_warnings
+from megatron_croc.config.run import RunConfig
+from megatron_croc.errors import ConfigError
+from megatron_croc.model.flops import Work, count_flops
+from megatron_croc.model.memory import estimate_memory
+from megatron_croc.model.parameters import (
+    PARTS,
+    Part,
+    count_parameters,
+    stage_parameters,
+    trained_parts,
+)
+
+_WIDTH = 34
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report, or every fault; return the exit status."""
+    parser = run_parser(prog="python -m megatron_croc.cli.check", description=__doc__ or "")
+    parser.add_argument("--world-size", type=int, default=8, help="processes (default 8)")
+    parser.add_argument("--dump", action="store_true", help="print the run as YAML, nothing else")
+    parser.add_argument(
+        "--for-training", action="store_true", help="also require data and tokenizer to exist"
+    )
+    try:
+        options, run = parse_command(parser, argv)
+        raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.dump:
+        print(to_yaml(run), end="")
+        return 0
+    print("\n".join(report(run, options.world_size)))
+    for line in find_warnings(run, for_training=options.for_training):
+        print(f"warning: {line}", file=sys.stderr)
+    return 0
+
+
+def report(run: RunConfig, world_size: int) -> Iterator[str]:
+    """The lines of the report."""
+    yield from _settings(to_tree(run))
+    yield from _section("batch", _batch_lines(run, world_size))
+    yield from _section("parameters", _parameter_lines(run))
+    yield from _table("parameters of one rank", _rank_table(run))
+    yield from _table("memory of one rank (estimate, GiB)", _memory_table(run, world_size))
+    yield from _section("operations of one step (TFLOP, at most)", _flops_lines(run))
+
+
+def _section(title: str, lines: Iterator[tuple[str, str]]) -> Iterator[str]:
+    yield f"\n{title}"
+    for name, value in lines:
+        yield f"  {name:<{_WIDTH}}  {value}"
+
+
+def _settings(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every setting with its value, section by section."""
+    plain = [(k, shown(v)) for k, v in tree.items() if not isinstance(v, dict)]
+    if plain:
+        yield from _section(prefix or "run", iter(plain))
+    for name, section in tree.items():
+        if isinstance(section, dict):
+            yield from _settings(section, prefix=f"{prefix}.{name}" if prefix else name)
+
+
+def _batch_lines(run: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
+    parallel, training = run.parallel, run.training
+    dp, count = parallel.data_parallel_size(world_size), run.num_microbatches(world_size)
+    yield (
+        "processes",
+        f"{world_size} = TP {parallel.tensor_model_parallel_size} x PP "
+        f"{parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP {dp}",
+    )
+    yield (
+        "samples of one step",
+        f"{training.global_batch_size} = micro-batch {training.micro_batch_size} x DP {dp} "
+        f"x {count} micro-batches",
+    )
+    yield "tokens of one step", f"at most {training.global_batch_size * run.data.seq_length:,}"
+    visual = run.model.vision_tower.num_visual_tokens
+    replaced = f", {run.model.num_replaced_tokens} of them replaced" if run.reconstructs else ""
+    yield "visual tokens of one image", f"{visual}{replaced}"
+    samples = count_samples(run.data.data_path)
+    if samples is not None:
+        yield "samples in data_path", f"{samples:,}"
+    if training.train_iters is not None:
+        yield "steps", f"{training.train_iters:,} (train_iters)"
+        yield "samples of the run", f"{training.train_iters * training.global_batch_size:,}"
+    elif samples is not None:
+        train_samples = int(samples * training.train_epochs)
+        steps = train_samples // training.global_batch_size
+        yield "samples of the run", f"{train_samples:,} ({training.train_epochs:g} epochs)"
+        yield "steps", f"{steps:,}, {int(steps * run.optimizer.lr_warmup_fraction):,} of warm-up"
+    else:
+        yield "steps", f"{training.train_epochs:g} epochs of data that is not there yet"
+
+
+def count_samples(folders: Sequence[str]) -> int | None:
+    """Samples in folders of shards, from their manifests; None when one does not tell."""
+    total = 0
+    for folder in folders:
+        try:
+            manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+            total += int(manifest["num_samples"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    return total if folders else None
+
+
+def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
+    counts, trained = count_parameters(run.model), trained_parts(run)
+    stages = stage_parameters(run)
+    parts: list[Part] = [part for part in PARTS if any(part in stage for stage in stages)]
+    for part in parts:
+        state = "trained" if part in trained else "frozen"
+        yield part, f"{counts[part]:>15,}  {state}"
+    total = sum(counts[part] for part in parts)
+    trained_total = sum(counts[part] for part in parts if part in trained)
+    yield "total", f"{total:>15,}"
+    yield "trained", f"{trained_total:>15,}  {trained_total / total:.2%}"
+
+
+def _rank_table(run: RunConfig) -> Iterator[list[str]]:
+    layers = run.parallel.pipeline_layers(run.model.language_model.num_layers)
+    tp = run.parallel.tensor_model_parallel_size
+    stages = stage_parameters(run)
+    parts = [part for part in PARTS if any(part in stage for stage in stages)]
+    yield ["pipeline stage", "layers", "total", *parts]
+    for stage, held in enumerate(stages):
+        counts = [held[part].on_rank(tp) if part in held else 0 for part in parts]
+        yield [str(stage), str(layers[stage]), *(f"{n:,}" for n in (sum(counts), *counts))]
+
+
+def _memory_table(run: RunConfig, world_size: int) -> Iterator[list[str]]:
+    estimates = estimate_memory(run, world_size)
+    yield ["pipeline stage", "total", *vars(estimates[0])]
+    for stage, memory in enumerate(estimates):
+        sizes = (memory.total, *vars(memory).values())
+        yield [str(stage), *(f"{size / 2**30:.1f}" for size in sizes)]
+
+
+def _table(title: str, rows: Iterator[list[str]]) -> Iterator[str]:
+    """Columns as wide as their widest cell, aligned to the right."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    yield f"\n{title}"
+    for row in cells:
+        yield "  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+
+
+def _flops_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every sample as long as seq_length, with one image."""
+    samples = run.training.global_batch_size
+    has_spans = run.model.attention_mask_type != "causal"
+    spans = [run.model.vision_tower.num_visual_tokens] if has_spans else []
+    work = Work.from_lengths([run.data.seq_length], num_images=1, span_lengths=spans)
+    flops = count_flops(run, work)
+    for name, count in flops.items():
+        yield name, f"{count * samples / 1e12:>12,.3f}"
+    total = sum(flops.values())
+    yield "total", f"{total * samples / 1e12:>12,.3f}"
+    yield "one sample", f"{total / 1e12:>12,.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

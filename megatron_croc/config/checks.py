@@ -1,0 +1,234 @@
+"""Is this run possible? Every rule that needs more than one setting, and all faults at once.
+
+`find_faults` lists what cannot work, `find_warnings` what works and is probably not meant. Each
+line names the setting, its value and the way out. Rules about sizes and processes are in
+layout_checks.py; here are batches, optimisation, data and folders.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_croc.config.base import raise_faults
+from megatron_croc.config.layout_checks import find_layout_faults
+from megatron_croc.config.run import RunConfig
+from megatron_croc.log import get_logger, log_on_rank_zero
+
+
+def check_run(run: RunConfig, world_size: int, *, for_training: bool = False) -> None:
+    """Refuse a run that cannot work; log what is probably not meant.
+
+    Args:
+        run: the complete configuration.
+        world_size: processes of the run.
+        for_training: also require data, tokenizer and the folders it starts from to exist.
+
+    Raises:
+        ConfigError: with every fault, a line each.
+    """
+    raise_faults(find_faults(run, world_size, for_training=for_training))
+    for line in find_warnings(run, for_training=for_training):
+        log_on_rank_zero(get_logger(__name__), logging.WARNING, "%s", line)
+
+
+def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) -> list[str]:
+    """Every reason this run cannot work."""
+    faults = [
+        *find_layout_faults(run, world_size),
+        *_training_faults(run),
+        *_optimizer_faults(run),
+        *_croc_faults(run),
+        *_checkpoint_faults(run),
+    ]
+    if for_training:
+        faults += _missing_inputs(run)
+    return faults
+
+
+def _training_faults(run: RunConfig) -> Iterator[str]:
+    training = run.training
+    for name, value in {
+        "train_iters": training.train_iters,
+        "train_epochs": training.train_epochs,
+        "recompute_num_layers": training.recompute_num_layers,
+        "eval_iters": training.eval_iters,
+        "log_interval": run.logging.log_interval,
+        "save_interval": run.checkpoint.save_interval,
+        "prefetch_factor": run.data.prefetch_factor,
+    }.items():
+        if value is not None and value <= 0:
+            yield f"{name}={value}: must be positive"
+    for name, value in {
+        "eval_interval": training.eval_interval,
+        "num_workers": run.data.num_workers,
+    }.items():
+        if value < 0:
+            yield f"{name}={value}: must not be negative; 0 turns it off"
+    if training.eval_interval > 0 and not run.data.valid_data_path:
+        yield (
+            f"eval_interval={training.eval_interval} without valid_data_path: "
+            "give shards to validate on, or set eval_interval to 0"
+        )
+    stages = run.parallel.pipeline_layers(run.model.language_model.num_layers)
+    if (
+        training.recompute_granularity == "full"
+        and training.recompute_method == "block"
+        and training.recompute_num_layers > min(stages, default=1)
+    ):
+        yield (
+            f"recompute_num_layers={training.recompute_num_layers}: a pipeline stage has only "
+            f"{min(stages, default=1)} layers; lower it"
+        )
+    if not run.reconstructs and trains_nothing(run):
+        yield (
+            f"freeze_LM, freeze_ViT and freeze_projector are all set and stage={run.stage} "
+            "trains nothing else: unset one"
+        )
+
+
+def trains_nothing(run: RunConfig) -> bool:
+    """Whether every part that exists in all stages is frozen."""
+    training = run.training
+    return training.freeze_LM and training.freeze_ViT and training.freeze_projector
+
+
+def _optimizer_faults(run: RunConfig) -> Iterator[str]:
+    optimizer, training = run.optimizer, run.training
+    rates = {
+        "lr": optimizer.lr,
+        "projector_lr": optimizer.projector_lr,
+        "prompt_pool_lr": optimizer.prompt_pool_lr,
+        "reconstruction_head_lr": optimizer.reconstruction_head_lr,
+        "vision_lr": optimizer.vision_lr,
+    }
+    for name, rate in rates.items():
+        if rate is not None and rate <= 0:
+            yield f"{name}={rate}: must be positive; freeze a part to keep it as it is"
+    if not 0 <= optimizer.min_lr <= optimizer.lr:
+        yield f"min_lr={optimizer.min_lr}: must lie between 0 and lr={optimizer.lr}"
+    if not 0 <= optimizer.lr_warmup_fraction < 1:
+        yield f"lr_warmup_fraction={optimizer.lr_warmup_fraction}: must be in [0, 1)"
+    for name, beta in {
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+    }.items():
+        if not 0 <= beta < 1:
+            yield f"{name}={beta}: must be in [0, 1)"
+    if optimizer.adam_eps <= 0:
+        yield f"adam_eps={optimizer.adam_eps}: must be positive"
+    for name, value in {
+        "weight_decay": optimizer.weight_decay,
+        "clip_grad": optimizer.clip_grad,
+    }.items():
+        if value < 0:
+            yield f"{name}={value}: must not be negative; 0 turns it off"
+    for frozen, flag, name in (
+        (training.freeze_ViT, "freeze_ViT", "vision_lr"),
+        (training.freeze_projector, "freeze_projector", "projector_lr"),
+    ):
+        if frozen and rates[name] is not None:
+            yield (
+                f"{name}={rates[name]} for a part that {flag} keeps from training: "
+                f"set {name} to none, or unset {flag}"
+            )
+    if optimizer.overlap_param_gather:
+        for name, is_set in {
+            "overlap_grad_reduce": optimizer.overlap_grad_reduce,
+            "use_distributed_optimizer": optimizer.use_distributed_optimizer,
+        }.items():
+            if not is_set:
+                yield f"overlap_param_gather needs {name}: set it, or unset overlap_param_gather"
+
+
+def _croc_faults(run: RunConfig) -> Iterator[str]:
+    """Rules of the prompt pool and its loss; they bind only where tokens are reconstructed."""
+    if not run.reconstructs:
+        return
+    pool, reconstruction = run.model.prompt_pool, run.model.reconstruction
+    if pool.pool_size < 1:
+        yield f"pool_size={pool.pool_size}: must be positive"
+    if not 0 < pool.replace_ratio < 1:
+        yield f"replace_ratio={pool.replace_ratio}: must lie between 0 and 1, both excluded"
+    elif pool.assign_mode == "hungarian" and pool.pool_size < run.model.num_replaced_tokens:
+        yield (
+            f"pool_size={pool.pool_size}: assign_mode=hungarian gives each of the "
+            f"{run.model.num_replaced_tokens} replaced tokens of an image its own pool token; "
+            "raise pool_size, lower replace_ratio, or use assign_mode=nearest"
+        )
+    if reconstruction.smooth_l1_beta <= 0:
+        yield f"smooth_l1_beta={reconstruction.smooth_l1_beta}: must be positive"
+    if reconstruction.reconstruction_loss_weight < 0:
+        yield (
+            f"reconstruction_loss_weight={reconstruction.reconstruction_loss_weight}: "
+            "must not be negative"
+        )
+    if not 0 <= reconstruction.reconstruction_dropout < 1:
+        yield f"reconstruction_dropout={reconstruction.reconstruction_dropout}: must be in [0, 1)"
+
+
+def _checkpoint_faults(run: RunConfig) -> Iterator[str]:
+    save, start = run.checkpoint.save, run.checkpoint.pretrained_checkpoint
+    if save is not None and start is not None and os.path.abspath(save) == os.path.abspath(start):
+        yield (
+            f"save={save} is the folder of pretrained_checkpoint: this run would overwrite the "
+            "weights it starts from; save elsewhere, or use load to resume"
+        )
+
+
+def _missing_inputs(run: RunConfig) -> Iterator[str]:
+    data = run.data
+    if not data.data_path:
+        yield "data_path is not given: name the folders of shards to train on"
+    for name, folders in {
+        "data_path": data.data_path,
+        "valid_data_path": data.valid_data_path,
+    }.items():
+        for folder in folders:
+            if not Path(folder).is_dir():
+                yield f"{name}={folder}: no such folder; tools/preprocess_data.py writes it"
+    tokenizer = data.tokenizer_model
+    is_file = data.tokenizer_type == "SentencePieceTokenizer"
+    if tokenizer is None:
+        yield f"tokenizer_model is not given: {data.tokenizer_type} needs its path"
+    elif not (Path(tokenizer).is_file() if is_file else Path(tokenizer).is_dir()):
+        what = "file (tokenizer.model)" if is_file else "directory"
+        yield f"tokenizer_model={tokenizer}: no such {what}, which {data.tokenizer_type} needs"
+    start = run.checkpoint.pretrained_checkpoint
+    if start is not None and not Path(start).is_dir():
+        yield f"pretrained_checkpoint={start}: no such folder; mend the path, or set it to none"
+
+
+def find_warnings(run: RunConfig, *, for_training: bool = False) -> list[str]:
+    """What works and is probably not meant."""
+    return list(_warnings(run, for_training=for_training))
+
+
+def _warnings(run: RunConfig, *, for_training: bool) -> Iterator[str]:
+    llm, data, training = run.model.language_model, run.data, run.training
+    reach = int(llm.max_position_embeddings * llm.rope_scaling_factor)
+    if data.seq_length > reach:
+        yield (
+            f"seq_length={data.seq_length}: the language model was made for {reach} positions; "
+            "longer samples are extrapolated unless rope_scaling_type and its factor stretch them"
+        )
+    if not run.reconstructs:
+        for name in ("prompt_pool_lr", "reconstruction_head_lr"):
+            rate = getattr(run.optimizer, name)
+            if rate is not None:
+                yield f"{name}={rate} has no effect: stage={run.stage} does not reconstruct"
+    if training.recompute_vision and training.freeze_ViT:
+        yield "recompute_vision has no effect: freeze_ViT keeps no activations of the tower"
+    if run.model.attention_mask_type == "prefix" and data.conversation_template == "qwen_1_5":
+        yield (
+            "attention_mask_type=prefix with conversation_template=qwen_1_5 is nearly causal: the "
+            "template supervises prompt tokens, so the prefix ends at once; use visual"
+        )
+    if data.valid_data_path and training.eval_interval == 0:
+        yield "valid_data_path is given, but eval_interval=0 never validates"
+    if not for_training:
+        return
+    if run.checkpoint.pretrained_checkpoint is None and run.checkpoint.load is None:
+        yield "neither load nor pretrained_checkpoint is given: training starts from random weights"
+    if run.checkpoint.save is None:
+        yield "save is not given: nothing of this run is kept"

@@ -1,0 +1,46 @@
+"""What is read, and how it becomes tokens and pixels."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TemplateName = Literal["plain", "v1", "qwen_1_5"]
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training and validation shards, tokenizer, template and image handling."""
+
+    data_path: tuple[str, ...] = ()
+    """Folders of shards written by tools/preprocess_data.py."""
+
+    valid_data_path: tuple[str, ...] = ()
+    """Folders of shards the validation loss is computed on; empty: no validation."""
+
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = (
+        "SentencePieceTokenizer"
+    )
+    """SentencePieceTokenizer reads a .model file, HuggingFaceTokenizer a directory."""
+
+    tokenizer_model: str | None = None
+    """Path of the tokenizer."""
+
+    conversation_template: TemplateName = "v1"
+    """plain (caption only) | v1 (Vicuna) | qwen_1_5 (ChatML)."""
+
+    seq_length: int = 2048
+    """Longest sample, tokens, visual tokens included; longer ones are cut at the end."""
+
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    """pad: expand to a square with the mean colour. square: resize the short side and crop."""
+
+    image_decoder: Literal["auto", "dali", "pil"] = "auto"
+    """auto: DALI where it is installed, else PIL."""
+
+    num_workers: int = 1
+    """Threads that read, tokenise and decode ahead of training; 0: in the training thread."""
+
+    prefetch_factor: int = 2
+    """Micro-batches each worker keeps ready."""
+
+    max_bad_fraction: float = 0.01
+    """Largest share of unusable samples (each is skipped and named); more of them end the run."""

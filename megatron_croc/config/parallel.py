@@ -1,0 +1,54 @@
+"""How the model is cut over processes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Sizes of the parallel axes; the data-parallel size is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share every layer (TP)."""
+
+    pipeline_model_parallel_size: int = 1
+    """Processes that share the stack of layers (PP)."""
+
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule); None: one chunk."""
+
+    context_parallel_size: int = 1
+    """Processes that share a sequence (CP)."""
+
+    sequence_parallel: bool = False
+    """Cut activations between tensor-parallel regions along the sequence; goes with TP > 1."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Language-model layers of the first pipeline stage, which also runs the vision tower."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Language-model layers of the last pipeline stage, which also runs both losses."""
+
+    distributed_timeout_minutes: int = 10
+    """A collective that takes longer ends the run."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a world of `world_size` processes."""
+        return world_size // self.model_parallel_size
+
+    def pipeline_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Language-model layers of each pipeline stage, as megatron-core deals them out."""
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        given = [n for n in (first, last) if n is not None]
+        num_even = self.pipeline_model_parallel_size - len(given)
+        even = (num_layers - sum(given)) // num_even if num_even else 0
+        middle = (even,) * num_even
+        return (() if first is None else (first,)) + middle + (() if last is None else (last,))

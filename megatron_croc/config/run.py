@@ -1,0 +1,41 @@
+"""One complete run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_croc.config.checkpoint import CheckpointConfig
+from megatron_croc.config.data import DataConfig
+from megatron_croc.config.logging import LoggingConfig
+from megatron_croc.config.model import CrocModelConfig
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.training import OptimizerConfig, TrainingConfig
+
+Stage = Literal["pretrain_mlp", "pretrain_croc", "finetune"]
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run needs to know; a recipe returns one, YAML and flags change fields of it."""
+
+    stage: Stage = "pretrain_croc"
+    """pretrain_mlp aligns the projector, pretrain_croc rebuilds visual tokens, finetune teaches."""
+
+    model: CrocModelConfig = field(default_factory=CrocModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether visual tokens are replaced and reconstructed (stage pretrain_croc only)."""
+        return self.stage == "pretrain_croc"
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of one optimizer step on each data-parallel rank."""
+        samples_per_pass = self.training.micro_batch_size * self.parallel.data_parallel_size(
+            world_size
+        )
+        return self.training.global_batch_size // samples_per_pass

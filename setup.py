@@ -1,0 +1,42 @@
+"""Packaging of megatron_croc: name, version, dependencies. Tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-croc",
+    version="0.1.0",
+    description="Croc and ViCToR multimodal pretraining on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_croc", "megatron_croc.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16",
+        "numpy",
+        "pillow",
+        "psutil",  # without it megatron-core's checkpoint writer hangs
+        "pyyaml",
+        "safetensors",
+        "scipy",
+        "sentencepiece",
+        "tqdm",
+        "webdataset",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130==2.4.0; sys_platform == 'linux'"],
+        "te": ["transformer-engine[pytorch]"],
+        "flash": ["flash-attn"],
+        "wandb": ["wandb"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "matplotlib",
+            "pyright",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+            "transformers",
+        ],
+    },
+)

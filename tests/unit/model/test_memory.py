@@ -1,0 +1,71 @@
+import pytest
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.model.memory import MemoryEstimate, estimate_memory
+from megatron_croc.recipes import get_recipe
+
+
+def largest(run: RunConfig, world_size: int = 8) -> MemoryEstimate:
+    return max(estimate_memory(run, world_size), key=lambda stage: stage.total)
+
+
+def test_weights_and_optimizer_by_hand():
+    run = get_recipe("croc_7b/finetune")
+    run.parallel.tensor_model_parallel_size = 1
+    run.parallel.sequence_parallel = False
+    run.training.micro_batch_size = 1
+    trained = 6_738_415_616 + 20_979_712
+    memory = largest(run)
+    assert memory.weights == 2 * (trained + 290_909_184)
+    assert memory.gradients == 4 * trained
+    assert memory.optimizer == 12 * trained / 8
+    run.optimizer.use_distributed_optimizer = False
+    assert largest(run).optimizer == 12 * trained
+    # One layer keeps 4 h + 4 h + 3 ffn values of 2 bytes for each token.
+    decoder = 32 * 4096 * 2 * (8 * 4096 + 3 * 11008)
+    assert decoder < memory.activations < 1.05 * decoder
+
+
+@pytest.mark.parametrize(
+    "saves",
+    [
+        {"recompute_granularity": "full"},
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 16},
+        {"micro_batch_size": 1},
+    ],
+)
+def test_what_is_done_to_save_activations_saves_them(saves: dict[str, object]):
+    run = get_recipe("croc_7b/pretrain_croc")
+    before = largest(run).activations
+    for name, value in saves.items():
+        setattr(run.training, name, value)
+    assert largest(run).activations < 0.6 * before
+
+
+def test_recomputing_the_tower_saves_where_it_is_trained():
+    run = get_recipe("victor_7b/finetune")
+    before = largest(run).activations
+    run.training.recompute_vision = True
+    assert largest(run).activations < before
+
+
+def test_early_pipeline_stages_hold_more_micro_batches():
+    run = get_recipe("croc_7b/pretrain_croc")
+    run.parallel.pipeline_model_parallel_size = 4
+    run.parallel.tensor_model_parallel_size = 2
+    stages = estimate_memory(run, 8)
+    decoder = [stage.activations for stage in stages]
+    assert decoder == sorted(decoder, reverse=True)
+    assert decoder[1] == pytest.approx(3 * decoder[2] / 2)
+    assert [stage.logits > 0 for stage in stages] == [False, False, False, True]
+    run.parallel.virtual_pipeline_model_parallel_size = 2
+    assert estimate_memory(run, 8)[0].activations > stages[0].activations
+
+
+def test_float32_has_no_second_copy_of_the_weights():
+    run = get_recipe("croc_7b/finetune")
+    half = largest(run)
+    run.training.bf16 = False
+    full = largest(run)
+    assert full.weights == 2 * half.weights
+    assert full.optimizer == pytest.approx(half.optimizer * 8 / 12)
