@@ -3,7 +3,7 @@
 # make check        what a change must pass: lint, format, types, layers, tests
 # make clean        remove .venv and everything that was made
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.installed-by-make
 BIN := $(VENV)/bin

@@ -6,6 +6,7 @@ session; every job is then forked from it and starts in milliseconds with a clea
 
 import multiprocessing as mp
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
             rank, result, error = queue.get(timeout=TIMEOUT)
             if error is not None:
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
-            results[rank] = result
+            results[rank] = pickle.loads(result)
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -65,7 +66,8 @@ def _entry(
         queue.close()
         queue.join_thread()
         os._exit(1)
-    queue.put((rank, result, None))
+    # By value: torch would share tensors through a socket that dies with this process.
+    queue.put((rank, pickle.dumps(result), None))
     from megatron_croc.parallel.groups import stop_distributed
 
     stop_distributed()

@@ -1,0 +1,1 @@
+"""Shards on disk -> Batch; nothing here knows the model."""

@@ -1,0 +1,85 @@
+"""Samples that cannot be trained on: how they are named, counted, and when there are too many.
+
+A bad sample keeps its slot in the order (an empty placeholder takes its place), so one broken
+image neither ends a run nor shifts every sample after it. It is never silent: each is logged by
+name and kind, and past a small share of all samples the run stops and lists the first few.
+"""
+
+from collections import Counter
+from typing import Literal
+
+from megatron_croc.errors import DataError
+from megatron_croc.log import get_logger
+
+BadKind = Literal[
+    "record", "roles", "no_answer", "image_marks", "missing_image", "image", "too_long"
+]
+
+MIN_SAMPLES_TO_JUDGE = 100
+"""Samples that must have been seen before their bad share can end a run."""
+
+NUM_LISTED = 5
+"""Bad samples quoted in the error that ends a run."""
+
+logger = get_logger(__name__)
+
+
+class BadSampleError(DataError):
+    """One sample is unusable; the others are not affected."""
+
+    def __init__(self, sample_id: str, kind: BadKind, reason: str) -> None:
+        """Args: sample_id: its name. kind: what it is counted as. reason: what is wrong."""
+        super().__init__(f"sample {sample_id}: {reason}")
+        self.sample_id = sample_id
+        self.kind: BadKind = kind
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        """Exceptions pickle their message only; this one travels between ranks whole."""
+        return BadSampleError, (self.sample_id, self.kind, self.reason)
+
+
+class BadSampleBudget:
+    """Counts bad samples by kind, logs each, and ends the run when their share is too large."""
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        """Args: max_bad_fraction: largest bad share of the samples seen that is put up with."""
+        self.max_bad_fraction = max_bad_fraction
+        self.num_seen = 0
+        self.counts: Counter[str] = Counter()
+        self._first: list[BadSampleError] = []
+
+    @property
+    def num_bad(self) -> int:
+        """Bad samples so far."""
+        return sum(self.counts.values())
+
+    def record(self, num_samples: int, bad: list[BadSampleError]) -> None:
+        """Account for `num_samples` more samples, `bad` among them.
+
+        Raises:
+            DataError: of at least MIN_SAMPLES_TO_JUDGE samples more than the share are bad.
+        """
+        self.num_seen += num_samples
+        for error in bad:
+            self.counts[error.kind] += 1
+            self._first = [*self._first, error][:NUM_LISTED]
+            logger.warning(
+                "bad sample (%s), %d of %d so far: %s",
+                error.kind,
+                self.num_bad,
+                self.num_seen,
+                error,
+            )
+        if (
+            self.num_seen >= MIN_SAMPLES_TO_JUDGE
+            and self.num_bad > self.max_bad_fraction * self.num_seen
+        ):
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
+            listed = "\n".join(f"  {error}" for error in self._first)
+            raise DataError(
+                f"{self.num_bad} of {self.num_seen} samples are bad ({kinds}), more than "
+                f"max_bad_fraction = {self.max_bad_fraction}. The first ones:\n{listed}\n"
+                "Mend or remove them and run tools/preprocess_data.py again, or raise "
+                "max_bad_fraction"
+            )

@@ -1,0 +1,70 @@
+"""What the data layer hands to the step: one micro-batch, as one packed row of tokens.
+
+    sample A: text . . [image 0: N tokens] . . text | sample B: text only | ... | padding
+    input_ids   real ids; IMAGE_TOKEN_INDEX at visual positions; pad id in the padding
+    labels      the id each position must predict (already shifted by one); IGNORE_INDEX elsewhere
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from megatron_croc.ops.mixed_mask import MixedMask
+
+IGNORE_INDEX = -100
+"""Label of a position without a text loss."""
+
+IMAGE_TOKEN_INDEX = -200
+"""Input id of a visual token; never looked up in the embedding table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. T tokens in the row, n images of N visual tokens each (n may be 0)."""
+
+    input_ids: Tensor
+    """int64 [T]."""
+
+    labels: Tensor
+    """int64 [T], shifted: labels[t] is the token after t in the same sample, or IGNORE_INDEX."""
+
+    position_ids: Tensor
+    """int64 [T], 0, 1, ... within each sample."""
+
+    mixed_mask: MixedMask
+    """Sample boundaries and bidirectional spans."""
+
+    image_starts: Tensor
+    """int64 [n], position of each image's first visual token; ascending."""
+
+    replaced: Tensor
+    """bool [n, N], True where a visual token is to be replaced by a pool token."""
+
+    image_seeds: tuple[int, ...]
+    """One per image (ops.patch_selection.image_seed); the reconstruction head's dropout uses it."""
+
+    pixel_values: Tensor | None
+    """uint8 [n, 3, height, width], or float already normalised; None on ranks without a tower."""
+
+    sample_ids: tuple[str, ...]
+    """Where the samples came from, one name each, for error messages."""
+
+    @property
+    def num_images(self) -> int:
+        """Images in the micro-batch."""
+        return self.image_starts.numel()
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Positions that have a text loss (reads the tensor: call it on the CPU)."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor | MixedMask)
+        }
+        return replace(self, **moved)

@@ -1,0 +1,173 @@
+"""Positions of the order -> one Batch; a pure function, so it does not matter which thread runs it.
+
+    position -> order -> shards.read -> tokenise -> expand -----+
+                              |                                 +--> collate -> Batch, bad samples
+                              +-------> image bytes -> decode --+
+
+A bad sample is replaced by a placeholder in its slot and returned beside the batch.
+"""
+
+import itertools
+import math
+import threading
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_croc.config.model import MaskType
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.batch import Batch
+from megatron_croc.data.collate import ReadySample, collate, expand_sample, placeholder_sample
+from megatron_croc.data.decode import DecoderName, ImageDecoder, resolve_decoder
+from megatron_croc.data.image_transform import ImageError, ImageTransform
+from megatron_croc.data.order import SampleOrder
+from megatron_croc.data.shards import RawSample, ShardedDataset
+from megatron_croc.data.tokenization import (
+    TokenizedSample,
+    build_tokenizer,
+    check_tokenizer,
+    tokenize_conversation,
+)
+from megatron_croc.log import get_logger
+
+READ_ATTEMPTS = 4
+"""Times a sample is read before an error of the file system is believed."""
+
+FIRST_RETRY_SECONDS = 0.2
+"""Pause before the second attempt; it doubles from there."""
+
+logger = get_logger(__name__)
+
+
+def row_multiple(parallel: ParallelConfig) -> int:
+    """What a packed row's length must be divisible by.
+
+    Context parallelism cuts it into 2 * CP chunks (each rank takes two, for balance); sequence
+    parallelism cuts each rank's share into TP pieces.
+    """
+    cp = parallel.context_parallel_size
+    tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return math.lcm(tp * cp, 2 * cp if cp > 1 else 1)
+
+
+class BatchBuilder:
+    """Reads, tokenises, decodes and packs samples. Threads may share it."""
+
+    def __init__(
+        self,
+        *,
+        run: RunConfig,
+        data_path: Sequence[str],
+        seed: int,
+        shuffle: bool,
+        pad_to_multiple_of: int,
+    ) -> None:
+        """Open the data and the tokenizer.
+
+        Raises:
+            DataError: data or tokenizer missing, damaged or unfit for the model.
+        """
+        vision = run.model.vision_tower
+        self._data = run.data
+        self._vision = vision
+        self._seed = seed
+        self._pad_to_multiple_of = pad_to_multiple_of
+        self._mask_type: MaskType = run.model.attention_mask_type
+        self._replace_ratio = run.model.prompt_pool.replace_ratio if run.reconstructs else None
+        self._dataset = ShardedDataset(data_path)
+        self._order = SampleOrder(len(self._dataset), seed, shuffle=shuffle)
+        self._tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
+        check_tokenizer(
+            self._tokenizer, run.data.conversation_template, run.model.language_model.vocab_size
+        )
+        self._transform = ImageTransform.build(vision, run.data.image_aspect_ratio)
+        self._decoder_name: DecoderName = resolve_decoder(run.data.image_decoder)
+        self._per_thread = threading.local()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return len(self._dataset)
+
+    def build(self, positions: Sequence[int]) -> tuple[Batch, list[BadSampleError]]:
+        """The batch of some positions of the order, and the samples that could not be used.
+
+        Raises:
+            OSError: the file system failed again and again.
+            DataError: a shard is damaged.
+        """
+        slots = [self._order[position] for position in positions]
+        bad: list[BadSampleError] = []
+        prepared: list[tuple[TokenizedSample, list[bytes]]] = []
+        for _, index in slots:
+            try:
+                prepared.append(self._prepare(index))
+            except BadSampleError as error:
+                bad.append(error)
+                prepared.append((placeholder_sample(error.sample_id), []))
+            except Exception:
+                logger.error("sample number %d of data_path ended the loader", index)
+                raise
+
+        # All images of the batch at once: DALI decodes them in parallel with one call.
+        decoded = iter(self._decoder.decode([data for _, images in prepared for data in images]))
+        samples: list[ReadySample] = []
+        for (tokens, images), (epoch, _) in zip(prepared, slots, strict=True):
+            results = [next(decoded) for _ in images]
+            errors = [result for result in results if isinstance(result, ImageError)]
+            pixels = [result for result in results if isinstance(result, Tensor)]
+            if errors:
+                bad.append(BadSampleError(tokens.sample_id, "image", str(errors[0])))
+                tokens, pixels = placeholder_sample(tokens.sample_id), []
+            samples.append(ReadySample(tokens=tokens, epoch=epoch, pixel_values=pixels))
+        size = self._vision.img_size
+        batch = collate(
+            samples,
+            num_visual_tokens=self._vision.num_visual_tokens,
+            mask_type=self._mask_type,
+            pad_to_multiple_of=self._pad_to_multiple_of,
+            seed=self._seed,
+            replace_ratio=self._replace_ratio,
+            image_shape=(3, size, size),
+        )
+        return batch, bad
+
+    def _prepare(self, index: int) -> tuple[TokenizedSample, list[bytes]]:
+        raw = self._read(index)
+        tokens = tokenize_conversation(
+            self._tokenizer,
+            self._data.conversation_template,
+            raw.conversations,
+            num_images=len(raw.image_bytes),
+            sample_id=raw.sample_id,
+        )
+        expanded = expand_sample(
+            tokens,
+            num_visual_tokens=self._vision.num_visual_tokens,
+            seq_length=self._data.seq_length,
+        )
+        return expanded, raw.image_bytes
+
+    def _read(self, index: int) -> RawSample:
+        """Read a sample; a failing file system gets a few chances, a bad sample none."""
+        for attempt in itertools.count(1):
+            try:
+                return self._dataset.read(index)
+            except OSError as error:
+                if attempt == READ_ATTEMPTS:
+                    raise OSError(
+                        error.errno, f"sample number {index}: {attempt} reads failed: {error}"
+                    ) from error
+                logger.warning("reading sample number %d failed, trying again: %s", index, error)
+            time.sleep(FIRST_RETRY_SECONDS * 2 ** (attempt - 1))
+        raise AssertionError("the loop above ends by return or raise")
+
+    @property
+    def _decoder(self) -> ImageDecoder:
+        """This thread's own decoder: a DALI pipeline is not shared."""
+        if not hasattr(self._per_thread, "decoder"):
+            self._per_thread.decoder = ImageDecoder(self._transform, self._decoder_name)
+        return self._per_thread.decoder

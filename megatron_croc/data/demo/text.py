@@ -1,0 +1,139 @@
+"""What the demo data says about its scenes: captions, questions with answers, text without image.
+
+One function per training stage returns LLaVA's messages. All are pure functions of the scene and
+the random generator handed in.
+"""
+
+import random
+from collections.abc import Sequence
+
+from megatron_croc.data.conversation import IMAGE_MARK
+from megatron_croc.data.demo.scenes import COLOURS, SHAPES, Scene, SceneObject
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+CAPTION_REQUESTS = (
+    "Describe the picture in detail.",
+    "What does the picture show? Name every object.",
+    "Give a full description of the picture.",
+)
+SHORT_REQUESTS = ("Describe the picture briefly.", "What is in the picture?")
+
+MIXTURES = (
+    ("red", "yellow", "orange"),
+    ("red", "blue", "purple"),
+    ("blue", "yellow", "green"),
+)
+
+Messages = list[dict[str, str]]
+
+
+def short_caption(scene: Scene, rng: random.Random) -> Messages:
+    """For pretrain_mlp: the objects by colour and shape."""
+    names = [f"a {item.name}" for item in scene.objects]
+    caption = f"{', '.join(names[:-1])} and {names[-1]}"
+    return _as_messages([(_with_mark(rng.choice(SHORT_REQUESTS), rng), caption)])
+
+
+def detailed_caption(scene: Scene, rng: random.Random) -> Messages:
+    """For pretrain_croc: every object with size, colour, shape and position."""
+    sentences = [f"The picture shows {NUMBERS[len(scene.objects)]} objects."]
+    for item in scene.objects:
+        sentences.append(f"A {item.size} {item.name} is {_where(item)}.")
+    sentences.append(f"The background is {scene.background}.")
+    return _as_messages([(_with_mark(rng.choice(CAPTION_REQUESTS), rng), " ".join(sentences))])
+
+
+def questions(scene: Scene, rng: random.Random) -> Messages:
+    """For finetune: two to four questions about one image."""
+    kinds = rng.sample((_count_all, _count_shape, _colour, _position, _exists), rng.randint(2, 4))
+    rounds = [kind(scene, rng) for kind in kinds]
+    rounds[0] = (_with_mark(rounds[0][0], rng), rounds[0][1])
+    return _as_messages(rounds)
+
+
+def comparison(first: Scene, second: Scene, rng: random.Random) -> Messages:
+    """For finetune: a question about two images, then one about one of them."""
+    marks = f"{IMAGE_MARK}\n{IMAGE_MARK}\n"
+    counts = len(first.objects), len(second.objects)
+    more = "both the same" if counts[0] == counts[1] else f"the {_which(counts[1] > counts[0])}"
+    chosen = rng.randrange(2)
+    item = rng.choice((first, second)[chosen].objects)
+    return _as_messages(
+        [
+            (f"{marks}Which picture has more objects?", more),
+            (
+                f"Where is the {item.name} in the {_which(bool(chosen))} picture?",
+                _where(item),
+            ),
+        ]
+    )
+
+
+def text_only(rng: random.Random) -> Messages:
+    """For finetune: questions that need no image."""
+    rounds = []
+    for kind in rng.sample(range(3), 2):
+        if kind == 0:
+            number = rng.randrange(len(NUMBERS) - 1)
+            rounds.append((f"Which number follows {NUMBERS[number]}?", NUMBERS[number + 1]))
+        elif kind == 1:
+            a, b, mixture = rng.choice(MIXTURES)
+            a, b = rng.sample((a, b), 2)
+            rounds.append((f"Which colour do {a} and {b} make?", mixture))
+        else:
+            a, b = rng.sample(range(len(NUMBERS)), 2)
+            question = f"Which number is larger, {NUMBERS[a]} or {NUMBERS[b]}?"
+            rounds.append((question, NUMBERS[max(a, b)]))
+    return _as_messages(rounds)
+
+
+def _where(item: SceneObject) -> str:
+    return f"{'in' if item.position == 'center' else 'at'} the {item.position}"
+
+
+def _which(is_second: bool) -> str:
+    return "second" if is_second else "first"
+
+
+def _as_messages(rounds: Sequence[tuple[str, str]]) -> Messages:
+    return [
+        {"from": role, "value": value}
+        for question_and_answer in rounds
+        for role, value in zip(("human", "gpt"), question_and_answer, strict=True)
+    ]
+
+
+def _with_mark(question: str, rng: random.Random) -> str:
+    """The mark before or after the question, as in LLaVA's data."""
+    if rng.random() < 0.5:
+        return f"{IMAGE_MARK}\n{question}"
+    return f"{question}\n{IMAGE_MARK}"
+
+
+def _count_all(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    return "How many objects are there?", NUMBERS[len(scene.objects)]
+
+
+def _count_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    shape = rng.choice(SHAPES)
+    count = sum(item.shape == shape for item in scene.objects)
+    return f"How many of the objects have the shape of a {shape}?", NUMBERS[count]
+
+
+def _colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.objects)
+    return f"What colour is the object {_where(item)}?", item.colour
+
+
+def _position(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.objects)
+    return f"Where is the {item.name}?", _where(item)
+
+
+def _exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    names = [item.name for item in scene.objects]
+    absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in names]
+    is_there = rng.random() < 0.5
+    name = rng.choice(names if is_there else absent)
+    return f"Is there a {name}?", "yes" if is_there else "no"

@@ -1,0 +1,184 @@
+"""From an image of any shape to img_size x img_size pixels: the geometry, and its oracle in PIL.
+
+    pad      paste on a square of the mean colour -> resize to img_size           (LLaVA's pad)
+    square   resize the short side to img_size    -> crop the centre    (CLIP's own processing)
+
+The resize is bicubic with antialiasing on uint8, as in PIL, which the released code used. Pixels
+stay uint8: a quarter of the bytes to move, and the vision tower normalises on the device.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from megatron_croc.config.model import VisionTowerConfig
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Largest image taken (PIL's own limit, 256 MiB as RGB); a header can claim 65500 x 65500."""
+
+
+class ImageError(ValueError):
+    """An image cannot be decoded; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageHeader:
+    """What an encoded image says of itself, read without decoding it."""
+
+    format: str
+    """PIL's name of the format: JPEG, PNG, ..."""
+
+    mode: str
+    """PIL's pixel mode: RGB, L, P, I;16, ..."""
+
+    width: int
+    """Pixels."""
+
+    height: int
+    """Pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Where an image goes; all pairs are (x, y) in pixels."""
+
+    canvas: tuple[int, int]
+    """Size of the canvas the image is pasted on; the image's own size when nothing is padded."""
+
+    paste: tuple[int, int]
+    """Upper left corner of the image on the canvas."""
+
+    resized: tuple[int, int]
+    """Size the canvas is resized to."""
+
+    crop: tuple[int, int]
+    """Upper left corner of the img_size square that is kept."""
+
+
+def read_header(encoded: bytes) -> ImageHeader:
+    """Format and size of an encoded image.
+
+    Raises:
+        ImageError: not an image, or larger than MAX_IMAGE_PIXELS.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"image too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not an image: {len(encoded)} bytes of no known format") from error
+    except (OSError, ValueError, SyntaxError) as error:  # what PIL's format plugins raise
+        raise ImageError(f"not a readable image: {error}") from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"image of {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read"
+        )
+    return ImageHeader(
+        format=image.format or "", mode=image.mode, width=image.width, height=image.height
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """Size, fit and padding colour; the same for every decoder."""
+
+    img_size: int
+    """Height and width of the result, pixels."""
+
+    aspect_ratio: Literal["pad", "square"]
+    """pad: nothing is cut off. square: what sticks out of the centre square is cut off."""
+
+    fill: tuple[int, int, int]
+    """Colour around a padded image, RGB 0..255."""
+
+    @classmethod
+    def build(
+        cls, vision: VisionTowerConfig, aspect_ratio: Literal["pad", "square"]
+    ) -> "ImageTransform":
+        """The transform of a vision tower; the fill is its mean colour, rounded down."""
+        red, green, blue = (int(mean * 255) for mean in vision.image_mean)
+        return cls(img_size=vision.img_size, aspect_ratio=aspect_ratio, fill=(red, green, blue))
+
+    def geometry(self, width: int, height: int) -> Geometry:
+        """Where an image of this size goes.
+
+        Raises:
+            ImageError: so long and thin that canvas or resized image exceed MAX_IMAGE_PIXELS.
+        """
+        size, long, short = self.img_size, max(width, height), min(width, height)
+        if self.aspect_ratio == "pad":
+            geometry = Geometry(
+                canvas=(long, long),
+                paste=((long - width) // 2, (long - height) // 2),
+                resized=(size, size),
+                crop=(0, 0),
+            )
+        else:
+            resized_long = int(size * long / short)  # rounds down, as in transformers
+            resized = (resized_long, size) if width >= height else (size, resized_long)
+            geometry = Geometry(
+                canvas=(width, height),
+                paste=(0, 0),
+                resized=resized,
+                crop=((resized[0] - size) // 2, (resized[1] - size) // 2),
+            )
+        if max(math.prod(geometry.canvas), math.prod(geometry.resized)) > MAX_IMAGE_PIXELS:
+            raise ImageError(f"image of {width} x {height} pixels is too long and thin")
+        return geometry
+
+    def decode_with_pil(self, encoded: bytes) -> Tensor:
+        """Decode and transform one image, all in PIL: the meaning of every other path.
+
+        Returns:
+            uint8 [3, img_size, img_size].
+
+        Raises:
+            ImageError: unreadable, truncated or too large.
+        """
+        header = read_header(encoded)
+        geometry = self.geometry(header.width, header.height)
+        try:
+            image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ImageError(f"image does not decode: {error}") from error
+        if geometry.canvas != image.size:
+            canvas = Image.new("RGB", geometry.canvas, self.fill)
+            canvas.paste(image, geometry.paste)
+            image = canvas
+        image = image.resize(geometry.resized, Image.Resampling.BICUBIC)
+        left, top = geometry.crop
+        image = image.crop((left, top, left + self.img_size, top + self.img_size))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        """Transform one decoded image: the same in torch, 2 levels from PIL at most, and faster.
+
+        Args:
+            pixels: uint8 [height, width, 3].
+
+        Returns:
+            uint8 [3, img_size, img_size].
+        """
+        height, width, _ = pixels.shape
+        geometry = self.geometry(width, height)
+        if geometry.canvas != (width, height):
+            canvas = torch.tensor(self.fill, dtype=torch.uint8).repeat(*geometry.canvas[::-1], 1)
+            left, top = geometry.paste
+            canvas[top : top + height, left : left + width] = pixels
+            pixels = canvas
+        resized = F.interpolate(
+            pixels.permute(2, 0, 1)[None],
+            size=geometry.resized[::-1],
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        )[0]
+        left, top = geometry.crop
+        return resized[:, top : top + self.img_size, left : left + self.img_size].contiguous()

@@ -1,0 +1,29 @@
+"""Bad samples are counted, judged late, and travel between processes."""
+
+import pickle
+from collections import Counter
+
+import pytest
+
+from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
+from megatron_croc.errors import DataError
+
+BAD = BadSampleError("set/0", "image", "broken")
+
+
+def test_few_samples_are_not_judged():
+    budget = BadSampleBudget(0.01)
+    budget.record(99, [BAD] * 50)
+    with pytest.raises(DataError, match=r"51 of 100 .*image: 51.*max_bad_fraction = 0\.01"):
+        budget.record(1, [BAD])
+
+
+def test_a_small_share_is_put_up_with():
+    budget = BadSampleBudget(0.01)
+    budget.record(200, [BAD, BAD])
+    assert Counter(budget.counts) == {"image": 2}
+
+
+def test_pickles_whole():
+    copy = pickle.loads(pickle.dumps(BAD))
+    assert (copy.sample_id, copy.kind, str(copy)) == ("set/0", "image", str(BAD))

@@ -1,0 +1,89 @@
+"""DALI and PIL give the same pixels, and one broken image harms no other."""
+
+import builtins
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_croc.data.decode import ImageDecoder, resolve_decoder
+from megatron_croc.data.image_transform import ImageError, ImageTransform, read_header
+from megatron_croc.errors import DataError
+
+TRANSFORM = ImageTransform(img_size=56, aspect_ratio="pad", fill=(122, 116, 104))
+
+
+def encoded(image_format, mode="RGB", size=(90, 60)):
+    colours = np.random.default_rng(1).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    buffer = io.BytesIO()
+    (image if mode == "I;16" else image.convert(mode)).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def dali():
+    pytest.importorskip("nvidia.dali")
+    return ImageDecoder(TRANSFORM, "dali")
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode"),
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("PNG", "I;16"),
+        ("WEBP", "RGB"),
+        ("BMP", "RGB"),
+        ("GIF", "P"),
+    ],
+)
+def test_dali_equals_pil(dali, image_format, mode):
+    data = encoded(image_format, mode)
+    (pixels,) = dali.decode([data])
+    assert isinstance(pixels, torch.Tensor)
+    assert pixels.dtype == torch.uint8
+    oracle = TRANSFORM.decode_with_pil(data)
+    assert (pixels.int() - oracle.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("decoder", ["dali", "pil"])
+def test_broken_images_are_alone_in_failing(dali, decoder):
+    images = dali if decoder == "dali" else ImageDecoder(TRANSFORM, "pil")
+    good = [encoded("JPEG", size=(90 + i, 60)) for i in range(40)]
+    alone = [images.decode([data])[0] for data in good]
+    cut = good[1][:-200]  # a sound header: the decoder itself fails
+    read_header(cut)
+    mixed = [good[0], cut, *good[1:20], b"junk", *good[20:]]
+    results = images.decode(mixed)
+    broken = [i for i, result in enumerate(results) if isinstance(result, ImageError)]
+    assert broken == [1, 21]
+    kept = [result for result in results if isinstance(result, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, alone, strict=True))
+
+
+def test_no_images(dali):
+    assert dali.decode([]) == []
+
+
+def test_fallback_without_dali(monkeypatch):
+    real_import = builtins.__import__
+
+    def refuse_dali(name, *args, **kwargs):
+        if name.startswith("nvidia.dali"):
+            raise ImportError("no DALI here")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse_dali)
+    assert resolve_decoder("auto") == "pil"
+    assert resolve_decoder("pil") == "pil"
+    with pytest.raises(DataError, match="image_decoder is dali"):
+        resolve_decoder("dali")
