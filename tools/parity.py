@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the comparison."""
     parser = argparse.ArgumentParser(

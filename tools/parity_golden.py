@@ -1,11 +1,12 @@
 """Compare the training step with a recorded run of the released Croc or ViCToR code.
 
-    CASE.json      configuration ----> RunConfig
-    state*.safetensors --name map----> CrocModel (any TP, PP)
-    CASE.safetensors  ids, labels ---> collate ---> Batch, with the recorded patch draw and pixels
-                      outputs <------- compare ---- hooks, losses, gradients of one real step
+CASE.json      configuration ----> RunConfig
+state*.safetensors --name map----> CrocModel (any TP, PP)
+CASE.safetensors  ids, labels ---> collate ---> Batch, with the recorded patch draw and pixels
+                  outputs <------- compare ---- hooks, losses, gradients of one real step
 """
 
+import itertools
 import json
 import math
 import sys
@@ -28,6 +29,7 @@ from megatron_croc.data.collate import ReadySample, collate, expand_sample
 from megatron_croc.data.tokenization import TokenizedSample
 from megatron_croc.errors import CrocError, DataError
 from megatron_croc.log import rank
+from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.training.build import build_model, wrap_model
 from megatron_croc.training.step import Stepper
@@ -122,7 +124,7 @@ def build_run(case: Case, *, tp: int, pp: int, sequence_parallel: bool) -> RunCo
     llm.add_qkv_bias = "model.layers.0.self_attn.q_proj.bias" in case.state
     scaling = theirs.get("rope_scaling") or {}
     if scaling:
-        llm.rope_scaling_type = scaling.get("rope_type", scaling.get("type"))
+        llm.rope_scaling_type = scaling.get("rope_type") or scaling["type"]
         llm.rope_scaling_factor = scaling["factor"]
     tower = run.model.vision_tower
     is_clip = f"{case.layout.vision_tower}embeddings.class_embedding" in case.state
@@ -163,7 +165,10 @@ def build_batch(case: Case, run: RunConfig) -> Batch:
     size = run.model.vision_tower.img_size
     samples = []
     for number, (ids, labels, real) in enumerate(
-        zip(*(case.tensors[f"in_{k}"] for k in ("input_ids", "labels", "attention_mask")), strict=True)
+        zip(
+            *(case.tensors[f"in_{k}"] for k in ("input_ids", "labels", "attention_mask")),
+            strict=True,
+        )
     ):
         tokens = TokenizedSample(
             sample_id=f"{case.name}[{number}]",
@@ -199,7 +204,7 @@ def build_batch(case: Case, run: RunConfig) -> Batch:
 class Recorder:
     """Keeps what the model's parts compute during one step, on whichever rank that is."""
 
-    def __init__(self, models: Sequence[nn.Module], tp: dist.ProcessGroup) -> None:
+    def __init__(self, models: Sequence[CrocModel], tp: dist.ProcessGroup) -> None:
         """Hook the parts this rank holds."""
         self.seen: dict[str, Tensor] = {}
         self.tp = tp
@@ -276,9 +281,7 @@ def compare_forward(
         what="logits (real tokens)",
         error=relative_error(seen["logits"][:num_real, :vocabulary], reference["logits"][real]),
     )
-    yield Finding(
-        what="text loss", error=abs(losses["text"] / reference["text_loss"].item() - 1.0)
-    )
+    yield Finding(what="text loss", error=abs(losses["text"] / reference["text_loss"].item() - 1.0))
     if not case.has_reconstruction:
         return
     note = SPLIT_IMAGE if case.splits_images else ""
@@ -305,7 +308,7 @@ def _mask_differences(batch: Batch, reference: dict[str, Tensor], real: Tensor) 
     visible = batch.mixed_mask.visible()
     bounds = batch.mixed_mask.cu_seqlens.tolist()
     theirs = torch.zeros_like(visible)
-    for sample, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sample, (begin, end) in enumerate(itertools.pairwise(bounds)):
         rows = real[sample]
         seen = reference["layer_attention_visible"][sample, 0][rows][:, rows]
         theirs[begin:end, begin:end] = seen
@@ -396,11 +399,9 @@ def _run_golden(path: Path, tp: int, pp: int, sequence_parallel: bool, bound: fl
     return report(findings, bound)
 
 
-def gather_gradients(models: list[nn.Module], rules: dict[str, Rule]) -> dict[str, Tensor]:
+def gather_gradients(models: Sequence[CrocModel], rules: dict[str, Rule]) -> dict[str, Tensor]:
     """Gradients of all trained parameters in the reference's names."""
-    return gather_state(
-        models, rules, lambda parameter: getattr(parameter, "main_grad", None)
-    )
+    return gather_state(models, rules, lambda parameter: getattr(parameter, "main_grad", None))
 
 
 def _unused(case: Case, run: RunConfig, used: set[str]) -> list[str]:
@@ -424,9 +425,7 @@ def _report_crash(case: Case, loss: float, gradients: dict[str, Tensor]) -> int:
 def report(findings: list[Finding], bound: float) -> int:
     """Print the comparison, worst gradients last."""
     forward = [f for f in findings if not f.what.startswith("grad ")]
-    gradients = sorted(
-        (f for f in findings if f.what.startswith("grad ")), key=lambda f: -f.error
-    )
+    gradients = sorted((f for f in findings if f.what.startswith("grad ")), key=lambda f: -f.error)
     for finding in forward:
         _print(finding, bound)
     if gradients:

@@ -1,1 +1,1 @@
-
+"""Save, resume, and start from another stage's weights."""

@@ -1,7 +1,7 @@
 """Save, resume, and take weights from another stage, at any parallel layout.
 
-    <save>/iter_0000100/      weights and optimizer (torch_dist), train_state.json, run.yaml
-    <save>/latest_checkpointed_iteration.txt      moved into place last, atomically
+<save>/iter_0000100/      weights and optimizer (torch_dist), train_state.json, run.yaml
+<save>/latest_checkpointed_iteration.txt      moved into place last, atomically
 """
 
 import os
@@ -181,7 +181,11 @@ def load_weights(
     _load_chunks(chunks, loaded, strict=False)
     fresh = sorted({key.split(".")[0] for key in missing})
     log_on_rank_zero(
-        logger, 20, "took weights from %s%s", folder, f"; fresh: {', '.join(fresh)}" if fresh else ""
+        logger,
+        20,
+        "took weights from %s%s",
+        folder,
+        f"; fresh: {', '.join(fresh)}" if fresh else "",
     )
     return folder
 

@@ -1,1 +1,1 @@
-
+"""Hugging Face <-> megatron-core weights."""

@@ -32,6 +32,9 @@ VICTOR = Layout(prompt_pool="model.token_pool", unused=("model.pool_weight.",))
 """deepglint/Victor, as released."""
 
 
+_COPY = Copy()
+
+
 @dataclass(frozen=True)
 class Rule:
     """One megatron tensor and the Hugging Face tensors it is made of."""
@@ -42,7 +45,7 @@ class Rule:
     huggingface: tuple[str, ...]
     """Names in the order `operation` takes them."""
 
-    operation: Operation = Copy()
+    operation: Operation = _COPY
 
     def names(self, layer: int | None) -> tuple[str, ...]:
         """Hugging Face names of one layer."""
@@ -64,9 +67,7 @@ def build_rules(model: CrocModelConfig, layout: Layout) -> dict[str, Rule]:
 
 def _linear(megatron: str, huggingface: str) -> list[Rule]:
     """Weight and bias of the same module."""
-    return [
-        Rule(f"{megatron}.{kind}", (f"{huggingface}.{kind}",)) for kind in ("weight", "bias")
-    ]
+    return [Rule(f"{megatron}.{kind}", (f"{huggingface}.{kind}",)) for kind in ("weight", "bias")]
 
 
 def _language_model(model: CrocModelConfig, layout: Layout) -> list[Rule]:
@@ -96,7 +97,10 @@ def _language_model(model: CrocModelConfig, layout: Layout) -> list[Rule]:
             Stack(),
         ),
         Rule(mlp + "linear_fc2.weight", (theirs + "mlp.down_proj.weight",)),
-        Rule("language_model.decoder.final_layernorm.weight", (layout.language_model + "norm.weight",)),
+        Rule(
+            "language_model.decoder.final_layernorm.weight",
+            (layout.language_model + "norm.weight",),
+        ),
     ]
     if llm.add_qkv_bias:
         rules.append(Rule(attention + "linear_qkv.bias", projections("bias"), qkv))

@@ -10,7 +10,6 @@ from megatron_croc.convert.names import Rule
 from megatron_croc.errors import CheckpointError
 from megatron_croc.model.sharded_weights import Shard, WeightSource, fill_weights, iter_shards
 
-
 _TABLES = (
     "language_model.embedding.word_embeddings.weight",
     "language_model.output_layer.weight",

@@ -1,8 +1,8 @@
 """What the data layer hands to the step: one micro-batch, as one packed row of tokens.
 
-    sample A: text . . [image 0: N tokens] . . text | sample B: text only | ... | padding
-    input_ids   real ids; IMAGE_TOKEN_INDEX at visual positions; pad id in the padding
-    labels      the id each position must predict (already shifted by one); IGNORE_INDEX elsewhere
+sample A: text . . [image 0: N tokens] . . text | sample B: text only | ... | padding
+input_ids   real ids; IMAGE_TOKEN_INDEX at visual positions; pad id in the padding
+labels      the id each position must predict (already shifted by one); IGNORE_INDEX elsewhere
 """
 
 from dataclasses import dataclass, fields, replace

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.model.core_attention import MixedMaskParams
-from megatron_croc.model.language_model import LanguageModel
+from megatron_croc.model.language_model import LanguageModel, LanguageModelOutput
 from megatron_croc.model.projector import Projector
 from megatron_croc.model.prompt_pool import PromptPool, Replacement
 from megatron_croc.model.reconstruction_head import build_reconstruction_head
@@ -185,8 +185,9 @@ class CrocModel(MegatronModule):
         """Pool tokens in place of the chosen visual tokens."""
         if self.prompt_pool is None or visual.shape[0] == 0:
             return visual
-        self.last_replacement = self.prompt_pool(visual, inputs.replaced)
-        return self.last_replacement.embeddings
+        replacement: Replacement = self.prompt_pool(visual, inputs.replaced)
+        self.last_replacement = replacement
+        return replacement.embeddings
 
     def _merge(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
         """Text and visual tokens in one row [T, 1, h], cut over TP under sequence parallelism."""
@@ -199,10 +200,11 @@ class CrocModel(MegatronModule):
             )
         return merged
 
-    def _losses(self, output, inputs: ModelInputs) -> ModelOutput:  # noqa: ANN001
+    def _losses(self, output: LanguageModelOutput, inputs: ModelInputs) -> ModelOutput:
         text_loss_sum = None
         if inputs.labels is not None:
             counted = inputs.labels != IGNORED
+            assert output.token_losses is not None
             text_loss_sum = (output.token_losses * counted).sum()
         reconstruction, loss = None, output.hidden_states.new_zeros((), dtype=torch.float32)
         if self.reconstruction_head is not None:

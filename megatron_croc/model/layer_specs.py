@@ -4,6 +4,8 @@ Norms stand apart from the linear layers here, while Transformer Engine fuses th
 gives both the same names in a checkpoint, so either can load what the other saved.
 """
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,12 +24,9 @@ _TE_KEYS = {
 }
 
 
-def mlp_spec() -> ModuleSpec:
+def mlp_submodules() -> MLPSubmodules:
     """Column-parallel, activation, row-parallel."""
-    return ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 def _layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpec:
@@ -44,10 +43,10 @@ def _layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpe
                     linear_proj=RowParallelLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
             pre_mlp_layernorm=Norm,
-            mlp=mlp_spec(),
-            mlp_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules()),
+            mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
             sharded_state_dict_keys_map=_TE_KEYS,
         ),
     )
@@ -56,7 +55,8 @@ def _layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpe
 def language_model_spec(num_layers: int) -> TransformerBlockSubmodules:
     """Decoder of `num_layers` layers (those of this stage) under the mixed mask, final norm."""
     layer = _layer_spec(MixedMaskAttention, AttnMaskType.causal)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    norm: Any = Norm  # megatron builds it from the class; its annotation knows instances only
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def vision_tower_spec(num_layers: int) -> TransformerBlockSubmodules:

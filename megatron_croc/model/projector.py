@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.model.layer_specs import mlp_spec
+from megatron_croc.model.layer_specs import mlp_submodules
 from megatron_croc.model.transformer_configs import projector_config
 
 
@@ -17,7 +17,7 @@ class Projector(MultimodalProjector):
         """Build the projector, tensor-parallel over the language model's group."""
         super().__init__(
             projector_config(run),
-            mlp_spec().submodules,
+            mlp_submodules(),
             "mlp",
             input_size=run.model.vision_tower.vision_hidden_size,
             tp_group=pg_collection.tp,

@@ -1,15 +1,15 @@
 """The learnable pool, and the replacement of visual tokens by its rows.
 
-    visual_embeddings [n, N, h]        images r, r + tp, r + 2 tp, ... are matched on TP rank r
-        |  rows chosen by `replaced`          |
-        v                                     v
-    cost [n, R, P] (float32) --> assign --> index [n, R] --all-gather--> every TP rank agrees
-        |
-        v
-    visual_embeddings with those rows taken from the pool (which gets their gradient)
+visual_embeddings [n, N, h]        images r, r + tp, r + 2 tp, ... are matched on TP rank r
+    |  rows chosen by `replaced`          |
+    v                                     v
+cost [n, R, P] (float32) --> assign --> index [n, R] --all-gather--> every TP rank agrees
+    |
+    v
+visual_embeddings with those rows taken from the pool (which gets their gradient)
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ class PromptPool(nn.Module):
         """Build the pool; the same on every tensor-parallel rank."""
         super().__init__()
         pool, vision = run.model.prompt_pool, run.model.vision_tower
-        self.assign_mode = pool.assign_mode
+        self.assign_mode: Literal["hungarian", "nearest"] = pool.assign_mode
         self.num_replaced = vision.num_visual_tokens - num_kept(
             vision.num_visual_tokens, pool.replace_ratio
         )

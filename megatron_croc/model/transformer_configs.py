@@ -42,8 +42,8 @@ def _common(run: RunConfig) -> dict:
 def language_model_config(run: RunConfig) -> TransformerConfig:
     """Llama or Qwen2.5 decoder; also the configuration the pipeline schedule reads."""
     model, parallel, training = run.model.language_model, run.parallel, run.training
-    granularity = None if training.recompute_granularity == "none" else (
-        training.recompute_granularity
+    granularity = (
+        None if training.recompute_granularity == "none" else (training.recompute_granularity)
     )
     full = granularity == "full"
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None

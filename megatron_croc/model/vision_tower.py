@@ -19,6 +19,9 @@ class VisionTower(MegatronModule):
     Layers behind the selected one and the final norm do not exist here: they never run.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, run: RunConfig, pg_collection: ProcessGroupCollection) -> None:
         """Build the tower, tensor-parallel over the language model's group."""
         config = vision_tower_config(run)

@@ -1,1 +1,1 @@
-
+"""Tensor functions that know neither megatron nor the configuration."""

@@ -13,8 +13,9 @@ visual, packed and padded masks are all one kind of object, and any backend can 
 Padding rows, at and past cu_seqlens[-1], see only themselves, so a softmax over them is finite.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +33,14 @@ class MixedMask:
     spans: Tensor
     """int32 [m, 2], sorted, disjoint half-open intervals, each inside one sample; m may be 0."""
 
+    bounds: tuple[int, ...]
+    """cu_seqlens as Python integers: to be read on the host without a device sync."""
+
+    span_bounds: tuple[tuple[int, int], ...]
+    """spans as Python integers."""
+
     length: int
-    """Tokens of the row, padding included (a Python int: no device sync to read it)."""
+    """Tokens of the row, padding included."""
 
     max_seqlen: int
     """Length of the longest sample."""
@@ -59,10 +66,10 @@ class MixedMask:
             DataError: boundaries not ascending from 0, or past `length`; a span empty, unsorted,
                 overlapping another or leaving its sample. Names the sample and the values.
         """
-        cu = [int(x) for x in cu_seqlens]
+        cu = tuple(int(x) for x in cu_seqlens)
         length = cu[-1] if length is None else length
-        if len(cu) < 2 or cu[0] != 0 or any(a >= b for a, b in zip(cu, cu[1:], strict=False)):
-            raise DataError(f"cu_seqlens must ascend from 0 without empty samples, got {cu}")
+        if len(cu) < 2 or cu[0] != 0 or any(a >= b for a, b in itertools.pairwise(cu)):
+            raise DataError(f"cu_seqlens must ascend from 0 without empty samples, got {[*cu]}")
         if cu[-1] > length:
             raise DataError(f"cu_seqlens end at {cu[-1]}, past the row's {length} tokens")
         sample, previous_end = 0, 0
@@ -81,14 +88,16 @@ class MixedMask:
         return cls(
             cu_seqlens=torch.tensor(cu, dtype=torch.int32),
             spans=torch.tensor(list(spans), dtype=torch.int32).reshape(-1, 2),
+            bounds=cu,
+            span_bounds=tuple((int(begin), int(end)) for begin, end in spans),
             length=length,
-            max_seqlen=max(b - a for a, b in zip(cu, cu[1:], strict=False)),
+            max_seqlen=max(b - a for a, b in itertools.pairwise(cu)),
         )
 
     @property
     def num_samples(self) -> int:
         """Samples in the row."""
-        return self.cu_seqlens.numel() - 1
+        return len(self.bounds) - 1
 
     @property
     def device(self) -> torch.device:
@@ -97,11 +106,10 @@ class MixedMask:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MixedMask":
         """The same mask on `device`."""
-        return MixedMask(
+        return replace(
+            self,
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             spans=self.spans.to(device, non_blocking=non_blocking),
-            length=self.length,
-            max_seqlen=self.max_seqlen,
         )
 
     def intervals(self) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """From a RunConfig to everything the loop needs."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -40,13 +39,13 @@ class Trainer:
     train_iters: int
 
 
-def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[nn.Module]:
+def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[CrocModel]:
     """This rank's model chunks with fresh weights, frozen as the run says; not wrapped."""
     config = language_model_config(run)
     channel = TargetChannel(pp=pg_collection.pp, ends=pg_collection.embd)
     num_chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
-    chunks: list[nn.Module] = []
+    chunks: list[CrocModel] = []
     for number in range(num_chunks):
         chunk = CrocModel(
             run,
@@ -64,7 +63,7 @@ def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[n
 
 
 def wrap_model(
-    run: RunConfig, models: list[nn.Module], pg_collection: ProcessGroupCollection
+    run: RunConfig, models: list[CrocModel], pg_collection: ProcessGroupCollection
 ) -> list[nn.Module]:
     """DistributedDataParallel around every chunk, and the schedule's hooks on its gradients."""
     ddp_config = DistributedDataParallelConfig(
@@ -101,12 +100,10 @@ def build_trainer(
     """Model, optimizer and schedule; resumed, or started from the stage before."""
     models = build_model(run, pg_collection)
     chunks = wrap_model(run, models, pg_collection)
-    resumes = partial(load_checkpoint, run, chunks, pg_collection=pg_collection)
     optimizer = build_optimizer(run, chunks, pg_collection)
-    optimizer_scale = optimizer.scale_loss
-    models[0].config.grad_scale_func = optimizer_scale  # type: ignore[union-attr]
+    models[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = build_scheduler(run, optimizer, train_iters)
-    state = resumes(optimizer)
+    state = load_checkpoint(run, chunks, optimizer, pg_collection)
     if state is None:
         state = TrainState(stage=run.stage)
         if run.checkpoint.pretrained_checkpoint is not None:

@@ -1,8 +1,8 @@
 """What one optimizer step did: sums collected where they arise, reduced once per step.
 
-    first stage: replaced tokens, their distance, pool rows used
-    last stage:  text and reconstruction loss              } one all-reduce over all ranks
-    any stage:   tokens, images, samples, operations
+first stage: replaced tokens, their distance, pool rows used
+last stage:  text and reconstruction loss              } one all-reduce over all ranks
+any stage:   tokens, images, samples, operations
 """
 
 from dataclasses import dataclass, field

@@ -69,9 +69,11 @@ def _overrides(run: RunConfig) -> dict:
             "lr_mult": 1.0 + number,
         }
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda param: param.ndim == 1)
-    overrides[ParamKey(name=("*.bias", "*prompt_pool.*"), predicate=one_dimensional)] = {
-        "wd_mult": 0.0
-    }
+    for not_decayed in (
+        ParamKey(predicate=one_dimensional),
+        ParamKey(name="*module.prompt_pool.*"),
+    ):
+        overrides[not_decayed] = {"wd_mult": 0.0}
     return overrides
 
 

@@ -127,7 +127,7 @@ class Reporter:
             self.wandb.finish()
 
 
-def _open_tensorboard(folder: str):  # noqa: ANN202
+def _open_tensorboard(folder: str):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -14,7 +14,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from megatron_croc.config.run import RunConfig
@@ -73,7 +72,7 @@ class Stepper:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         optimizer.zero_grad()
         totals = self.forward_backward(batches)
-        _, grad_norm, _ = optimizer.step()
+        _, grad_norm, _ = optimizer.step()  # type: ignore[misc]
         scheduler.step(increment=self.run.training.global_batch_size)
         return totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
 
@@ -176,8 +175,12 @@ def _micro_batch_denominators(
     hidden_size = run.model.language_model.hidden_size
     labelled = (inputs.labels >= 0).sum().double().clamp(min=1.0)
     elements = labelled.new_tensor(max(inputs.replaced.numel() * hidden_size, 1))
-    return Denominators(text=labelled * num_microbatches, reconstruction=elements * num_microbatches)
+    return Denominators(
+        text=labelled * num_microbatches, reconstruction=elements * num_microbatches
+    )
 
 
 def _unwrap(chunk: nn.Module) -> CrocModel:
-    return get_attr_wrapped_model(chunk, "target_channel", allow_none=True, return_model_obj=True)
+    model = chunk.module if hasattr(chunk, "ddp_config") else chunk
+    assert isinstance(model, CrocModel)
+    return model

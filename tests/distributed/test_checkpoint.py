@@ -125,5 +125,7 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) -> No
 def test_another_architecture_is_refused_by_key_and_shape(tmp_path: Path) -> None:
     save = str(tmp_path / "mlp")
     run_distributed(start_stage, 1, "pretrain_mlp", {}, "", save)
-    with pytest.raises(AssertionError, match=r"linear_fc1\.weight: .*another architecture|CheckpointError"):
+    with pytest.raises(
+        AssertionError, match=r"linear_fc1\.weight: .*another architecture|CheckpointError"
+    ):
         run_distributed(start_stage, 1, "pretrain_croc", {"ffn_hidden_size": 128}, save, None)

@@ -20,9 +20,7 @@ def train_few_steps(stage: str, changes: dict, images: tuple[int, ...], steps: i
     trainer = build_trainer(run, pg, train_iters=10)
     rows = []
     for step in range(steps):
-        batches = make_step(
-            run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=images
-        )
+        batches = make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=images)
         metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
         rows.append(
             {

@@ -56,7 +56,7 @@ def make_sample(run: RunConfig, number: int, num_images: int) -> dict:
     return {
         "id": f"sample-{number}",
         "ids": ids,
-        "labels": labels[1:] + [IGNORE_INDEX],
+        "labels": [*labels[1:], IGNORE_INDEX],
         "starts": starts,
         "first_label": first_label,
         "pixels": torch.from_numpy(pixels),

@@ -30,8 +30,7 @@ def choose_backend(name: str = "auto") -> str:
         return next(candidate for candidate in _PREFERENCE if candidate in _BACKENDS)
     if name not in _BACKENDS:
         raise ConfigError(
-            f"--attention-backend {name} is not known; choose auto or one of "
-            f"{', '.join(_BACKENDS)}"
+            f"--attention-backend {name} is not known; choose auto or one of {', '.join(_BACKENDS)}"
         )
     return name
 

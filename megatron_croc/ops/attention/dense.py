@@ -1,4 +1,4 @@
-"""The readable reference: scaled-dot-product attention with the dense mask."""
+"""The readable reference: scaled-dot-product attention with each sample's dense mask."""
 
 import torch
 from torch import Tensor
@@ -10,25 +10,38 @@ from megatron_croc.ops.mixed_mask import MixedMask
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: MixedMask, *, softmax_scale: float
 ) -> Tensor:
-    """softmax(scale * Q K^T + mask) V over one packed row. See `attend` for the shapes."""
+    """softmax(scale * Q K^T + mask) V, one sample after the other. See `attend` for the shapes."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, d]
-    out = scaled_dot_product_attention(
-        q, k, v, attn_mask=_visible_cached(mask), scale=softmax_scale
-    )
-    return out.squeeze(0).transpose(0, 1).contiguous()
+    outputs = []
+    blocks = zip(mask.bounds, mask.bounds[1:], _sample_masks(mask), strict=False)
+    for begin, end, visible in blocks:
+        q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=softmax_scale
+        )
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    outputs.append(torch.zeros_like(query[mask.bounds[-1] :]))
+    return torch.cat(outputs)
 
 
-_last: tuple[MixedMask, Tensor] | None = None
+_latest: tuple[MixedMask, list[Tensor | None]] | None = None
 
 
-def _visible_cached(mask: MixedMask) -> Tensor:
-    """The dense mask of the latest row: all layers of one forward pass share it."""
-    global _last
-    if _last is None or _last[0] is not mask:
-        _last = (mask, mask.visible())
-    return _last[1]
+def _sample_masks(mask: MixedMask) -> list[Tensor | None]:
+    """Each sample's dense mask, None where it is causal; all layers of a pass share them."""
+    global _latest
+    if _latest is None or _latest[0] is not mask:
+        _latest = (mask, [_sample_mask(mask, sample) for sample in range(mask.num_samples)])
+    return _latest[1]
+
+
+def _sample_mask(mask: MixedMask, sample: int) -> Tensor | None:
+    begin, end = mask.bounds[sample : sample + 2]
+    spans = [(b - begin, e - begin) for b, e in mask.span_bounds if begin <= b < end]
+    if not spans:
+        return None
+    return MixedMask.build([0, end - begin], spans).to(mask.device).visible()
 
 
 def attend_full(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float) -> Tensor:
