@@ -13,6 +13,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """Processes that torchrun started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @functools.cache
 def _root() -> logging.Logger:
     """The project's logger: one handler on stdout, apart from the root logger of the process."""

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointError
 
 from megatron_croc.checkpoint.state import (
     LATEST_FILE,
@@ -195,6 +196,9 @@ def _load(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(content, str(folder))  # type: ignore[return-value]
     except (CheckpointingException, KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    except TorchCheckpointError as error:  # a BaseException; the same one on every rank
+        causes = {f"{type(e).__name__}: {e}".split("\n")[0] for e, _ in error.failures.values()}
+        raise CheckpointError(f"{folder} cannot be read: {'; '.join(sorted(causes))}") from error
 
 
 def _load_chunks(

@@ -1,6 +1,7 @@
 """Train: torchrun --nproc-per-node 8 -m megatron_croc.cli.train --recipe croc_7b/pretrain_croc ...
 
-Every fault of the configuration is reported at once, before anything is loaded.
+Every fault of the configuration is reported at once, and data and tokenizer are opened, before
+anything is built.
 """
 
 import sys
@@ -8,33 +9,39 @@ from collections.abc import Sequence
 
 from megatron_croc.cli.arguments import parse_run
 from megatron_croc.config.checks import check_run
+from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
-from megatron_croc.log import rank
+from megatron_croc.log import rank, world_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 after a fault the user can mend."""
     try:
-        run = parse_run(argv, prog="megatron_croc.cli.train")
-        from megatron_croc.parallel.groups import stop_distributed, world_size_from_env
+        run = _checked_run(argv)
+    except CrocError as error:
+        if rank() == 0:  # every rank found the same
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    from megatron_croc.parallel.groups import stop_distributed
+    from megatron_croc.training.loop import train
 
-        check_run(run, world_size_from_env(), for_training=True)
-        from megatron_croc.training.loop import train
-
+    try:
         train(run)
     except CrocError as error:
-        if rank() == 0 or not _is_same_everywhere(error):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error on rank {rank()}: {error}", file=sys.stderr)
         return 1
     stop_distributed()
     return 0
 
 
-def _is_same_everywhere(error: CrocError) -> bool:
-    """Faults of the configuration are found on every rank; one of them may speak."""
-    from megatron_croc.errors import ConfigError
+def _checked_run(argv: Sequence[str] | None) -> RunConfig:
+    """The run, once everything that can be known beforehand is known to be right."""
+    run = parse_run(argv, prog="megatron_croc.cli.train")
+    check_run(run, world_size(), for_training=True)
+    from megatron_croc.data.loader import check_data
 
-    return isinstance(error, ConfigError)
+    check_data(run)
+    return run
 
 
 if __name__ == "__main__":

@@ -132,13 +132,10 @@ def _optimizer_faults(run: RunConfig) -> Iterator[str]:
                 f"{name}={rates[name]} for a part that {flag} keeps from training: "
                 f"set {name} to none, or unset {flag}"
             )
-    if optimizer.overlap_param_gather:
-        for name, is_set in {
-            "overlap_grad_reduce": optimizer.overlap_grad_reduce,
-            "use_distributed_optimizer": optimizer.use_distributed_optimizer,
-        }.items():
-            if not is_set:
-                yield f"overlap_param_gather needs {name}: set it, or unset overlap_param_gather"
+    if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
+        yield "overlap_param_gather needs overlap_grad_reduce: set both or neither"
+    if not optimizer.use_distributed_optimizer:
+        yield "use_distributed_optimizer=False: there is no other optimizer here; leave it on"
 
 
 def _croc_faults(run: RunConfig) -> Iterator[str]:

@@ -102,7 +102,7 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
 
     use_distributed_optimizer: bool = True
-    """Cut optimizer state over the data-parallel ranks."""
+    """Cut optimizer state over the data-parallel ranks; always on, the flag is megatron's."""
 
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""

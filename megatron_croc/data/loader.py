@@ -165,6 +165,25 @@ class MicroBatchLoader(Iterator[Batch]):
         self.close()
 
 
+def check_data(run: RunConfig) -> None:
+    """Open everything a run will read, before anything expensive is built.
+
+    Raises:
+        DataError: data or tokenizer missing, damaged or unfit for the model.
+    """
+    folders = [run.data.data_path]
+    if run.training.eval_interval:
+        folders.append(run.data.valid_data_path)
+    for data_path in folders:
+        BatchBuilder(
+            run=run,
+            data_path=data_path,
+            seed=run.training.seed,
+            shuffle=False,
+            pad_to_multiple_of=row_multiple(run.parallel),
+        )
+
+
 def build_train_loader(
     run: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int
 ) -> MicroBatchLoader:

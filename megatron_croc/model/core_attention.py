@@ -9,8 +9,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from megatron_croc.ops.attention import attend
-from megatron_croc.ops.attention.dense import attend_full
+from megatron_croc.ops.attention.dense import attend_full, attend_rows
 from megatron_croc.ops.mixed_mask import MixedMask
+from megatron_croc.parallel.context import (
+    gather_sequence,
+    heads_to_sequence,
+    local_positions,
+    sequence_to_heads,
+)
 
 
 @dataclass
@@ -46,6 +52,8 @@ class _CoreAttention(nn.Module):
         super().__init__()
         assert attention_type == "self" and config.kv_channels is not None
         assert config.attention_dropout == 0.0, "attention dropout is not part of this model"
+        assert pg_collection is not None
+        self.cp = pg_collection.cp
         self.softmax_scale = softmax_scale or config.kv_channels**-0.5
 
 
@@ -65,17 +73,28 @@ class MixedMaskAttention(_CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: MixedMaskParams | None = None,
     ) -> Tensor:
-        """[s, 1, H, d], [s, 1, G, d], [s, 1, G, d] -> [s, 1, H * d]; heads are this rank's."""
+        """[s, 1, H, d], [s, 1, G, d], [s, 1, G, d] -> [s, 1, H * d].
+
+        Heads are this tensor-parallel rank's, rows this context-parallel rank's.
+        """
         assert packed_seq_params is not None and packed_seq_params.mixed_mask is not None
-        out = attend(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            packed_seq_params.mixed_mask,
-            softmax_scale=self.softmax_scale,
-            backend=self.backend,
-        )
+        mask = packed_seq_params.mixed_mask
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        heads_divide = k.shape[1] % self.cp.size() == 0
+        out = (self._over_heads if heads_divide else self._over_rows)(q, k, v, mask)
         return out.reshape(out.shape[0], 1, -1)
+
+    def _over_heads(self, query: Tensor, key: Tensor, value: Tensor, mask: MixedMask) -> Tensor:
+        """Context parallel by all-to-all: the whole row, for this rank's share of the heads."""
+        q, k, v = (sequence_to_heads(x, self.cp) for x in (query, key, value))
+        out = attend(q, k, v, mask, softmax_scale=self.softmax_scale, backend=self.backend)
+        return heads_to_sequence(out, self.cp)
+
+    def _over_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: MixedMask) -> Tensor:
+        """Context parallel by gathering keys and values: all heads, for this rank's rows."""
+        k, v = gather_sequence(key, self.cp), gather_sequence(value, self.cp)
+        rows = local_positions(mask.length, self.cp, query.device)
+        return attend_rows(query, k, v, mask, rows, softmax_scale=self.softmax_scale)
 
 
 class FullAttention(_CoreAttention):

@@ -12,6 +12,7 @@ no rank waits for a gradient that never comes.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from megatron.core import tensor_parallel
@@ -35,7 +36,10 @@ from megatron_croc.model.token_merge import (
 from megatron_croc.model.vision_tower import VisionTower
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.ops.reconstruction_loss import reconstruction_loss_sum
+from megatron_croc.parallel.context import gather_sequence, split_sequence
 from megatron_croc.parallel.target_channel import TargetChannel
+
+_PerImage = TypeVar("_PerImage", Tensor, tuple[int, ...])
 
 IGNORED = -100
 """Label of a position without a text loss."""
@@ -72,19 +76,19 @@ class ModelOutput:
     """What the last pipeline stage returns. Losses are sums; the caller divides by counts."""
 
     text_loss_sum: Tensor | None
-    """float32 scalar over the labelled positions; None without labels."""
+    """float32 scalar over this CP rank's labelled positions; None without labels."""
 
     reconstruction_loss_sum: Tensor
-    """float32 scalar over every element of every visual token; 0 outside pretrain_croc."""
+    """float32 scalar over every element of this CP rank's images; 0 outside pretrain_croc."""
 
     logits: Tensor | None = None
     """[T, vocabulary of this TP rank], without labels."""
 
     hidden_states: Tensor | None = None
-    """[T, 1, h] (this rank's part under sequence parallelism), after the final norm."""
+    """[T, 1, h] (this rank's part under CP and SP), after the final norm."""
 
     reconstruction: Tensor | None = None
-    """[n, N, h], the head's output."""
+    """[n, N, h], the head's output for this CP rank's images."""
 
 
 class CrocModel(MegatronModule):
@@ -147,20 +151,23 @@ class CrocModel(MegatronModule):
         if self.pre_process:
             visual, nothing = self._embed_images(inputs)
             if self.target_channel is not None and self.run.reconstructs:
-                self.target_channel.put(visual.detach())
+                self.target_channel.put(self._own_images(visual.detach()))
             visual = self._replace(visual, inputs)
             decoder_input = self._merge(visual, inputs) + nothing
+        labels = inputs.labels
+        if labels is not None:
+            labels = split_sequence(labels, self.pg_collection.cp)
         output = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
-            labels=None if inputs.labels is None else inputs.labels.unsqueeze(0),
+            labels=None if labels is None else labels.unsqueeze(0),
             packed_seq_params=MixedMaskParams.of(inputs.mixed_mask),
         )
         if not self.post_process:
             return output
-        return self._losses(output, inputs)
+        return self._losses(output, labels, inputs)
 
     def _embed_images(self, inputs: ModelInputs) -> tuple[Tensor, Tensor | float]:
         """visual_embeddings [n, N, h], and a zero that ties a dummy image into the graph."""
@@ -190,20 +197,23 @@ class CrocModel(MegatronModule):
         return replacement.embeddings
 
     def _merge(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
-        """Text and visual tokens in one row [T, 1, h], cut over TP under sequence parallelism."""
+        """Text and visual tokens in one row [T, 1, h], this rank's part under CP and SP."""
         text = self.language_model.embed_text(inputs.input_ids)
         positions = visual_positions(inputs.image_starts, self.num_visual_tokens)
         merged = merge_visual_tokens(text, visual, positions)
+        merged = split_sequence(merged, self.pg_collection.cp)
         if self.config.sequence_parallel:
             merged = tensor_parallel.scatter_to_sequence_parallel_region(
                 merged, group=self.pg_collection.tp
             )
         return merged
 
-    def _losses(self, output: LanguageModelOutput, inputs: ModelInputs) -> ModelOutput:
+    def _losses(
+        self, output: LanguageModelOutput, labels: Tensor | None, inputs: ModelInputs
+    ) -> ModelOutput:
         text_loss_sum = None
-        if inputs.labels is not None:
-            counted = inputs.labels != IGNORED
+        if labels is not None:
+            counted = labels != IGNORED
             assert output.token_losses is not None
             text_loss_sum = (output.token_losses * counted).sum()
         reconstruction, loss = None, output.hidden_states.new_zeros((), dtype=torch.float32)
@@ -218,7 +228,10 @@ class CrocModel(MegatronModule):
         )
 
     def _reconstruct(self, hidden_states: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-        """Head and loss over all visual positions, not only the replaced ones."""
+        """Head and loss over all visual positions, not only the replaced ones.
+
+        Under context parallelism every rank does this for its share of the images.
+        """
         assert self.reconstruction_head is not None and self.target_channel is not None
         if self.config.sequence_parallel:
             # Every rank runs the whole head, so each already holds the whole gradient: give back
@@ -226,17 +239,25 @@ class CrocModel(MegatronModule):
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        positions = visual_positions(inputs.image_starts, self.num_visual_tokens)
-        tokens = take_visual_tokens(hidden_states, positions)
+        hidden_states = gather_sequence(hidden_states, self.pg_collection.cp)
+        starts = self._own_images(inputs.image_starts)
+        tokens = take_visual_tokens(hidden_states, visual_positions(starts, self.num_visual_tokens))
         target = self.target_channel.get(
             tuple(tokens.shape), dtype=tokens.dtype, device=tokens.device
         )
         if tokens.shape[0] == 0:
             dummy = tokens.new_zeros(1, *tokens.shape[1:])
-            return tokens, 0.0 * self.reconstruction_head(dummy).float().sum()
-        prediction = self.reconstruction_head(tokens, inputs.image_seeds or None)
+            nothing = self.reconstruction_head(dummy).float().sum() + hidden_states.float().sum()
+            return tokens, 0.0 * nothing
+        seeds = tuple(self._own_images(inputs.image_seeds))
+        prediction = self.reconstruction_head(tokens, seeds or None)
         beta = self.run.model.reconstruction.smooth_l1_beta
         return prediction, reconstruction_loss_sum(prediction, target, beta=beta)
+
+    def _own_images(self, per_image: _PerImage) -> _PerImage:
+        """The images this context-parallel rank reconstructs."""
+        cp = self.pg_collection.cp
+        return per_image[cp.rank() :: cp.size()]
 
     # What megatron-core's schedules and gradient finalisation ask of a model.
 

@@ -65,8 +65,6 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int) -> MemoryEstima
     per_parameter = _MAIN_AND_MOMENTS if run.training.bf16 else _MOMENTS
     # The distributed optimizer also spreads over context-parallel ranks, which hold equal weights.
     spread = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
-    if not run.optimizer.use_distributed_optimizer:
-        spread = 1
     is_first, is_last = stage == 0, stage == _num_stages(run) - 1
     activations = _decoder_activations(run, world_size, stage)
     if is_first:

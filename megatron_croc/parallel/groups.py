@@ -9,12 +9,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.errors import ConfigError
+from megatron_croc.log import world_size
 from megatron_croc.parallel import device
-
-
-def world_size_from_env() -> int:
-    """Processes that torchrun started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
@@ -30,16 +26,16 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
     Raises:
         ConfigError: the world cannot be cut that way.
     """
-    world_size = world_size_from_env()
-    if world_size % config.model_parallel_size:
+    processes = world_size()
+    if processes % config.model_parallel_size:
         raise ConfigError(
-            f"{world_size} processes cannot be cut into copies of "
+            f"{processes} processes cannot be cut into copies of "
             f"tensor {config.tensor_model_parallel_size} x pipeline "
             f"{config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
     if not dist.is_initialized():
-        _start_torch(config, world_size)
+        _start_torch(config, processes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -51,12 +47,12 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def _start_torch(config: ParallelConfig, world_size: int) -> None:
+def _start_torch(config: ParallelConfig, processes: int) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    os.environ.setdefault("MASTER_PORT", "0" if processes == 1 else "29500")
     device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    if world_size == 1:
+    if processes == 1:
         dist.init_process_group(
             device.distributed_backend(),
             store=dist.HashStore(),

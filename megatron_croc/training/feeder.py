@@ -3,8 +3,8 @@
     loader (first rank of each replica)
         | next() x num_microbatches
         v
-    tokens, masks, counts --broadcast--> all tensor- and pipeline-parallel ranks of the replica
-    pixels (uint8)        --broadcast--> tensor-parallel ranks of the first stage only
+    tokens, masks, counts --broadcast--> all ranks of the replica
+    pixels (uint8)        --broadcast--> context- and tensor-parallel ranks of the first stage only
 
 Because everyone holds all micro-batches of the step up front, the losses' global denominators are
 known before the first forward pass, and no collective for data runs inside the pipeline schedule.
@@ -13,6 +13,7 @@ known before the first forward pass, and no collective for data runs inside the 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -57,7 +58,7 @@ class Feeder:
             except Exception as exception:  # re-raised below, everywhere
                 error = exception
         bare = [replace(batch, pixel_values=None) for batch in batches]
-        bare, error = broadcast_object((bare, error), self.pg.mp)
+        bare, error = self._share((bare, error))
         if error is not None:
             raise error
         if self.pg.pp.rank() == 0:
@@ -65,10 +66,18 @@ class Feeder:
             bare = [self._with_pixels(b, p) for b, p in zip(bare, pixels, strict=True)]
         return bare
 
+    def _share(self, value: Any) -> Any:
+        """The replica's first rank's value on all its ranks: over CP, then over TP and PP."""
+        if is_source(self.pg.mp):
+            value = broadcast_object(value, self.pg.cp)
+        return broadcast_object(value, self.pg.mp)
+
     def _with_pixels(self, batch: Batch, pixels: torch.Tensor | None) -> Batch:
         shape = (batch.num_images, 3, self.img_size, self.img_size)
-        shared = broadcast_tensor(pixels, shape, dtype=torch.uint8, group=self.pg.tp)
-        return replace(batch, pixel_values=shared)
+        if is_source(self.pg.tp):
+            pixels = broadcast_tensor(pixels, shape, dtype=torch.uint8, group=self.pg.cp)
+        pixels = broadcast_tensor(pixels, shape, dtype=torch.uint8, group=self.pg.tp)
+        return replace(batch, pixel_values=pixels)
 
 
 @contextmanager
@@ -88,7 +97,7 @@ def open_feeder(
     """
     dp = pg_collection.dp
     loader = None
-    if is_source(pg_collection.mp):
+    if is_source(pg_collection.mp) and is_source(pg_collection.cp):
         loader = build_loader(run, dp_rank=dp.rank(), dp_size=dp.size(), **position)
     samples_per_pass = run.training.micro_batch_size * dp.size()
     try:

@@ -5,7 +5,8 @@ import time
 from megatron_croc.checkpoint.sharded import save_checkpoint
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
-from megatron_croc.parallel.groups import start_distributed, world_size_from_env
+from megatron_croc.log import world_size
+from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.build import Trainer, build_trainer
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.feeder import open_feeder
@@ -17,7 +18,7 @@ def train(run: RunConfig) -> Trainer:
     """Train from the start (or where the run stopped) to the end; returns the trained state."""
     pg = start_distributed(run.parallel, seed=run.training.seed)
     trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run))
-    reporter = Reporter(run, train_iters=trainer.train_iters, world_size=world_size_from_env())
+    reporter = Reporter(run, train_iters=trainer.train_iters, world_size=world_size())
     state, last = trainer.state, trainer.train_iters
 
     def due(interval: int) -> bool:

@@ -111,11 +111,11 @@ class StepTotals:
     ) -> StepMetrics:
         """Sum over all ranks; every rank gets the same metrics."""
         sums = torch.zeros(8, dtype=torch.float64, device=current_device())
-        is_one_of_replica = self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0
-        if is_one_of_replica:
-            for part in self.losses:
+        if self.pg.tp.rank() == 0:
+            for part in self.losses:  # context-parallel ranks hold shares of them
                 sums[0] += part["text"].double()
                 sums[1] += part["reconstruction"].double()
+        if self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0:
             if self.distance_sum is not None:
                 sums[2] = self.distance_sum
                 sums[3] = self.num_replaced

@@ -67,13 +67,11 @@ def _overrides(run: RunConfig) -> dict:
             "max_lr": peak,
             "min_lr": end,
             "lr_mult": 1.0 + number,
+            # Equal keys overwrite each other: the pool's decay stands here, not in one of its own.
+            **({"wd_mult": 0.0} if part == "prompt_pool" else {}),
         }
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda param: param.ndim == 1)
-    for not_decayed in (
-        ParamKey(predicate=one_dimensional),
-        ParamKey(name="*module.prompt_pool.*"),
-    ):
-        overrides[not_decayed] = {"wd_mult": 0.0}
+    overrides[ParamKey(predicate=one_dimensional)] = {"wd_mult": 0.0}
     return overrides
 
 

@@ -40,6 +40,11 @@ LAYOUTS = {
     "tp2+sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_model_parallel_size=2)),
     "dp2": (2, {}),
+    "cp2": (2, dict(context_parallel_size=2)),
+    "pp2+vpp2": (
+        2,
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
 }
 
 

@@ -44,6 +44,38 @@ def _sample_mask(mask: MixedMask, sample: int) -> Tensor | None:
     return MixedMask.build([0, end - begin], spans).to(mask.device).visible()
 
 
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MixedMask,
+    rows: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """Attention of some rows of the packed row to all of it.
+
+    Args:
+        query: [R, H, d], the rows `rows` (int64 [R]) of the packed row.
+        key: [T, G, d].
+        value: [T, G, d].
+        mask: of length T.
+        rows: positions of the queries.
+        softmax_scale: factor of the scores.
+
+    Returns:
+        [R, H, d].
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    start, end = (x[rows] for x in mask.intervals())
+    position = torch.arange(mask.length, device=query.device)
+    visible = (position >= start[:, None]) & (position < end[:, None])
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale)
+    return out.squeeze(0).transpose(0, 1)
+
+
 def attend_full(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float) -> Tensor:
     """Unmasked attention of a batch of equal rows: [s, b, H, d] each, out alike."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, H, s, d]

@@ -19,8 +19,6 @@ def test_weights_and_optimizer_by_hand():
     assert memory.weights == 2 * (trained + 290_909_184)
     assert memory.gradients == 4 * trained
     assert memory.optimizer == 12 * trained / 8
-    run.optimizer.use_distributed_optimizer = False
-    assert largest(run).optimizer == 12 * trained
     # One layer keeps 4 h + 4 h + 3 ffn values of 2 bytes for each token.
     decoder = 32 * 4096 * 2 * (8 * 4096 + 3 * 11008)
     assert decoder < memory.activations < 1.05 * decoder

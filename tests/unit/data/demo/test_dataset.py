@@ -7,8 +7,8 @@ import random
 import pytest
 from PIL import Image
 
-from megatron_croc.data.demo import text as demo_text
 from megatron_croc.data.conversation import check_conversation
+from megatron_croc.data.demo import text as demo_text
 from megatron_croc.data.demo.dataset import (
     VOCAB_SIZE,
     train_tokenizer,

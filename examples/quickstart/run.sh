@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Croc's three stages on two processes of one machine, from raw images to a report.
+# Usage: examples/quickstart/run.sh [FOLDER]      (default runs/quickstart)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+OUT=${1:-runs/quickstart}
+DEMO=$OUT/demo
+export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+rm -rf "$OUT"/pretrain_mlp "$OUT"/pretrain_croc "$OUT"/finetune
+
+# 1. Data: made-up scenes as a LLaVA JSON + images, then shards; your own data takes the same way.
+python tools/make_demo_data.py --out "$DEMO" --workers 2
+for name in {,valid_}{pretrain_mlp,pretrain_croc,finetune}; do
+    python tools/preprocess_data.py --input "$DEMO/$name.json" --image-folder "$DEMO/images" \
+        --output "$DEMO/shards/$name" --samples-per-shard 1000 --workers 2
+done
+
+# 2. Training: each stage starts from the one before, and each is cut another way.
+train() {
+    local stage=$1
+    shift
+    torchrun --standalone --nproc-per-node 2 -m megatron_croc.cli.train \
+        --recipe "tiny/$stage" \
+        --data-path "$DEMO/shards/$stage" \
+        --valid-data-path "$DEMO/shards/valid_$stage" \
+        --tokenizer-model "$DEMO/tokenizer.model" \
+        --save "$OUT/$stage" --eval-interval 25 --eval-iters 2 --log-interval 5 "$@"
+}
+train pretrain_mlp --train-iters 50                                       # data parallel 2
+train pretrain_croc --train-iters 100 --tensor-model-parallel-size 2 \
+    --pretrained-checkpoint "$OUT/pretrain_mlp"
+train finetune --train-iters 100 --pipeline-model-parallel-size 2 \
+    --pretrained-checkpoint "$OUT/pretrain_croc"
+
+# 3. What happened, in pictures.
+python tools/report.py "$OUT"
