@@ -53,7 +53,7 @@ class Reporter:
             )
 
     def add_step(self, iteration: int, metrics: StepMetrics, *, waited: float) -> None:
-        """Note one training step; a line is written every log_interval steps and at the end."""
+        """Note one training step; every log_interval steps a line with the losses' means is written."""
         self.interval.append(metrics)
         self.waited += waited
         if iteration % self.run.logging.log_interval and iteration != self.train_iters:
@@ -85,9 +85,9 @@ class Reporter:
         samples = sum(s.num_samples for s in steps)
         row = {
             "iteration": iteration,
-            "loss": last["loss"],
-            "text_loss": last["text_loss"],
-            "reconstruction_loss": last["reconstruction_loss"],
+            "loss": _mean(steps, "loss"),
+            "text_loss": _mean(steps, "text_loss"),
+            "reconstruction_loss": _mean(steps, "reconstruction_loss"),
             "grad_norm": last["grad_norm"],
             "matched_distance": last["matched_distance"],
             "pool_usage": last["pool_usage"],
@@ -95,6 +95,7 @@ class Reporter:
             "seconds_per_step": elapsed / len(steps),
             "samples_per_second": samples / elapsed,
             "tokens_per_second": total["num_tokens"] / elapsed,
+            "world_size": self.world_size,
             "tflops_per_device": total["flops"] / elapsed / self.world_size / 1e12,
             "data_wait_share": self.waited / elapsed,
             **{f"lr/{part}": rate for part, rate in rates.items()},
@@ -125,6 +126,11 @@ class Reporter:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _mean(steps: list[StepMetrics], name: str) -> float | None:
+    values = [value for step in steps if (value := getattr(step, name)) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _open_tensorboard(folder: str):

@@ -4,7 +4,7 @@ Losses are sums. Each is divided by its own count over the whole global batch, s
 nor any gradient depends on how the batch is cut into micro-batches and ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,13 +65,20 @@ class Stepper:
         batches: list[Batch],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        *,
+        on_gradients: Callable[[], None] | None = None,
     ) -> StepMetrics:
-        """Forward, backward, update; metrics of the whole global batch."""
+        """Forward, backward, update; metrics of the whole global batch.
+
+        `on_gradients` is called between backward and update, when gradients are reduced.
+        """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         optimizer.zero_grad()
         totals = self.forward_backward(batches)
+        if on_gradients is not None:
+            on_gradients()
         _, grad_norm, _ = optimizer.step()  # type: ignore[misc]
         scheduler.step(increment=self.run.training.global_batch_size)
         return totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)

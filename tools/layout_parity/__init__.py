@@ -1,0 +1,1 @@
+"""Does the parallel layout change the numbers? The parts of `tools/parity.py layouts`."""

@@ -1,0 +1,79 @@
+"""The command line of `parity.py layouts`, and its self-test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from layout_parity.layout import Layout, every_layout
+from megatron_croc.cli.arguments import parse_command, run_parser
+from megatron_croc.config.base import raise_faults
+from megatron_croc.config.checks import find_faults
+from megatron_croc.config.run import RunConfig
+from megatron_croc.errors import ConfigError
+
+DEFAULT_LAYOUTS = "tp2 tp2+sp pp2 pp2+vpp2 cp2 dp2"
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Parse, check every layout before one is started, then compare; or do a worker's part."""
+    parser = run_parser(prog="parity.py layouts", description=__doc__ or "")
+    parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help="tp2+sp pp2 ..., or allN")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
+    parser.add_argument("--out", type=Path, default=Path("runs/parity"), help="for the results")
+    parser.add_argument("--self-test", action="store_true", help="plant faults; all must be seen")
+    parser.add_argument("--plant", help="a fault of layout_parity.faults to plant in the layouts")
+    parser.add_argument("--worker", help="set by this tool: the layout of this process")
+    parser.add_argument("--worker-folder", type=Path, help="set by this tool")
+    options, run = parse_command(parser, words)
+    if options.worker is not None:
+        return _work(run, options.worker, options.steps, options.worker_folder, options.plant)
+
+    chosen = _parse_layouts(options.layouts)
+    raise_faults(
+        [
+            f"layout {layout.name}: {fault}"
+            for layout in [Layout(name="one"), *chosen]
+            for fault in find_faults(layout.apply(run), layout.world_size)
+        ]
+    )
+    from layout_parity.launch import compare_layouts
+
+    dtype = "bf16" if run.training.bf16 else "fp32"
+    if options.self_test:
+        return _self_test(words, dtype=dtype, out=options.out)
+    return compare_layouts(chosen, words, dtype=dtype, out=options.out, fault=options.plant)
+
+
+def _parse_layouts(words: str) -> list[Layout]:
+    if words.startswith("all") and words[3:].isdigit():
+        return every_layout(int(words[3:]))
+    layouts = [Layout.parse(word) for word in words.split()]
+    if not layouts:
+        raise ConfigError('--layouts is empty; name some, as in "tp2 pp2+vpp2", or all4')
+    return layouts
+
+
+def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
+    """One process of one layout."""
+    from layout_parity.faults import FAULTS
+    from layout_parity.observe import work
+
+    layout = Layout(name="one") if name == "one" else Layout.parse(name)
+    run = layout.apply(run)
+    if fault is not None:
+        FAULTS[fault][0](run)
+    work(run, steps, folder)
+    return 0
+
+
+def _self_test(words: Sequence[str], *, dtype: str, out: Path) -> int:
+    """Plant each known fault; 0 when every one is reported."""
+    from layout_parity.faults import FAULTS
+    from layout_parity.launch import compare_layouts
+
+    missed = []
+    for name, (_, layout) in FAULTS.items():
+        print(f"planted: {name}")
+        if compare_layouts([Layout.parse(layout)], words, dtype=dtype, out=out, fault=name) == 0:
+            missed.append(name)
+    print(f"MISSED: {', '.join(missed)}" if missed else f"all {len(FAULTS)} faults were seen")
+    return int(bool(missed))

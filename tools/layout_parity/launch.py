@@ -1,0 +1,89 @@
+"""Run every layout on its own processes and compare it with one process."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from layout_parity.compare import BOUNDS, HEAD, Difference, compare, row
+from layout_parity.layout import Layout
+from layout_parity.observe import Observation, assemble
+from layout_parity.picture import draw
+from megatron_croc.errors import CrocError
+
+ONE = Layout(name="one")
+"""The single process everything is compared with."""
+
+
+def launch(layout: Layout, arguments: Sequence[str], *, fault: str | None = None) -> Observation:
+    """Start this tool's worker on the layout's processes and put its results together.
+
+    Raises:
+        CrocError: a worker failed; its output has been printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="layout-parity-") as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(layout.world_size), sys.argv[0], "layouts", *arguments]
+        command += ["--worker", layout.name, "--worker-folder", folder]
+        command += ["--plant", fault] if fault else []
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+        if done.returncode:
+            print(done.stdout[-3000:], done.stderr[-6000:], sep="\n", file=sys.stderr)
+            raise CrocError(f"layout {layout.name}: a worker failed, see above")
+        ranks = [
+            # Written a moment ago by our own workers, in a folder only we can write to.
+            torch.load(Path(folder) / f"rank{number}.pt", weights_only=False)
+            for number in range(layout.world_size)
+        ]
+    return assemble(ranks)
+
+
+def compare_layouts(
+    layouts: Sequence[Layout],
+    arguments: Sequence[str],
+    *,
+    dtype: str,
+    out: Path,
+    fault: str | None = None,
+) -> int:
+    """Compare every layout with one process, write JSON and a picture; 1 when any differs."""
+    bounds = BOUNDS[dtype]
+    out.mkdir(parents=True, exist_ok=True)
+    reference = launch(ONE, arguments)
+    differences: list[Difference] = []
+    costs: list[dict] = [_cost(ONE, reference)]
+    print(HEAD)
+    for layout in layouts:
+        ours = launch(layout, arguments, fault=fault)
+        differences.append(compare(layout.name, ours, reference))
+        costs.append(_cost(layout, ours))
+        print(row(differences[-1], bounds), flush=True)
+    result = {
+        "bounds": bounds,
+        "reference": reference.steps,
+        "layouts": [asdict(difference) for difference in differences],
+        "costs": costs,
+    }
+    (out / "layouts.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(differences, out / "layouts.png", bound=bounds["gradient"])
+    print(f"wrote {out / 'layouts.json'} and {out / 'layouts.png'}")
+    failed = [d.layout for d in differences if d.failures(bounds)]
+    print(f"FAILED: {', '.join(failed)}" if failed else f"PASSED: {len(differences)} layouts")
+    return int(bool(failed))
+
+
+def _cost(layout: Layout, observation: Observation) -> dict:
+    return {
+        "layout": layout.name,
+        "processes": layout.world_size,
+        "seconds_per_step": observation.seconds_per_step,
+        "peak_bytes_of_a_rank": observation.peak_bytes,
+        "steps": observation.steps,
+    }

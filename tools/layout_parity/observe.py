@@ -1,0 +1,162 @@
+"""Train some steps and keep what parallelism must not change; runs on every rank of a layout.
+
+Every rank keeps its own pieces of every gradient and weight; `assemble` puts them together.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.loader import build_train_loader
+from megatron_croc.data.synthetic import make_step
+from megatron_croc.log import rank
+from megatron_croc.model.sharded_weights import iter_shards
+from megatron_croc.parallel.device import max_memory_allocated, synchronize
+from megatron_croc.parallel.groups import start_distributed
+from megatron_croc.training.build import Trainer, build_trainer
+from megatron_croc.training.feeder import open_feeder
+
+Pieces = list[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]
+"""Global name, whole shape, block, and the block's numbers."""
+
+
+@dataclass(kw_only=True)
+class RankObservation:
+    """What one rank saw."""
+
+    steps: list[dict[str, float]]
+    gradients: Pieces
+    weights: Pieces
+    seconds_per_step: float
+    peak_bytes: int
+
+
+@dataclass(kw_only=True)
+class Observation:
+    """What a layout did: every step's losses, whole tensors by global name, and its cost."""
+
+    steps: list[dict[str, float]]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    seconds_per_step: float
+    peak_bytes: int
+
+
+def observe(run: RunConfig, steps: int) -> RankObservation:
+    """Train `steps` steps; gradients are those of the first, weights those after the last."""
+    pg = start_distributed(run.parallel, seed=run.training.seed)
+    trainer = build_trainer(run, pg, train_iters=max(steps, 2))
+    # Warm-up starts at a rate of 0; begin where a step moves the weights.
+    trainer.scheduler.step(increment=run.training.global_batch_size)
+    rows: list[dict[str, float]] = []
+    gradients: Pieces = []
+
+    def keep_gradients() -> None:
+        if not gradients:
+            gather_gradient_shards(trainer)
+            gradients.extend(_pieces(trainer, lambda p: getattr(p, "main_grad", None)))
+
+    times: list[float] = []
+    for batches in _batches(trainer, steps):
+        started = time.perf_counter()
+        metrics = trainer.stepper.train(
+            batches, trainer.optimizer, trainer.scheduler, on_gradients=keep_gradients
+        )
+        synchronize()
+        times.append(time.perf_counter() - started)
+        rows.append(
+            {
+                "text_loss": metrics.text_loss,
+                "reconstruction_loss": metrics.reconstruction_loss or 0.0,
+                "grad_norm": metrics.grad_norm or 0.0,
+            }
+        )
+    for chunk in trainer.chunks:
+        if run.optimizer.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+    peak = max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return RankObservation(
+        steps=rows,
+        gradients=gradients,
+        weights=_pieces(trainer, lambda p: p),
+        seconds_per_step=sum(times[1:]) / max(len(times) - 1, 1),
+        peak_bytes=peak,
+    )
+
+
+def _batches(trainer: Trainer, steps: int) -> Any:
+    """The same global batches at every layout: read from data, or made of numbers."""
+    run, pg = trainer.run, trainer.pg_collection
+    if run.data.data_path:
+        with open_feeder(run, pg, build_train_loader, consumed_samples=0) as feeder:
+            for _ in range(steps):
+                yield feeder.next_step()
+        return
+    for step in range(steps):
+        yield make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size())
+
+
+def gather_gradient_shards(trainer: Trainer) -> None:
+    """Fill every rank's gradient buffers: after reduction each holds its own shard only."""
+    for chunk in trainer.chunks:
+        buffers: Any = chunk.buffers  # of DistributedDataParallel, not torch's
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+            group = bucket.data_parallel_group if hasattr(bucket, "data_parallel_group") else None
+            group = group or trainer.pg_collection.dp_cp
+            shards = list(bucket.grad_data.chunk(group.size()))
+            gathered = [torch.empty_like(shard) for shard in shards]
+            dist.all_gather(gathered, shards[group.rank()].clone(), group=group)
+            for shard, whole in zip(shards, gathered, strict=True):
+                shard.copy_(whole)
+
+
+def _pieces(trainer: Trainer, pick: Any) -> Pieces:
+    models: list[nn.Module] = [chunk.module for chunk in trainer.chunks]  # type: ignore[misc]
+    return [
+        (shard.name, shard.shape, shard.block, shard.data.detach().float().cpu().clone())
+        for model in models
+        for shard in iter_shards(model, pick)
+    ]
+
+
+def assemble(ranks: list[RankObservation]) -> Observation:
+    """Whole tensors from all ranks' pieces. Replicas must agree; the largest gap is kept."""
+    return Observation(
+        steps=ranks[0].steps,
+        gradients=_whole([rank.gradients for rank in ranks]),
+        weights=_whole([rank.weights for rank in ranks]),
+        seconds_per_step=max(rank.seconds_per_step for rank in ranks),
+        peak_bytes=max(rank.peak_bytes for rank in ranks),
+    )
+
+
+def _whole(pieces_of_ranks: list[Pieces]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    filled: dict[str, Tensor] = {}
+    for pieces in pieces_of_ranks:
+        for name, shape, block, data in pieces:
+            tensor = whole.setdefault(name, torch.zeros(shape))
+            seen = filled.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+            differs = seen[block] & (tensor[block] != data)
+            if differs.any() and not torch.allclose(tensor[block], data, rtol=1e-3, atol=1e-7):
+                tensor[block] = float(
+                    "nan"
+                )  # replicas that drifted apart are an error by themselves
+                continue
+            tensor[block] = data
+            seen[block] = True
+    return whole
+
+
+def work(run: RunConfig, steps: int, folder: Path) -> None:
+    """A worker's life: observe, and leave the result in `folder`."""
+    observation = observe(run, steps)
+    torch.save(observation, folder / f"rank{rank()}.pt")
+    dist.barrier()

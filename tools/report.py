@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Show what a run of the three stages learned: one HTML page with curves, masks and pool tokens.
+
+    python tools/report.py RUN_DIR [--stages pretrain_mlp pretrain_croc finetune] [--images 4]
+
+RUN_DIR holds one folder per stage, each the --save folder of its training. Call it from the folder
+training was started in, since run.yaml remembers data paths as they were given. Writes
+RUN_DIR/report/report.html, readable on its own, and its pictures as PNG files beside it.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from run_report.page import Section, write_page
+from run_report.stages import (
+    StageRun,
+    as_text,
+    check_files,
+    load_stage,
+    loss_table,
+    optimizer_table,
+)
+
+from megatron_croc.errors import CrocError
+
+STAGES = ("pretrain_mlp", "pretrain_croc", "finetune")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="holds a folder per stage")
+    parser.add_argument("--stages", nargs="+", default=STAGES, help="folders to report, in order")
+    parser.add_argument("--images", type=int, default=4, help="held-out images to show")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report; 1 after a fault the user can mend."""
+    arguments = parse_arguments(argv)
+    # What libraries say about optional packages and their own plans is not this tool's to repeat.
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    try:
+        stages = [load_stage(arguments.run_dir, name) for name in arguments.stages]
+        for stage in (stages[-1], pool_stage(stages)):
+            if stage is not None:
+                check_files(stage)
+        print(as_text(loss_table(stages)), flush=True)
+        page = write_report(arguments.run_dir, stages, num_images=max(1, arguments.images))
+    except CrocError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("error: matplotlib is not installed: pip install -e '.[dev]'", file=sys.stderr)
+        return 1
+    print(f"report: {page}")
+    return 0
+
+
+def write_report(run_dir: Path, stages: Sequence[StageRun], *, num_images: int) -> Path:
+    """Draw everything into RUN_DIR/report; returns the page's path."""
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    sections = [curve_section(stages, folder), mask_section(stages, folder)]
+    sections += pool_sections(stages, folder, num_images)
+    page = folder / "report.html"
+    write_page(
+        page,
+        title="Croc, three stages: what was learned",
+        lead=f"Run `{run_dir.resolve().name}`: {', '.join(stage.name for stage in stages)}. "
+        "Every number and picture comes from the metrics, the checkpoints and the held-out data.",
+        sections=sections,
+    )
+    return page
+
+
+def curve_section(stages: Sequence[StageRun], folder: Path) -> Section:
+    """Losses and what the optimizer did."""
+    from run_report.curve_figures import draw_losses, draw_optimization, draw_pool_training
+
+    pictures = [
+        draw_losses(stages, folder / "losses.png"),
+        draw_optimization(stages, folder / "optimization.png"),
+        draw_pool_training(stages, folder / "pool_training.png"),
+    ]
+    return Section(
+        title="Training",
+        paragraphs=[
+            "First and last value of each loss (first: at the first line of the log), and the "
+            "median throughput. Each stage starts from the weights of the one before it, and may "
+            "run at another layout: TP cuts every layer, PP the stack of layers, DP the batch.",
+        ],
+        tables=[loss_table(stages), optimizer_table(stages)],
+        pictures=[picture for picture in pictures if picture is not None],
+    )
+
+
+def mask_section(stages: Sequence[StageRun], folder: Path) -> Section:
+    """The three masks on one packed row."""
+    from run_report.heldout import build_masked_row
+    from run_report.mask_figures import draw_masks
+
+    # The last stage has the most varied samples: several images, or none.
+    row = build_masked_row(stages[-1].run)
+    used = "; ".join(f"{s.name} used `{s.run.model.attention_mask_type}`" for s in stages)
+    return Section(
+        title="Attention masks",
+        paragraphs=[
+            "Several samples share one row of tokens, and none sees another. `causal`: every token "
+            "sees itself and what is before it. `prefix`: all that stands before a sample's first "
+            "answer sees each other. `visual`: the tokens of one image see each other; text stays "
+            f"causal. Here {used}.",
+            "The row is made of held-out samples by the code that feeds training, and padded more "
+            "than in training, so that padding can be seen: such a token sees itself alone.",
+        ],
+        pictures=[draw_masks(row, folder / "masks.png")],
+    )
+
+
+def pool_sections(stages: Sequence[StageRun], folder: Path, num_images: int) -> list[Section]:
+    """What the pool tokens do; nothing when no stage has them."""
+    stage = pool_stage(stages)
+    if stage is None:
+        print("no stage with a prompt pool among --stages: images and pool are left out")
+        return []
+    from run_report.image_figures import draw_images
+    from run_report.observations import observe
+    from run_report.pool_figures import NUM_PATCHES, draw_strips, draw_usage
+
+    seen = observe(stage)
+    pool = stage.run.model.prompt_pool
+    used = int((seen.counts > 0).sum())
+    replaced = f"{float(seen.similarity[seen.replaced].mean()):.3f}"
+    kept = f"{float(seen.similarity[~seen.replaced].mean()):.3f}"
+    baseline = f"{float(seen.baseline[seen.replaced].mean()):.3f}"
+    images = Section(
+        title="Replaced tokens and their reconstruction",
+        paragraphs=[
+            f"Each held-out image becomes {seen.grid} x {seen.grid} visual tokens; "
+            f"{pool.replace_ratio:.0%} of them are replaced by rows of the pool "
+            f"(`{pool.assign_mode}` matching) before the language model reads them. From its "
+            "hidden states the head rebuilds every original token, replaced or not. A pool row has "
+            "the same colour and number in every image.",
+            f"Mean cosine similarity over {len(seen.pixels)} held-out images: "
+            f"{replaced} for replaced tokens, {kept} for kept ones. To compare: a head that always "
+            f"answered with the average token of the position would reach {baseline} on the "
+            "replaced ones.",
+        ],
+        pictures=[draw_images(seen, num_images, folder / "images.png")],
+    )
+    print(
+        f"pool: {used} of {pool.pool_size} rows matched over {len(seen.pixels)} held-out images; "
+        f"similarity of the rebuilt tokens {replaced} replaced, {kept} kept ({baseline} by the "
+        "average token)"
+    )
+    usage = Section(
+        title="The pool of prompt tokens",
+        paragraphs=[
+            f"{used} of {pool.pool_size} rows ({used / pool.pool_size:.1%}) were matched at least "
+            f"once over {len(seen.pixels)} held-out images. `hungarian` matching gives a row to "
+            "one token of an image at most, `nearest` to any number.",
+            "A pool drawn with `pool_init: randn` has rows much longer than the visual tokens, "
+            "whose length is 1: mostly the shortest rows are used, and the image only decides "
+            "which token gets which of them. With `pool_init: unit` all rows start at length 1; "
+            f"this run used `{pool.pool_init}`.",
+            "Below, what the most used rows were matched with: where in the image, the mean of all "
+            f"patches, and {NUM_PATCHES} patches spread evenly over the held-out images.",
+        ],
+        pictures=[
+            draw_usage(seen, folder / "pool_usage.png"),
+            draw_strips(seen, folder / "pool_patches.png"),
+        ],
+    )
+    return [images, usage]
+
+
+def pool_stage(stages: Sequence[StageRun]) -> StageRun | None:
+    """The stage that has a prompt pool, if any."""
+    return next((stage for stage in stages if stage.run.reconstructs), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
