@@ -62,7 +62,7 @@ def golden(words: list[str]) -> int:
         launcher += ["--nproc-per-node", str(world_size), __file__, "golden", *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         return subprocess.run(launcher, env=environment, check=False).returncode
-    from parity_golden import run_golden
+    from golden_parity.run import run_golden
 
     return run_golden(
         options.case,

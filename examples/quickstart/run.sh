@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 
 OUT=${1:-runs/quickstart}
 DEMO=$OUT/demo
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+export OMP_NUM_THREADS=1
 rm -rf "$OUT"/pretrain_mlp "$OUT"/pretrain_croc "$OUT"/finetune
 
 # 1. Data: made-up scenes as a LLaVA JSON + images, then shards; your own data takes the same way.

@@ -146,7 +146,7 @@ def _on_cpu(factory, cpu: torch.device):
 
 
 def quiet_megatron() -> None:
-    """Silence megatron-core's notes on absent apex and Transformer Engine, several on every rank."""
+    """Silence megatron-core's notes on absent apex and Transformer Engine on every rank."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
     # megatron 0.16 calls collectives by names that torch 2.13 has just renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")

@@ -15,8 +15,10 @@ from torch import Tensor
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.model.flops import Work, count_flops
+from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import Replacement
 from megatron_croc.parallel.device import current_device
+from megatron_croc.training.optimizer import part_of_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class StepMetrics:
     """Norm of the whole gradient before clipping; None in validation."""
 
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Of each trained part."""
+    """Of each trained part, as this step used them."""
 
 
 class StepTotals:
@@ -153,9 +155,6 @@ class StepTotals:
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:
-    from megatron_croc.model.parameters import trained_parts
-    from megatron_croc.training.optimizer import part_of_group
-
     trained = trained_parts(run)
     rates = {part_of_group(group): float(group["lr"]) for group in param_groups}
     return {part: rate for part, rate in rates.items() if part in trained}

@@ -53,7 +53,7 @@ class Reporter:
             )
 
     def add_step(self, iteration: int, metrics: StepMetrics, *, waited: float) -> None:
-        """Note one training step; every log_interval steps a line with the losses' means is written."""
+        """Note one training step; every log_interval steps a line with mean losses is written."""
         self.interval.append(metrics)
         self.waited += waited
         if iteration % self.run.logging.log_interval and iteration != self.train_iters:

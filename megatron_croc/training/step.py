@@ -80,8 +80,9 @@ class Stepper:
         if on_gradients is not None:
             on_gradients()
         _, grad_norm, _ = optimizer.step()  # type: ignore[misc]
+        metrics = totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
         scheduler.step(increment=self.run.training.global_batch_size)
-        return totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
+        return metrics
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> StepMetrics:

@@ -1,0 +1,225 @@
+"""Which checkpoint is taken, and what is said when none can be."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_croc.checkpoint.state import (
+    LATEST_FILE,
+    STATE_FILE,
+    TrainState,
+    iteration_folder,
+    latest_checkpoint,
+)
+from megatron_croc.errors import CheckpointError
+from tests.support.synthetic import tiny_run
+
+
+def make_checkpoint(root: Path, iteration: int) -> Path:
+    """A folder that looks complete from outside."""
+    folder = iteration_folder(root, iteration)
+    folder.mkdir(parents=True)
+    TrainState(iteration=iteration, consumed_samples=8 * iteration, stage="finetune").save(folder)
+    return folder
+
+
+def test_the_tracker_decides(tmp_path: Path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    folders = {n: make_checkpoint(tmp_path, n) for n in (100, 2000)}
+    assert folders[100].name == "iter_0000100"  # as Megatron-LM names it
+    assert latest_checkpoint(tmp_path) is None  # nothing was published
+    (tmp_path / LATEST_FILE).write_text("100\n")
+    assert latest_checkpoint(str(tmp_path)) == folders[100]
+    (tmp_path / LATEST_FILE).write_text("2000")
+    assert latest_checkpoint(tmp_path) == folders[2000]
+
+
+def test_a_checkpoint_may_be_named_itself(tmp_path: Path):
+    folder = make_checkpoint(tmp_path, 7)
+    (tmp_path / LATEST_FILE).write_text("9\n")
+    assert latest_checkpoint(folder) == folder
+    other = tmp_path / "release"
+    shutil.copytree(folder, other)
+    (tmp_path / LATEST_FILE).write_text("release\n")
+    assert latest_checkpoint(tmp_path) == other
+
+
+def test_a_tracker_that_names_a_missing_folder_is_an_error(tmp_path: Path):
+    (tmp_path / LATEST_FILE).write_text("100\n")
+    with pytest.raises(CheckpointError, match=r"names iter_0000100, which is not a complete"):
+        latest_checkpoint(tmp_path)
+    iteration_folder(tmp_path, 100).mkdir()  # half copied: weights without the state
+    with pytest.raises(CheckpointError, match="iter_0000100"):
+        latest_checkpoint(tmp_path)
+
+
+def test_the_state_comes_back(tmp_path: Path):
+    folder = make_checkpoint(tmp_path, 5)
+    state = TrainState.load(folder)
+    assert (state.iteration, state.consumed_samples, state.stage) == (5, 40, "finetune")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"iteration": 1, "surprise": 2}', None])
+def test_an_unreadable_state_is_named(tmp_path: Path, content):
+    folder = make_checkpoint(tmp_path, 5)
+    if content is None:
+        (folder / STATE_FILE).unlink()
+    else:
+        (folder / STATE_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"iter_0000005.*train_state\.json.*--load"):
+        TrainState.load(folder)
+
+
+# Below: real checkpoints of a tiny model, written and read in this process.
+
+
+def trainer_of(run, pg_collection):
+    from megatron_croc.training.build import build_trainer
+
+    return build_trainer(run, pg_collection, train_iters=10)
+
+
+def save(trainer, pg_collection, iteration: int) -> Path:
+    from megatron_croc.checkpoint.sharded import save_checkpoint
+
+    trainer.state.iteration = iteration
+    trainer.state.consumed_samples = 8 * iteration
+    return save_checkpoint(
+        trainer.run, trainer.state, trainer.chunks, trainer.optimizer, pg_collection
+    )
+
+
+def shift_weights(trainer) -> None:
+    with torch.no_grad():
+        for parameter in trainer.chunks[0].module.parameters():
+            parameter.add_(0.5)
+    trainer.optimizer.reload_model_params()
+
+
+def first_weight(trainer) -> float:
+    return trainer.chunks[0].module.projector.encoder.linear_fc1.weight.flatten()[0].item()
+
+
+@pytest.fixture
+def saved(pg_collection, tmp_path: Path):
+    """A run with one checkpoint, at iteration 3."""
+    root = tmp_path / "checkpoints"
+    run = tiny_run("finetune", save=str(root), load=str(root))
+    trainer = trainer_of(run, pg_collection)
+    save(trainer, pg_collection, 3)
+    return trainer, root
+
+
+def test_what_a_save_leaves_behind(saved):
+    _, root = saved
+    assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
+    assert (root / LATEST_FILE).read_text() == "3\n"
+    folder = root / "iter_0000003"
+    assert json.loads((folder / STATE_FILE).read_text())["stage"] == "finetune"
+    assert "finetune" in (folder / "run.yaml").read_text()
+    assert (folder / "metadata.json").exists()  # torch_dist, as Megatron reads it
+
+
+def test_a_half_written_checkpoint_is_never_taken(saved, pg_collection, monkeypatch):
+    from megatron.core import dist_checkpointing
+
+    trainer, root = saved
+    before = first_weight(trainer)
+    shift_weights(trainer)
+    real = dist_checkpointing.save
+
+    def die_after_writing(content, folder, strategy):
+        real(content, folder, strategy)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dist_checkpointing, "save", die_after_writing)
+        with pytest.raises(OSError, match="no space"):
+            save(trainer, pg_collection, 4)
+    assert (root / "iter_0000004.incomplete").exists()
+    assert latest_checkpoint(root) == root / "iter_0000003"
+    resumed = trainer_of(trainer.run, pg_collection)
+    assert resumed.state.iteration == 3 and first_weight(resumed) == before
+    # The next attempt clears what the failed one left.
+    save(trainer, pg_collection, 4)
+    assert sorted(os.listdir(root)) == ["iter_0000003", "iter_0000004", LATEST_FILE]
+    assert first_weight(trainer_of(trainer.run, pg_collection)) == first_weight(trainer) != before
+
+
+def test_a_death_between_the_two_moves_keeps_the_old_one(saved, pg_collection, monkeypatch):
+    trainer, root = saved
+    real = os.replace
+
+    def die_at_the_tracker(source, target):
+        if Path(target).name == LATEST_FILE:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_croc.checkpoint.sharded.os.replace", die_at_the_tracker)
+        with pytest.raises(KeyboardInterrupt):
+            save(trainer, pg_collection, 4)
+    assert latest_checkpoint(root) == root / "iter_0000003"
+    save(trainer, pg_collection, 4)
+    assert latest_checkpoint(root) == root / "iter_0000004"
+
+
+def test_another_stage_is_refused_with_the_way_out(saved, pg_collection):
+    _, root = saved
+    with pytest.raises(CheckpointError) as error:
+        trainer_of(tiny_run("pretrain_croc", load=str(root)), pg_collection)
+    message = str(error.value)
+    assert "iter_0000003" in message and "finetune" in message and "pretrain_croc" in message
+    assert f"--pretrained-checkpoint {root}" in message
+
+
+def test_another_architecture_is_refused_by_key_and_both_shapes(saved, pg_collection):
+    _, root = saved
+    for name in ("load", "pretrained_checkpoint"):
+        run = tiny_run("finetune", hidden_size=128, **{name: str(root)})
+        with pytest.raises(CheckpointError) as error:
+            trainer_of(run, pg_collection)
+        message = str(error.value)
+        assert "another architecture" in message and "run.yaml" in message
+        key = "language_model.decoder.final_layernorm.weight"
+        assert f"{key}: (64,) there, (128,) needed" in message
+        assert "... and " in message and len(message.splitlines()) < 10
+
+
+def test_nothing_to_resume_from_starts_fresh(pg_collection, tmp_path: Path):
+    run = tiny_run("finetune", load=str(tmp_path / "empty"))
+    assert trainer_of(run, pg_collection).state.iteration == 0
+
+
+def test_a_folder_without_a_checkpoint_is_not_the_stage_before(pg_collection, tmp_path: Path):
+    run = tiny_run("finetune", pretrained_checkpoint=str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=rf"--pretrained-checkpoint {tmp_path}: no checkpoint"
+    ):
+        trainer_of(run, pg_collection)
+
+
+@pytest.mark.parametrize("name", ["load", "pretrained_checkpoint"])
+@pytest.mark.parametrize("damage", ["no weights", "no metadata", "torn", "lost file"])
+def test_a_damaged_checkpoint_is_named(saved, pg_collection, name, damage):
+    _, root = saved
+    folder = root / "iter_0000003"
+    (shard,) = folder.glob("*.distcp")
+    if damage == "no weights":
+        for path in folder.iterdir():
+            if path.name != STATE_FILE:
+                path.unlink()
+    elif damage == "no metadata":
+        (folder / ".metadata").unlink()
+    elif damage == "torn":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    else:
+        shard.unlink()
+    with pytest.raises(CheckpointError, match="iter_0000003") as error:
+        trainer_of(tiny_run("finetune", **{name: str(root)}), pg_collection)
+    assert len(str(error.value).splitlines()) == 1

@@ -1,0 +1,182 @@
+"""Intervals and dense mask against the definition, spelled out pair by pair."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from megatron_croc.data.collate import ReadySample, collate
+from megatron_croc.data.tokenization import TokenizedSample
+from megatron_croc.errors import DataError
+from megatron_croc.ops.mixed_mask import MixedMask
+
+# A row: samples of pieces (length, whether it is a span), and padding. Neighbouring pieces that
+# are both spans touch; a piece of length 1 is a span of one token.
+piece = st.tuples(st.integers(1, 5), st.booleans())
+rows = st.tuples(
+    st.lists(st.lists(piece, min_size=1, max_size=5), min_size=1, max_size=4), st.integers(0, 6)
+)
+
+
+def lay_out(samples, padding):
+    """(cu_seqlens, spans, length) of a row."""
+    cu, spans, position = [0], [], 0
+    for pieces in samples:
+        for length, is_span in pieces:
+            if is_span:
+                spans.append((position, position + length))
+            position += length
+        cu.append(position)
+    return cu, spans, position + padding
+
+
+def defined_visible(cu, spans, length):
+    """May row q look at key k? The documented rule and nothing else."""
+    sample_of, span_of = [None] * length, [None] * length
+    for number, (begin, end) in enumerate(pairwise(cu)):
+        sample_of[begin:end] = [number] * (end - begin)
+    for number, (begin, end) in enumerate(spans):
+        span_of[begin:end] = [number] * (end - begin)
+
+    def sees(q, k):
+        if sample_of[q] is None:  # padding looks at itself
+            return k == q
+        if sample_of[q] != sample_of[k]:
+            return False
+        return k <= q or (span_of[q] is not None and span_of[q] == span_of[k])
+
+    return torch.tensor([[sees(q, k) for k in range(length)] for q in range(length)])
+
+
+@given(rows)
+@settings(max_examples=150, deadline=None)
+def test_visible_is_the_definition(row):
+    cu, spans, length = lay_out(*row)
+    mask = MixedMask.build(cu, spans, length=length)
+    assert torch.equal(mask.visible(), defined_visible(cu, spans, length))
+    assert mask.num_samples == len(row[0])
+    assert mask.max_seqlen == max(sum(n for n, _ in pieces) for pieces in row[0])
+
+
+@given(rows)
+@settings(max_examples=100, deadline=None)
+def test_intervals_ascend_and_hold_every_visible_key(row):
+    cu, spans, length = lay_out(*row)
+    start, end = MixedMask.build(cu, spans, length=length).intervals()
+    assert start.shape == end.shape == (length,)
+    assert (start.diff() >= 0).all() and (end.diff() >= 0).all()
+    position = torch.arange(length)
+    assert (start <= position).all() and (end > position).all()
+    visible = defined_visible(cu, spans, length)
+    assert torch.equal(end - start, visible.sum(dim=1))  # no gap inside an interval
+    assert torch.equal(start, visible.int().argmax(dim=1))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_a_prefix_is_one_span_from_the_start_of_the_sample(prefix, rest, padding):
+    length = prefix + rest
+    mask = MixedMask.build([0, length], [(0, prefix)], length=length + padding)
+    visible = mask.visible()[:length, :length]
+    q, k = torch.arange(length)[:, None], torch.arange(length)
+    # visible(q, k) = k < p or k <= q, as the released code builds it.
+    assert torch.equal(visible, (k < prefix) | (k <= q))
+    assert not mask.visible()[:length, length:].any()
+
+
+def test_without_spans_it_is_the_lower_triangle():
+    mask = MixedMask.build([0, 7])
+    assert torch.equal(mask.visible(), torch.ones(7, 7).tril().bool())
+    assert mask.length == 7
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_no_labelled_position_sees_the_token_it_predicts(data):
+    """Through the real collate: random turns and images, both kinds of mixed mask."""
+    num_visual_tokens = 3
+    samples = []
+    for number in range(data.draw(st.integers(1, 3))):
+        ids, labels = [5], [IGNORE_INDEX]
+        for _ in range(data.draw(st.integers(1, 3))):
+            for _ in range(data.draw(st.integers(0, 2))):
+                ids += [IMAGE_TOKEN_INDEX] * num_visual_tokens
+                labels += [IGNORE_INDEX] * num_visual_tokens
+            for supervised in (False, True):
+                count = data.draw(st.integers(1, 4))
+                ids += [7] * count
+                labels += [7 if supervised else IGNORE_INDEX] * count
+        tokens = TokenizedSample(
+            sample_id=str(number),
+            input_ids=np.array(ids, dtype=np.int64),
+            labels=np.array(labels, dtype=np.int64),
+        )
+        samples.append(ReadySample(tokens=tokens, epoch=0))
+    for mask_type in ("visual", "prefix"):
+        batch = collate(
+            samples,
+            num_visual_tokens=num_visual_tokens,
+            mask_type=mask_type,
+            pad_to_multiple_of=4,
+            seed=0,
+            replace_ratio=None,
+            image_shape=None,
+        )
+        labelled = torch.nonzero(batch.labels != IGNORE_INDEX).flatten()
+        assert labelled.numel()
+        visible = batch.mixed_mask.visible()
+        assert not visible[labelled, labelled + 1].any(), mask_type
+        _, end = batch.mixed_mask.intervals()
+        assert (end[labelled] <= labelled + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("cu", "length", "values"),
+    [
+        ([0], None, "[0]"),
+        ([1, 4], None, "[1, 4]"),
+        ([0, 4, 4], None, "[0, 4, 4]"),
+        ([0, 5, 3], None, "[0, 5, 3]"),
+        ([0, 5], 4, "end at 5, past the row's 4 tokens"),
+    ],
+)
+def test_wrong_boundaries_are_refused_with_their_values(cu, length, values):
+    with pytest.raises(DataError) as error:
+        MixedMask.build(cu, length=length)
+    assert values in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spans", "name", "span", "sample"),
+    [
+        ([(3, 3)], "first", "[3, 3)", "[0, 6)"),  # empty
+        ([(4, 2)], "first", "[4, 2)", "[0, 6)"),  # backwards
+        ([(4, 8)], "first", "[4, 8)", "[0, 6)"),  # leaves its sample
+        ([(-1, 2)], "first", "[-1, 2)", "[0, 6)"),
+        ([(7, 11)], "second", "[7, 11)", "[6, 10)"),  # leaves the row
+        ([(1, 4), (3, 5)], "first", "[3, 5)", "[0, 6)"),  # overlaps
+        ([(7, 9), (1, 3)], "second", "[1, 3)", "[6, 10)"),  # not sorted
+    ],
+)
+def test_wrong_spans_are_refused_with_sample_and_values(spans, name, span, sample):
+    with pytest.raises(DataError) as error:
+        MixedMask.build([0, 6, 10], spans, sample_ids=["first", "second"])
+    message = str(error.value)
+    assert f"sample {name}:" in message
+    assert f"span {span}" in message and sample in message
+
+
+def test_a_sample_without_a_name_is_numbered():
+    with pytest.raises(DataError, match=r"sample #1: span \[5, 9\)"):
+        MixedMask.build([0, 4, 8], [(5, 9)])
+
+
+def test_moving_keeps_everything():
+    mask = MixedMask.build([0, 3, 7], [(1, 3)], length=8)
+    moved = mask.to("cpu")
+    assert torch.equal(moved.visible(), mask.visible())
+    assert (moved.length, moved.max_seqlen, moved.num_samples) == (8, 4, 2)

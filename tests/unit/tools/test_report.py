@@ -1,0 +1,174 @@
+"""The report's curves, tables, page and error messages, on made-up metrics."""
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
+from megatron_croc.config.base import to_yaml
+from megatron_croc.errors import DataError
+from megatron_croc.recipes import get_recipe
+
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    yield import_module("report")
+    for name in [n for n in sys.modules if n == "report" or n.split(".")[0] == "run_report"]:
+        del sys.modules[name]
+
+
+def write_stage(run_dir: Path, stage: str, *, world_size: int | None = None, tp: int = 1) -> Path:
+    run = get_recipe(f"tiny/{stage}")
+    run.parallel.tensor_model_parallel_size = tp
+    run.data.valid_data_path = (str(run_dir / "no-such-shards"),)
+    folder = run_dir / stage
+    checkpoint = iteration_folder(folder, 30)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.yaml").write_text(to_yaml(run))
+    TrainState(stage=stage, iteration=30).save(checkpoint)
+    (folder / LATEST_FILE).write_text("30\n")
+    rows = [train_row(i, run.reconstructs, world_size) for i in (10, 20, 30)]
+    rows.append({"iteration": 30, "valid_loss": 1.5, "valid_text_loss": 1.25})
+    write_rows(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def train_row(iteration: int, reconstructs: bool, world_size: int | None = None) -> dict:
+    loss = 30.0 / iteration
+    row = {"iteration": iteration, "loss": loss, "text_loss": loss, "grad_norm": loss / 10}
+    row |= {"tokens_per_second": 1000.0 + iteration, "seconds_per_step": 0.5}
+    row |= {"lr/projector": 1e-3, "lr/language_model": 1e-3}
+    if reconstructs:
+        row |= {"reconstruction_loss": loss / 100, "pool_usage": 0.25, "matched_distance": 9.5}
+        row |= {"lr/prompt_pool": 5e-4}
+    return row if world_size is None else {**row, "world_size": world_size}
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_tables_show_how_far_each_stage_came(report: ModuleType, tmp_path: Path):
+    write_stage(tmp_path, "pretrain_mlp", world_size=2)
+    write_stage(tmp_path, "pretrain_croc", tp=2)
+    stages = [report.load_stage(tmp_path, name) for name in ("pretrain_mlp", "pretrain_croc")]
+
+    head, mlp, croc = (dict(enumerate(line)) for line in report.loss_table(stages))
+    column = {name: number for number, name in head.items()}
+    assert mlp[column["layout"]] == "TP 1 x PP 1 x DP 2"
+    assert mlp[column["text loss"]] == "3.000 -> 1.000"
+    assert mlp[column["held-out text"]] == "1.250"
+    assert mlp[column["reconstruction"]] == "-"
+    assert mlp[column["tokens/s"]] == "1,020"
+    assert croc[column["layout"]] == "TP 2 x PP 1"  # nothing says how many processes there were
+    assert croc[column["reconstruction"]] == "0.0300 -> 0.0100"
+
+    _, _, croc = report.optimizer_table(stages)
+    assert croc[1:] == [
+        "1.0e-03 projector, language model; 5.0e-04 prompt pool",
+        "0.30 -> 0.10",
+        "25.0% -> 25.0%",
+        "9.50 -> 9.50",
+    ]
+    text = report.as_text(report.loss_table(stages[:1]))
+    assert "pretrain_mlp" in text and "reconstruction" not in text
+
+
+def test_curves_are_drawn_and_the_page_stands_on_its_own(report: ModuleType, tmp_path: Path):
+    write_stage(tmp_path, "pretrain_mlp")
+    write_stage(tmp_path, "pretrain_croc")
+    stages = [report.load_stage(tmp_path, name) for name in ("pretrain_mlp", "pretrain_croc")]
+    section = report.curve_section(stages, tmp_path)
+    assert [p.name for p in section.pictures] == [
+        "losses.png",
+        "optimization.png",
+        "pool_training.png",
+    ]
+    page = tmp_path / "report.html"
+    report.write_page(page, title="a < b", lead="see `this`", sections=[section])
+    content = page.read_text(encoding="ascii")
+    assert content.count("data:image/png;base64,") == 3
+    assert "<h1>a &lt; b</h1>" in content and "<code>this</code>" in content
+    assert "3.000 &rarr; 1.000" in content
+    assert "http" not in content.replace("data:image/png;base64", "").split("<img")[0]
+
+
+def test_parts_with_one_learning_rate_share_a_line(report: ModuleType, tmp_path: Path):
+    write_stage(tmp_path, "pretrain_croc")
+    stage = report.load_stage(tmp_path, "pretrain_croc")
+    figures = import_module("run_report.curve_figures")
+    assert [parts for _, parts in figures.equal_curves(stage)] == [
+        ["projector", "language_model"],
+        ["prompt_pool"],
+    ]
+
+
+def test_steps_done_again_after_a_resume_count_once(report: ModuleType, tmp_path: Path):
+    read_metrics = import_module("run_report.stages").read_metrics
+    valid = {"iteration": 20, "valid_loss": 9.0}
+    first = [train_row(i, False) for i in (10, 20)] + [valid, train_row(30, False)]
+    again = [{**train_row(20, False), "loss": -1.0}, {**valid, "valid_loss": -2.0}]
+    write_rows(tmp_path / "metrics.jsonl", first + again)
+    train, valid_rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["iteration"], row["loss"]) for row in train] == [(10, 3.0), (20, -1.0)]
+    assert [row["valid_loss"] for row in valid_rows] == [-2.0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda f: f.rename(f.with_name("elsewhere")), ("pretrain_mlp is missing", "--stages")),
+        (lambda f: (f / "metrics.jsonl").unlink(), ("metrics.jsonl cannot be read", "--save")),
+        (lambda f: (f / "metrics.jsonl").write_text(""), ("holds no training step yet",)),
+        (lambda f: (f / "metrics.jsonl").write_text("{}\n"), ("metrics.jsonl:1 is no row",)),
+        (lambda f: (f / LATEST_FILE).unlink(), ("no finished checkpoint", "--save")),
+        (lambda f: None, ("no-such-shards", "run.yaml", "the folder training was started in")),
+    ],
+    ids=["no stage", "no metrics", "empty", "not a row", "no checkpoint", "no data"],
+)
+def test_faults_are_one_line_with_the_way_out(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, expected
+):
+    damage(write_stage(tmp_path, "pretrain_mlp"))
+    assert report.main([str(tmp_path), "--stages", "pretrain_mlp"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert all(words in captured.err for words in expected), captured.err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_stage_without_held_out_data_is_named(report: ModuleType, tmp_path: Path):
+    write_stage(tmp_path, "pretrain_mlp")
+    stage = report.load_stage(tmp_path, "pretrain_mlp")
+    stage.run.data.valid_data_path = ()
+    with pytest.raises(DataError, match="pretrain_mlp was trained without held-out data"):
+        report.check_files(stage)
+
+
+def test_cells_of_a_mask_tell_past_from_ahead(report: ModuleType):
+    figures = import_module("run_report.mask_figures")
+    hidden, past, ahead = figures.HIDDEN, figures.PAST, figures.AHEAD
+    visible = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], dtype=bool)
+    assert figures.cells(visible).tolist() == [
+        [past, ahead, hidden],
+        [past, past, hidden],
+        [past, past, past],
+    ]
+
+
+def test_only_replaced_patches_are_greyed_out(report: ModuleType):
+    grey_out = import_module("run_report.image_figures").grey_out
+    pixels = np.full((9, 9, 3), 7, dtype=np.uint8)  # one pixel more than 2 x 2 patches cover
+    out = grey_out(pixels, np.array([[True, False], [False, False]]))
+    assert (out[1:4, 1:4] > 200).all()
+    assert (out[5:8, 5:8] == 7).all() and (out[1:4, 5:8] == 7).all()
+    assert (pixels == 7).all()

@@ -1,0 +1,205 @@
+"""Sums over ranks worked out by hand, and what the reporter makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.distributed import run_distributed
+from tests.support.synthetic import make_batch, make_sample, tiny_run
+
+
+def reduce_known_numbers(changes: dict) -> dict:
+    """Totals of made-up losses and matches, different on each data-parallel rank."""
+    from megatron_croc.model.prompt_pool import Replacement
+    from megatron_croc.parallel.groups import start_distributed
+    from megatron_croc.training.metrics import StepTotals
+
+    run = tiny_run(**changes)
+    pg = start_distributed(run.parallel, seed=1)
+    dp, is_first = pg.dp.rank(), pg.pp.rank() == 0
+    is_last = pg.pp.rank() == pg.pp.size() - 1
+    totals = StepTotals(run, pg)
+    for number in range(2):
+        samples = [make_sample(run, 4 * dp + 2 * number + i, i) for i in range(2)]
+        totals.count_batch(make_batch(run, samples))
+    if is_last:
+        # Shares of the global means: rank 0 brings 1 + 2, rank 1 brings 10 + 20.
+        scale = 10.0**dp
+        totals.count_losses(
+            [
+                {"text": torch.tensor(k * scale), "reconstruction": torch.tensor(k * scale / 100)}
+                for k in (1.0, 2.0)
+            ]
+        )
+    if is_first:
+        for index in ([0, 1, 2], [2, 3, 4 + dp]):  # rank 1 uses row 5 where rank 0 uses 4
+            totals.count_replacement(
+                Replacement(torch.empty(0), torch.tensor([index]), torch.full((1, 3), 2.0 + dp))
+            )
+    metrics = totals.reduce(grad_norm=1.5)
+    return {**vars(metrics), "microbatches": totals.num_microbatches_in_world}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world_size", "changes", "dp_size"),
+    [
+        (1, {}, 1),
+        (2, {}, 2),
+        (2, dict(tensor_model_parallel_size=2), 1),
+        (2, dict(pipeline_model_parallel_size=2), 1),
+    ],
+    ids=["one", "dp2", "tp2", "pp2"],
+)
+def test_every_number_is_counted_once(world_size, changes, dp_size):
+    run = tiny_run()
+    lengths = [len(make_sample(run, n, n % 2).tokens.input_ids) for n in range(4 * dp_size)]
+    text = {1: 3.0, 2: 33.0}[dp_size]
+    for result in run_distributed(reduce_known_numbers, world_size, changes):
+        assert result["text_loss"] == pytest.approx(text)
+        assert result["reconstruction_loss"] == pytest.approx(text / 100)
+        assert result["loss"] == pytest.approx(text + 10 * text / 100)
+        assert result["num_tokens"] == sum(lengths)  # padding not counted
+        assert result["num_images"] == 2 * dp_size
+        assert result["num_samples"] == 4 * dp_size
+        assert result["matched_distance"] == pytest.approx({1: 2.0, 2: 2.5}[dp_size])
+        assert result["pool_usage"] == pytest.approx({1: 5, 2: 6}[dp_size] / 32)
+        assert result["grad_norm"] == 1.5
+        assert result["microbatches"] == 2 * dp_size
+        assert result["flops"] > 0
+
+
+def test_a_step_without_images_has_no_distance(pg_collection):
+    from megatron_croc.training.metrics import StepTotals
+
+    run = tiny_run()
+    totals = StepTotals(run, pg_collection)
+    totals.count_batch(make_batch(run, [make_sample(run, 0, 0)]))
+    metrics = totals.reduce()
+    assert metrics.matched_distance is None and metrics.pool_usage == 0.0
+    assert metrics.num_images == 0
+    other = StepTotals(tiny_run("finetune"), pg_collection).reduce()
+    assert other.reconstruction_loss is None and other.pool_usage is None
+
+
+def make_metrics(number: int, **changes):
+    from megatron_croc.training.metrics import StepMetrics
+
+    numbers = dict(
+        text_loss=3.0 - number / 10,
+        reconstruction_loss=0.25,
+        loss=5.5 - number / 10,
+        num_tokens=100 * number,
+        num_images=4,
+        num_samples=8,
+        flops=1e9,
+        grad_norm=1.0 + number,
+        matched_distance=8.0,
+        pool_usage=0.5,
+        learning_rates={"projector": 1e-3, "prompt_pool": 2e-3},
+    )
+    return StepMetrics(**{**numbers, **changes})
+
+
+@pytest.fixture
+def reporter(tmp_path: Path):
+    from megatron_croc.training.reporting import Reporter
+
+    run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
+    return Reporter(run, train_iters=5, world_size=2)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [
+        json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
+    for number in range(1, 6):
+        reporter.add_step(number, make_metrics(number), waited=0.0)
+    reporter.close()
+    rows = rows_of(tmp_path)
+    assert [row["iteration"] for row in rows] == [2, 4, 5]
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [5.35, 5.15, 5.0]
+    )  # means of the interval
+    assert [row["consumed_samples"] for row in rows] == [16, 32, 40]
+    for row in rows:
+        assert row["lr/projector"] == 1e-3 and row["lr/prompt_pool"] == 2e-3
+        assert row["pool_usage"] == 0.5 and row["reconstruction_loss"] == 0.25
+        assert row["grad_norm"] == 1.0 + row["iteration"]
+        assert row["seconds_per_step"] > 0
+    # The rates of a row belong together: tokens and samples of the interval over its time.
+    tokens = [100 + 200, 300 + 400, 500]
+    samples = [16, 16, 8]
+    for row, num_tokens, num_samples in zip(rows, tokens, samples, strict=True):
+        ratio = row["tokens_per_second"] / row["samples_per_second"]
+        assert ratio == pytest.approx(num_tokens / num_samples)
+        steps = num_samples / 8
+        assert row["samples_per_second"] * row["seconds_per_step"] * steps == pytest.approx(
+            num_samples
+        )
+
+
+def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
+    clock = iter([10.0, 14.0])
+    reporter.started = 0.0
+    monkeypatch.setattr("megatron_croc.training.reporting.time.perf_counter", lambda: next(clock))
+    for number in range(1, 5):
+        reporter.add_step(number, make_metrics(number), waited=1.0)
+    first, second = rows_of(tmp_path)
+    assert first["data_wait_share"] == pytest.approx(2.0 / 10.0)
+    assert second["data_wait_share"] == pytest.approx(2.0 / 4.0)
+    # 2e9 operations in 10 s on 2 devices.
+    assert first["tflops_per_device"] == pytest.approx(1e-4)
+
+
+def test_validation_has_rows_of_its_own(reporter, tmp_path: Path):
+    reporter.add_validation(3, make_metrics(0, reconstruction_loss=None))
+    assert rows_of(tmp_path) == [{"iteration": 3, "valid_loss": 5.5, "valid_text_loss": 3.0}]
+
+
+def test_a_resumed_run_goes_on_in_the_same_file(reporter, tmp_path: Path):
+    from megatron_croc.training.reporting import Reporter
+
+    reporter.add_step(2, make_metrics(2), waited=0.0)
+    reporter.close()
+    again = Reporter(reporter.run, train_iters=5, world_size=2)
+    again.add_step(4, make_metrics(4), waited=0.0)
+    assert [row["iteration"] for row in rows_of(tmp_path)] == [2, 4]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
+    from megatron_croc.training.reporting import Reporter
+
+    monkeypatch.setenv("RANK", "1")
+    run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=1)
+    reporter = Reporter(run, train_iters=2, world_size=2)
+    reporter.add_step(1, make_metrics(1), waited=0.0)
+    reporter.close()
+    assert not (tmp_path / "log").exists()
+
+
+def test_peaks_are_known_by_the_devices_name():
+    from megatron_croc.training.reporting import peak_flops
+
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None
+
+
+def test_validation_averages_losses_and_adds_counts():
+    from megatron_croc.training.evaluate import _combine
+
+    steps = [make_metrics(1, grad_norm=None), make_metrics(3, grad_norm=None)]
+    combined = _combine(steps)
+    assert combined.text_loss == pytest.approx((2.9 + 2.7) / 2)
+    assert combined.loss == pytest.approx((5.4 + 5.2) / 2)
+    assert combined.reconstruction_loss == pytest.approx(0.25)
+    assert (combined.num_tokens, combined.num_samples) == (400, 16)
+    assert combined.grad_norm is None
+    finetune = [make_metrics(1, reconstruction_loss=None)] * 2
+    assert _combine(finetune).reconstruction_loss is None
