@@ -62,6 +62,7 @@ def golden(words: list[str]) -> int:
         launcher += ["--nproc-per-node", str(world_size), __file__, "golden", *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         return subprocess.run(launcher, env=environment, check=False).returncode
+    import megatron_croc.parallel  # noqa: F401  (before megatron-core, which it quiets)
     from golden_parity.run import run_golden
 
     return run_golden(

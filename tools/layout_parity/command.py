@@ -54,6 +54,7 @@ def _parse_layouts(words: str) -> list[Layout]:
 
 def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
     """One process of one layout."""
+    import megatron_croc.parallel  # noqa: F401  (before megatron-core, which it quiets)
     from layout_parity.faults import FAULTS
     from layout_parity.observe import work
 
