@@ -54,7 +54,9 @@ def _parse_layouts(words: str) -> list[Layout]:
 
 def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
     """One process of one layout."""
-    import megatron_croc.parallel  # noqa: F401  (before megatron-core, which it quiets)
+    from megatron_croc.parallel.device import quiet_megatron
+
+    quiet_megatron()  # before it is imported
     from layout_parity.faults import FAULTS
     from layout_parity.observe import work
 
