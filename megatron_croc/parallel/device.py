@@ -148,8 +148,9 @@ def _on_cpu(factory, cpu: torch.device):
 def quiet_megatron() -> None:
     """Silence megatron-core's notes on absent apex and Transformer Engine on every rank."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
-    # megatron 0.16 calls collectives by names that torch 2.13 has just renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # megatron 0.16 calls torch.distributed by names that torch 2.13 has just renamed.
+    for module in (r"torch\.distributed.*", r"megatron\.core.*"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

@@ -4,8 +4,9 @@
                  (middle stages never see it)
 
 Both ends walk the micro-batches in the same order, so a plain queue is enough. Sends are
-asynchronous: the schedule never waits, and at most as many targets are in flight as there are
-micro-batches between the first and the last stage.
+asynchronous, and the schedule never waits for one: when the first stage begins micro-batch i under
+1F1B, it has the gradient of micro-batch i - p, so the last of the p stages took that target long
+ago (interleaved: i - 2 p). Older sends are retired there, and memory stays bounded.
 """
 
 from collections import deque
@@ -18,13 +19,21 @@ from torch import Tensor
 class TargetChannel:
     """A first-in, first-out channel between the two ends of a pipeline."""
 
-    def __init__(self, *, pp: dist.ProcessGroup, ends: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        *,
+        pp: dist.ProcessGroup,
+        ends: dist.ProcessGroup | None,
+        is_interleaved: bool = False,
+    ) -> None:
         """Open the channel.
 
         Args:
             pp: the pipeline's group.
             ends: group of its first and last rank (megatron's `embd`); unused when pp has one.
+            is_interleaved: the schedule runs several model chunks per rank.
         """
+        self._depth = pp.size() * (2 if is_interleaved else 1)
         self._ends = ends
         ranks = dist.get_process_group_ranks(pp)
         self._first, self._last = ranks[0], ranks[-1]
@@ -38,8 +47,8 @@ class TargetChannel:
         if self._first == self._last:
             self._queue.append(target)
             return
-        while self._in_flight and self._in_flight[0][0].is_completed():
-            self._in_flight.popleft()
+        while len(self._in_flight) >= self._depth:
+            self._in_flight.popleft()[0].wait()
         target = target.contiguous()
         work = dist.isend(target, dst=self._last, group=self._ends)
         assert work is not None

@@ -42,8 +42,10 @@ class Trainer:
 def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[CrocModel]:
     """This rank's model chunks with fresh weights, frozen as the run says; not wrapped."""
     config = language_model_config(run)
-    channel = TargetChannel(pp=pg_collection.pp, ends=pg_collection.embd)
     num_chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
+    channel = TargetChannel(
+        pp=pg_collection.pp, ends=pg_collection.embd, is_interleaved=num_chunks > 1
+    )
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     chunks: list[CrocModel] = []
     for number in range(num_chunks):

@@ -5,7 +5,9 @@ from layout_parity.compare import BOUNDS, compare, row
 from layout_parity.faults import FAULTS
 from layout_parity.layout import Layout, every_layout
 from layout_parity.observe import Observation, RankObservation, assemble, observe
+from torch import Tensor
 
+from megatron_croc.data.synthetic import MIXED_IMAGES
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
 
@@ -15,18 +17,24 @@ COMPOSED = ("tp2+sp+pp2", "cp2+dp2", "pp2+vpp2")
 """Enough to meet every axis once; the full set runs on the stage that uses everything."""
 
 
-def observe_layout(stage: str, changes: dict, name: str, fault: str | None) -> RankObservation:
+def observe_layout(
+    stage: str, changes: dict, name: str, fault: str | None, images: tuple[int, ...]
+) -> RankObservation:
     run = Layout.parse(name).apply(tiny_run(stage, **changes))
     if fault is not None:
         FAULTS[fault][0](run)
-    return observe(run, STEPS)
+    return observe(run, STEPS, images)
 
 
 def run_layout(
-    name: str, stage: str, changes: dict, fault: str | None = None
+    name: str,
+    stage: str,
+    changes: dict,
+    fault: str | None = None,
+    images: tuple[int, ...] = MIXED_IMAGES,
 ) -> tuple[str, Observation]:
     world_size = Layout.parse(name).world_size
-    ranks = run_distributed(observe_layout, world_size, stage, changes, name, fault)
+    ranks = run_distributed(observe_layout, world_size, stage, changes, name, fault, images)
     for rank in ranks:  # metrics are the same on every rank
         assert rank.steps == ranks[0].steps
     return name, assemble(ranks)
@@ -95,6 +103,61 @@ def test_options_keep_the_numbers(changes: dict, names: list[str]) -> None:
     for name in names:
         difference = compare(*run_layout(name, "pretrain_croc", changes), alone)
         assert not difference.failures(BOUNDS["fp32"]), row(difference, BOUNDS["fp32"])
+
+
+@pytest.mark.distributed
+def test_batches_without_any_image_do_not_hang() -> None:
+    text_only = (0,)
+    _, alone = run_layout("tp1", "pretrain_croc", {}, images=text_only)
+    for name in ("tp2+sp", "pp2+vpp2", "cp2+dp2"):
+        overlap = {"overlap_grad_reduce": True} if "dp2" in name else {}
+        ours = run_layout(name, "pretrain_croc", overlap, images=text_only)
+        difference = compare(*ours, alone)
+        assert not difference.failures(BOUNDS["fp32"]), row(difference, BOUNDS["fp32"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("mask", ["causal", "prefix", "visual"])
+@pytest.mark.parametrize("stage", ["pretrain_mlp", "pretrain_croc", "finetune"])
+def test_every_layout_of_every_stage_and_mask(stage: str, mask: str) -> None:
+    names = [layout.name for layout in every_layout(4)]
+    names += ["tp2+sp+pp2+dp2"] if stage == "pretrain_croc" else []  # eight processes
+    check(stage, {"attention_mask_type": mask}, names)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["pretrain_mlp", "pretrain_croc", "finetune"])
+def test_no_layout_hangs_on_text(stage: str) -> None:
+    _, alone = run_layout("tp1", stage, {}, images=(0,))
+    for layout in every_layout(4):
+        ours = run_layout(layout.name, stage, {}, images=(0,))
+        difference = compare(*ours, alone)
+        assert not difference.failures(BOUNDS["fp32"]), row(difference, BOUNDS["fp32"])
+
+
+def count_targets_in_flight() -> int:
+    """Largest number of reconstruction targets on their way (each rank of a PP 2 run)."""
+    from megatron_croc.parallel.target_channel import TargetChannel
+
+    largest, put = [0], TargetChannel.put
+
+    def counted(self: TargetChannel, target: Tensor) -> None:
+        put(self, target)
+        largest[0] = max(largest[0], len(self._in_flight))
+
+    TargetChannel.put = counted  # type: ignore[method-assign]
+    changes = {"pipeline_model_parallel_size": 2, "micro_batch_size": 1, "global_batch_size": 24}
+    observe(tiny_run("pretrain_croc", **changes), 1, (1,))
+    return largest[0]
+
+
+@pytest.mark.distributed
+def test_targets_in_flight_are_bounded_by_the_pipelines_depth() -> None:
+    first, last = run_distributed(count_targets_in_flight, 2)
+    assert 1 <= first <= 3  # of 24 micro-batches
+    assert last == 0
 
 
 @pytest.mark.distributed

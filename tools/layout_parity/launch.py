@@ -14,7 +14,7 @@ import torch
 from layout_parity.compare import BOUNDS, HEAD, Difference, compare, row
 from layout_parity.layout import Layout
 from layout_parity.observe import Observation, assemble
-from layout_parity.picture import draw
+from layout_parity.picture import draw, draw_curves
 from megatron_croc.errors import CrocError
 
 ONE = Layout(name="one")
@@ -73,7 +73,8 @@ def compare_layouts(
     }
     (out / "layouts.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(differences, out / "layouts.png", bound=bounds["gradient"])
-    print(f"wrote {out / 'layouts.json'} and {out / 'layouts.png'}")
+    draw_curves(costs, out / "curves.png")
+    print(f"wrote layouts.json, layouts.png and curves.png to {out}")
     failed = [d.layout for d in differences if d.failures(bounds)]
     print(f"FAILED: {', '.join(failed)}" if failed else f"PASSED: {len(differences)} layouts")
     return int(bool(failed))

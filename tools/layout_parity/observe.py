@@ -5,6 +5,7 @@ Every rank keeps its own pieces of every gradient and weight; `assemble` puts th
 
 import resource
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_train_loader
-from megatron_croc.data.synthetic import make_step
+from megatron_croc.data.synthetic import MIXED_IMAGES, make_step
 from megatron_croc.log import rank
 from megatron_croc.model.sharded_weights import iter_shards
 from megatron_croc.parallel.device import max_memory_allocated, synchronize
@@ -49,8 +51,11 @@ class Observation:
     peak_bytes: int
 
 
-def observe(run: RunConfig, steps: int) -> RankObservation:
-    """Train `steps` steps; gradients are those of the first, weights those after the last."""
+def observe(run: RunConfig, steps: int, images: Sequence[int] = MIXED_IMAGES) -> RankObservation:
+    """Train `steps` steps; gradients are those of the first, weights those after the last.
+
+    `images` are the numbers of images of made-up samples, used when the run names no data.
+    """
     pg = start_distributed(run.parallel, seed=run.training.seed)
     trainer = build_trainer(run, pg, train_iters=max(steps, 2))
     # Warm-up starts at a rate of 0; begin where a step moves the weights.
@@ -64,7 +69,7 @@ def observe(run: RunConfig, steps: int) -> RankObservation:
             gradients.extend(_pieces(trainer, lambda p: getattr(p, "main_grad", None)))
 
     times: list[float] = []
-    for batches in _batches(trainer, steps):
+    for batches in _batches(trainer, steps, images):
         started = time.perf_counter()
         metrics = trainer.stepper.train(
             batches, trainer.optimizer, trainer.scheduler, on_gradients=keep_gradients
@@ -91,7 +96,7 @@ def observe(run: RunConfig, steps: int) -> RankObservation:
     )
 
 
-def _batches(trainer: Trainer, steps: int) -> Any:
+def _batches(trainer: Trainer, steps: int, images: Sequence[int]) -> Iterator[list[Batch]]:
     """The same global batches at every layout: read from data, or made of numbers."""
     run, pg = trainer.run, trainer.pg_collection
     if run.data.data_path:
@@ -100,7 +105,7 @@ def _batches(trainer: Trainer, steps: int) -> Any:
                 yield feeder.next_step()
         return
     for step in range(steps):
-        yield make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size())
+        yield make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=images)
 
 
 def gather_gradient_shards(trainer: Trainer) -> None:

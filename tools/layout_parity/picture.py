@@ -1,4 +1,4 @@
-"""Layouts x parameters, coloured by the error of the gradient."""
+"""Two pictures: layouts x parameters coloured by the gradient's error, and the loss curves."""
 
 import math
 from collections.abc import Sequence
@@ -40,6 +40,34 @@ def draw(differences: Sequence[Difference], path: Path, *, bound: float) -> None
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
     bar.set_label("log10 relative error of the gradient", fontsize=8)
     bar.ax.axhline(limit, color="black", linewidth=1.5)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_curves(costs: Sequence[dict], path: Path) -> None:
+    """Both losses of every layout over the steps, one on the other."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    losses = ["text_loss", "reconstruction_loss"]
+    if not any(step["reconstruction_loss"] for step in costs[0]["steps"]):
+        losses.pop()
+    figure, all_axes = pyplot.subplots(
+        1, len(losses), figsize=(5.2 * len(losses), 3.8), squeeze=False
+    )
+    for axes, loss in zip(all_axes[0], losses, strict=True):
+        for number, cost in enumerate(costs):
+            values = [step[loss] for step in cost["steps"]]
+            # The first is thick and pale, the others thin on top: what covers it agrees with it.
+            style = {"linewidth": 7.0, "alpha": 0.25} if number == 0 else {"linewidth": 1.0}
+            axes.plot(range(1, len(values) + 1), values, label=cost["layout"], **style)
+        axes.set_title(loss.replace("_", " "), fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.grid(alpha=0.3)
+    all_axes[0][-1].legend(fontsize=7, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
