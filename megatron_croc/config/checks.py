@@ -132,6 +132,11 @@ def _optimizer_faults(run: RunConfig) -> Iterator[str]:
                 f"{name}={rates[name]} for a part that {flag} keeps from training: "
                 f"set {name} to none, or unset {flag}"
             )
+    if not 0.0 < optimizer.optimizer_offload_fraction <= 1.0:
+        yield (
+            f"optimizer_offload_fraction={optimizer.optimizer_offload_fraction}: must be above 0 "
+            "and at most 1"
+        )
     if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
         yield "overlap_param_gather needs overlap_grad_reduce: set both or neither"
     if not optimizer.use_distributed_optimizer:

@@ -90,6 +90,7 @@ IMPOSSIBLE = [
     ("--vision-lr 1e-6", 1, "vision_lr=1e-06 for a part that freeze_ViT"),
     ("--freeze-projector", 1, "projector_lr=0.002 for a part that freeze_projector"),
     ("--overlap-param-gather", 1, "overlap_param_gather needs overlap_grad_reduce"),
+    ("--optimizer-offload-fraction 0", 1, "optimizer_offload_fraction=0.0"),
     ("--no-use-distributed-optimizer", 1, "use_distributed_optimizer=False"),
     ("--eval-interval 5", 1, "eval_interval=5 without valid_data_path"),
     ("--train-iters 0", 1, "train_iters=0"),
