@@ -1,8 +1,8 @@
 """megatron-core's checkpoint writer without child processes.
 
-For a save that the trainer waits for anyway, megatron 0.16 spawns a manager process on every rank
-(280 MB, orphaned when the rank is killed) and forks one more for every file. The same functions,
-called in this process with an ordinary queue, write the same bytes.
+For a save that the trainer waits for anyway, megatron spawns a manager process on every rank
+(280 MB, orphaned when the rank is killed), and 0.16 forks one more for every file (0.19: a thread).
+The same functions, called in this process with an ordinary queue, write the same bytes.
 """
 
 import queue
@@ -46,4 +46,6 @@ def _write_in_process(
 def write_in_this_process() -> None:
     """Make megatron's synchronous saves run here; idempotent."""
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)  # type: ignore[method-assign]
+    if hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc"):
+        writer: Any = FileSystemWriterAsync
+        writer.write_preloaded_data_multiproc = staticmethod(_write_in_process)
