@@ -32,7 +32,7 @@ def draw(differences: Sequence[Difference], path: Path, *, bound: float) -> None
     axes.set_yticks(range(len(differences)), [d.layout for d in differences], fontsize=8)
     parts = [name.split(".")[0] for name in names]
     starts = [i for i, part in enumerate(parts) if i == 0 or part != parts[i - 1]]
-    axes.set_xticks(starts, [parts[i] for i in starts], rotation=20, ha="left", fontsize=8)
+    axes.set_xticks(starts, [parts[i] for i in starts], rotation=90, fontsize=7)
     axes.xaxis.tick_top()
     for start in starts[1:]:
         axes.axvline(start - 0.5, color="white", linewidth=1.5)
