@@ -220,6 +220,7 @@ def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
     shapes = {entry.key: tuple(entry.global_shape) for entry in stored.values()}
     wanted: dict[str, tuple[int, ...]] = {}
+    padded: set[str] = set()
     for entry in nested_values(model_state):
         pieces = {"piece": entry}
         if isinstance(entry, ShardedTensorFactory):
@@ -227,6 +228,8 @@ def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]
         for piece in nested_values(pieces):
             if isinstance(piece, ShardedTensor):
                 wanted[piece.key] = tuple(piece.global_shape)
+                if piece.allow_shape_mismatch:  # a vocabulary, padded to a multiple of TP
+                    padded.add(piece.key)
     missing = {key for key in wanted if key not in shapes}
     faults = [
         f"  {key}: missing, {wanted[key]} needed"
@@ -235,7 +238,9 @@ def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]
     ] + [
         f"  {key}: {shapes[key]} there, {wanted[key]} needed"
         for key in sorted(wanted)
-        if key in shapes and shapes[key] != wanted[key]
+        if key in shapes
+        and shapes[key] != wanted[key]
+        and not (key in padded and _differ_by_padding(shapes[key], wanted[key]))
     ]
     if faults:
         more = f"\n  ... and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -246,3 +251,12 @@ def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]
             + f"\nits own settings are in {folder / 'run.yaml'}"
         )
     return missing
+
+
+MAX_PADDING = 128
+"""Rows by which two paddings of one vocabulary may differ (TP sizes are far smaller)."""
+
+
+def _differ_by_padding(there: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    """Whether two vocabulary tables are the same but for the padding of their rows."""
+    return there[1:] == needed[1:] and abs(there[0] - needed[0]) < MAX_PADDING

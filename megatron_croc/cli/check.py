@@ -9,6 +9,7 @@ operations per step; or every fault at once, and exits 1. Neither torch nor mega
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ from megatron_croc.model.parameters import (
 )
 
 _WIDTH = 34
+
+ATTENTION_BACKENDS = {
+    "flip": "two causal flash calls: CUDA, float16 or bfloat16, head dim a multiple of 8 up to 256",
+    "flex": "FlexAttention: CUDA (on a CPU without gradients)",
+    "dense": "SDPA with a dense mask: everywhere, memory quadratic in a sample's length",
+}
+"""What `attention_backend` can force, in the order `auto` tries them on CUDA."""
+
+_FLASH_MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +71,7 @@ def report(run: RunConfig, world_size: int) -> Iterator[str]:
     yield from _table("parameters of one rank", _rank_table(run))
     yield from _table("memory of one rank (estimate, GiB)", _memory_table(run, world_size))
     yield from _section("operations of one step (TFLOP, at most)", _flops_lines(run))
+    yield from _section("attention backends", _attention_lines(run))
 
 
 def _section(title: str, lines: Iterator[tuple[str, str]]) -> Iterator[str]:
@@ -176,6 +187,17 @@ def _flops_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
     total = sum(flops.values())
     yield "total", f"{total * samples / 1e12:>12,.3f}"
     yield "one sample", f"{total / 1e12:>12,.3f}"
+
+
+def _attention_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """The backends and what they need; the flash packages are looked for, not imported."""
+    chosen = run.model.attention_backend
+    auto = f"{', then '.join(ATTENTION_BACKENDS)} on CUDA; dense on a CPU"
+    for name, needs in {"auto": auto, **ATTENTION_BACKENDS}.items():
+        yield f"{name} (chosen)" if name == chosen else name, needs
+    for package, module in _FLASH_MODULES.items():
+        yield f"flip on {package}", "installed" if find_spec(module) else "not installed"
+    yield "flip on torch's own flash", "part of torch"
 
 
 if __name__ == "__main__":

@@ -22,11 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank() == 0:  # every rank found the same
             print(f"error: {error}", file=sys.stderr)
         return 1
+    from megatron_croc.convert.source import is_huggingface, open_weights
     from megatron_croc.parallel.groups import stop_distributed
     from megatron_croc.training.loop import train
 
+    start = run.checkpoint.pretrained_checkpoint
     try:
-        train(run)
+        weights = open_weights(start, run) if start and is_huggingface(start) else None
+        train(run, weights)
     except CrocError as error:
         print(f"error on rank {rank()}: {error}", file=sys.stderr)
         return 1

@@ -17,4 +17,5 @@ class CheckpointConfig:
     """Folder to resume from (weights, optimizer, position in the data); nothing there: start."""
 
     pretrained_checkpoint: str | None = None
-    """Folder to take weights from when nothing is resumed: the stage before, or a release."""
+    """Folder to take weights from when nothing is resumed: the stage before, or a whole model in
+    Hugging Face's format (a released Croc, ViCToR or LLaVA-1.5, an export of ours)."""

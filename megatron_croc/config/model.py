@@ -5,6 +5,8 @@ from typing import Literal
 
 MaskType = Literal["causal", "prefix", "visual"]
 
+AttentionBackend = Literal["auto", "flip", "flex", "dense"]
+
 
 @dataclass(kw_only=True)
 class VisionTowerConfig:
@@ -131,6 +133,9 @@ class PromptPoolConfig:
     assign_mode: Literal["hungarian", "nearest"] = "hungarian"
     """hungarian: one-to-one, minimum total distance. nearest: argmin, as in the released Croc."""
 
+    assign_backend: Literal["auto", "cpu", "scipy", "torch"] = "auto"
+    """Solver of `hungarian`, all exact: cpu (auto), plain scipy, or torch (readable, slow)."""
+
     replace_ratio: float = 0.75
     """Share of an image's visual tokens that are replaced."""
 
@@ -164,8 +169,9 @@ class CrocModelConfig:
     attention_mask_type: MaskType = "causal"
     """causal | prefix (bidirectional up to the first label) | visual (the same in each image)."""
 
-    attention_backend: Literal["auto", "dense"] = "auto"
-    """Kernel of the language model's attention; auto takes the fastest that runs here."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention of the language model. flip: two causal flash calls. flex: FlexAttention. dense:
+    a full mask. auto takes the fastest that runs here."""
 
     @property
     def num_replaced_tokens(self) -> int:

@@ -4,6 +4,7 @@ One table, read in both directions. `{}` stands for the layer. What differs betw
 only where each part hangs, see `Layout`.
 """
 
+import re
 from dataclasses import dataclass
 
 from megatron_croc.config.model import CrocModelConfig
@@ -17,19 +18,58 @@ class Layout:
     language_model: str = "model."
     lm_head: str = "lm_head."
     projector: str = "model.mm_projector."
+    projector_layers: tuple[str, str] = ("0", "2")
+    """Names of the projector's two linear layers, under its prefix."""
     vision_tower: str = "model.vision_tower.vision_tower.vision_model."
     prompt_pool: str = "model.mask_token"
     bert_head: str = "transform_block."
     linear_head: str = "img_head."
     unused: tuple[str, ...] = ()
-    """Prefixes of tensors that exist in the release and never take part in anything."""
+    """Patterns (from the start) of tensors in the release that never take part in anything."""
 
 
-CROC = Layout(unused=("model.cross_attention.",))
-"""deepglint/Croc, as released."""
+CROC = Layout(unused=(r"model\.cross_attention\.",))
+"""deepglint/Croc and LLaVA-1.5, as released."""
 
-VICTOR = Layout(prompt_pool="model.token_pool", unused=("model.pool_weight.",))
+VICTOR = Layout(prompt_pool="model.token_pool", unused=(r"model\.pool_weight\.",))
 """deepglint/Victor, as released."""
+
+EXPORT = Layout(
+    language_model="model.language_model.",
+    projector="model.multi_modal_projector.",
+    projector_layers=("linear_1", "linear_2"),
+    vision_tower="model.vision_tower.vision_model.",
+    prompt_pool="prompt_pool.weight",
+    bert_head="reconstruction_head.",
+    linear_head="reconstruction_head.",
+)
+"""CrocForConditionalGeneration, our own export."""
+
+SEPARATE = Layout(
+    vision_tower="vision_model.",
+    unused=(r"text_model\.", r"(text|visual)_projection\.", r"logit_(scale|bias)$"),
+)
+"""A language model beside a tower (or a whole CLIP or SigLIP, whose text half is left)."""
+
+_NEVER_RUN = (
+    r".*rotary_emb\.inv_freq$",
+    r".*embeddings\.position_ids$",
+    r".*vision_model\.post_layernorm\.",
+    r".*vision_model\.head\.",  # SigLIP's pooling
+)
+"""Tensors of old or whole models that hold nothing this model computes with."""
+
+
+def is_ignored(name: str, model: CrocModelConfig, layout: Layout) -> bool:
+    """Whether a Hugging Face tensor may lie there unused; every other one must have a rule."""
+    if any(re.match(pattern, name) for pattern in (*_NEVER_RUN, *layout.unused)):
+        return True
+    if name == layout.lm_head + "weight":
+        return not model.language_model.untie_embeddings_and_output_weights
+    layer = re.match(re.escape(layout.vision_tower) + r"encoder\.layers\.(\d+)\.", name)
+    return layer is not None and (
+        model.vision_tower.num_active_layers <= int(layer[1]) < model.vision_tower.vision_num_layers
+    )
 
 
 _COPY = Copy()
@@ -47,6 +87,11 @@ class Rule:
 
     operation: Operation = _COPY
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether the key is shared by the layers of a stack."""
+        return "{}" in self.huggingface[0]
+
     def names(self, layer: int | None) -> tuple[str, ...]:
         """Hugging Face names of one layer."""
         return tuple(name.format(layer) for name in self.huggingface)
@@ -57,8 +102,8 @@ def build_rules(model: CrocModelConfig, layout: Layout) -> dict[str, Rule]:
     rules = [
         *_language_model(model, layout),
         *_vision_tower(model, layout),
-        *_linear("projector.encoder.linear_fc1", layout.projector + "0"),
-        *_linear("projector.encoder.linear_fc2", layout.projector + "2"),
+        *_linear("projector.encoder.linear_fc1", layout.projector + layout.projector_layers[0]),
+        *_linear("projector.encoder.linear_fc2", layout.projector + layout.projector_layers[1]),
         Rule("prompt_pool.weight", (layout.prompt_pool,)),
         *_reconstruction_head(model, layout),
     ]

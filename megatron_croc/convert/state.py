@@ -29,13 +29,24 @@ def load_state(
         CheckpointError: a tensor is missing or has another shape; names it.
     """
     used: set[str] = set()
-    fill_weights(chunk, _source(tensors, rules, used))
+    fill_weights(chunk, weight_source(tensors, rules, used))
     return used
 
 
-def _source(
+def weight_source(
     tensors: Mapping[str, Tensor], rules: Mapping[str, Rule], used: set[str]
 ) -> WeightSource:
+    """Whole megatron tensors made of tensors in Hugging Face names, one at a time.
+
+    Args:
+        tensors: may be lazy: each is asked for when its whole is.
+        rules: the name map.
+        used: names are added here as they are asked for.
+
+    Raises:
+        CheckpointError: (the source) a tensor is missing or has another shape; names it.
+    """
+
     def whole(shard: Shard) -> Tensor:
         rule = rules[shard.key]
         names = rule.names(shard.layer)
@@ -43,7 +54,14 @@ def _source(
             if name not in tensors:
                 raise CheckpointError(f"tensor {name} is missing ({shard.name} is made of it)")
         used.update(names)
-        packed = rule.operation.pack([tensors[name] for name in names])
+        parts = [tensors[name] for name in names]
+        try:
+            packed = rule.operation.pack(parts)
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise CheckpointError(
+                f"{', '.join(names)}: shapes {shapes} do not make {shard.name} {shard.shape}"
+            ) from error
         return _fit_rows(packed, shard, names)
 
     return whole

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from megatron_croc.errors import ConfigError
 from megatron_croc.ops.attention import attend
-from megatron_croc.ops.attention.dense import attend_full, attend_rows
+from megatron_croc.ops.attention.dense import attend_full
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.context import (
     gather_sequence,
@@ -51,7 +53,11 @@ class _CoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         assert attention_type == "self" and config.kv_channels is not None
-        assert config.attention_dropout == 0.0, "attention dropout is not part of this model"
+        if config.attention_dropout != 0.0:
+            raise ConfigError(
+                f"attention_dropout={config.attention_dropout}: no backend of the mixed mask drops "
+                "attention weights; set it to 0"
+            )
         assert pg_collection is not None
         self.cp = pg_collection.cp
         self.softmax_scale = softmax_scale or config.kv_channels**-0.5
@@ -93,8 +99,18 @@ class MixedMaskAttention(_CoreAttention):
     def _over_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: MixedMask) -> Tensor:
         """Context parallel by gathering keys and values: all heads, for this rank's rows."""
         k, v = gather_sequence(key, self.cp), gather_sequence(value, self.cp)
-        rows = local_positions(mask.length, self.cp, query.device)
-        return attend_rows(query, k, v, mask, rows, softmax_scale=self.softmax_scale)
+        # Kept on the host: reading positions off the device would wait for it.
+        positions = local_positions(mask.length, self.cp, torch.device("cpu")).view(2, -1)
+        chunks = [(int(chunk[0]), int(chunk[-1]) + 1) for chunk in positions]
+        return attend(
+            query,
+            k,
+            v,
+            mask,
+            softmax_scale=self.softmax_scale,
+            backend=self.backend,
+            chunks=chunks,
+        )
 
 
 class FullAttention(_CoreAttention):

@@ -19,7 +19,7 @@ from megatron_croc.model.sharded_weights import Shard, fill_weights
 
 def initialize_weights(chunk: nn.Module, run: RunConfig) -> None:
     """Draw every weight of a model chunk: matrices normal, norms 1, biases 0."""
-    fill_weights(chunk, lambda shard: _fresh(shard, run))
+    fill_weights(chunk, lambda shard: fresh_weight(shard, run))
     _mark_tensor_parallel(chunk)
 
 
@@ -35,7 +35,8 @@ def _mark_tensor_parallel(chunk: nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
-def _fresh(shard: Shard, run: RunConfig) -> Tensor:
+def fresh_weight(shard: Shard, run: RunConfig) -> Tensor:
+    """The whole fresh tensor a shard belongs to, float32."""
     name = shard.key.rsplit(".", 1)[-1]
     if len(shard.shape) == 1:
         return torch.full(shard.shape, 0.0 if name.endswith("bias") else 1.0)

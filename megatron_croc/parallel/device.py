@@ -13,6 +13,7 @@ import logging
 import warnings
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "arange",
@@ -107,6 +108,8 @@ def install_cpu_stand_in() -> None:
 
     # schedules, clip_grads, rope_utils: torch.zeros(..., device="cuda") and pin_memory=True.
     # Wrapping the functions costs nothing; a TorchFunctionMode costs 13-18 % of a step.
+    # torch.device("meta") knows the functions by identity: it must learn the real ones first.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
 

@@ -18,6 +18,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.freezing import freeze
 from megatron_croc.model.initialization import initialize_weights
+from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.target_channel import TargetChannel
@@ -97,9 +98,21 @@ def _finalize(model: list[nn.Module], num_tokens: Tensor | None, **groups: objec
 
 
 def build_trainer(
-    run: RunConfig, pg_collection: ProcessGroupCollection, *, train_iters: int
+    run: RunConfig,
+    pg_collection: ProcessGroupCollection,
+    *,
+    train_iters: int,
+    weights: WeightSource | None = None,
 ) -> Trainer:
-    """Model, optimizer and schedule; resumed, or started from the stage before."""
+    """Model, optimizer and schedule; resumed, or started from the stage before.
+
+    Args:
+        run: the run.
+        pg_collection: process groups.
+        train_iters: optimizer steps of the whole run.
+        weights: where a run that is not resumed starts, when `pretrained_checkpoint` is no
+            checkpoint of ours.
+    """
     models = build_model(run, pg_collection)
     chunks = wrap_model(run, models, pg_collection)
     optimizer = build_optimizer(run, chunks, pg_collection)
@@ -108,8 +121,13 @@ def build_trainer(
     state = load_checkpoint(run, chunks, optimizer, pg_collection)
     if state is None:
         state = TrainState(stage=run.stage)
-        if run.checkpoint.pretrained_checkpoint is not None:
-            load_weights(run.checkpoint.pretrained_checkpoint, chunks, pg_collection)
+        start = run.checkpoint.pretrained_checkpoint
+        if weights is not None:
+            for model in models:
+                fill_weights(model, weights)
+        elif start is not None:
+            load_weights(start, chunks, pg_collection)
+        if start is not None:
             optimizer.reload_model_params()  # the fp32 main weights were copied from fresh ones
     scheduler.step(increment=state.consumed_samples)
     return Trainer(

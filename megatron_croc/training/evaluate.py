@@ -24,8 +24,8 @@ def _combine(steps: list[StepMetrics]) -> StepMetrics:
     combined = {}
     for field in fields(StepMetrics):
         values = [getattr(step, field.name) for step in steps]
-        if field.name == "learning_rates" or any(value is None for value in values):
-            continue
+        if not all(isinstance(value, int | float) for value in values):
+            continue  # rates, pool rows, and what this stage does not have
         scale = len(values) if field.name in _AVERAGED else 1
         combined[field.name] = sum(values) / scale
     return StepMetrics(**{"reconstruction_loss": None, **combined})

@@ -6,6 +6,7 @@ from megatron_croc.checkpoint.sharded import save_checkpoint
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import world_size
+from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.build import Trainer, build_trainer
 from megatron_croc.training.evaluate import evaluate
@@ -14,10 +15,15 @@ from megatron_croc.training.length import resolve_train_iters
 from megatron_croc.training.reporting import Reporter
 
 
-def train(run: RunConfig) -> Trainer:
-    """Train from the start (or where the run stopped) to the end; returns the trained state."""
+def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
+    """Train from the start (or where the run stopped) to the end; returns the trained state.
+
+    Args:
+        run: the run.
+        weights: see `build_trainer`.
+    """
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run))
+    trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     reporter = Reporter(run, train_iters=trainer.train_iters, world_size=world_size())
     state, last = trainer.state, trainer.train_iters
 

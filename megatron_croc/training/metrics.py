@@ -1,10 +1,12 @@
 """What one optimizer step did: sums collected where they arise, reduced once per step.
 
-first stage: replaced tokens, their distance, pool rows used
+first stage: replaced tokens, their distance, time it took, uses of each pool row
 last stage:  text and reconstruction loss              } one all-reduce over all ranks
 any stage:   tokens, images, samples, operations
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +18,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.parameters import trained_parts
-from megatron_croc.model.prompt_pool import Replacement
+from megatron_croc.model.prompt_pool import MatchingSample, Replacement
 from megatron_croc.parallel.device import current_device
 from megatron_croc.training.optimizer import part_of_group
 
@@ -49,14 +51,39 @@ class StepMetrics:
     matched_distance: float | None = None
     """Mean distance of a replaced token to its pool token."""
 
-    pool_usage: float | None = None
-    """Share of pool rows used in this step."""
+    matching_seconds: float | None = None
+    """What matching kept a replica waiting, mean over the replicas."""
+
+    pool_counts: tuple[int, ...] | None = None
+    """How often each pool row was used; None outside pretrain_croc."""
+
+    matching_sample: MatchingSample | None = field(default=None, repr=False, compare=False)
+    """An image this rank matched in this step, if any; the only field that differs by rank."""
 
     grad_norm: float | None = None
     """Norm of the whole gradient before clipping; None in validation."""
 
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Of each trained part, as this step used them."""
+
+    @property
+    def pool_usage(self) -> float | None:
+        """Share of pool rows used in this step."""
+        return None if self.pool_counts is None else usage(self.pool_counts)
+
+
+def usage(counts: Sequence[int]) -> float:
+    """Share of pool rows used at all."""
+    return sum(count > 0 for count in counts) / len(counts)
+
+
+def entropy(counts: Sequence[int]) -> float:
+    """Entropy of the rows' shares over that of equal shares: 1 if all rows are used alike."""
+    total = sum(counts)
+    if total == 0 or len(counts) == 1:
+        return 0.0
+    shares = (count / total for count in counts if count)
+    return sum(-share * math.log(share) for share in shares) / math.log(len(counts))
 
 
 class StepTotals:
@@ -71,7 +98,9 @@ class StepTotals:
         self.losses: list[dict[str, Tensor]] = []
         self.distance_sum: Tensor | None = None
         self.num_replaced = 0
-        self.rows_used: Tensor | None = None
+        self.matching_seconds = 0.0
+        self.matching_sample: MatchingSample | None = None
+        self.pool_counts: Tensor | None = None
 
     @property
     def num_microbatches_in_world(self) -> int:
@@ -95,14 +124,15 @@ class StepTotals:
 
     def count_replacement(self, replacement: Replacement) -> None:
         """Add one micro-batch's matching (first stage)."""
-        used = torch.zeros(
-            self.run.model.prompt_pool.pool_size, dtype=torch.float64, device=current_device()
-        )
-        used[replacement.index.flatten()] = 1.0
-        self.rows_used = used if self.rows_used is None else self.rows_used.maximum(used)
+        counts = torch.bincount(
+            replacement.index.flatten(), minlength=self.run.model.prompt_pool.pool_size
+        ).double()
+        self.pool_counts = counts if self.pool_counts is None else self.pool_counts + counts
         distance = replacement.distance.double().sum()
         self.distance_sum = distance if self.distance_sum is None else self.distance_sum + distance
         self.num_replaced += replacement.distance.numel()
+        self.matching_seconds += replacement.seconds
+        self.matching_sample = replacement.sample
 
     def count_losses(self, losses: list[dict[str, Tensor]]) -> None:
         """Add what the schedule collected (last stage; empty elsewhere)."""
@@ -112,7 +142,7 @@ class StepTotals:
         self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
     ) -> StepMetrics:
         """Sum over all ranks; every rank gets the same metrics."""
-        sums = torch.zeros(8, dtype=torch.float64, device=current_device())
+        sums = torch.zeros(9, dtype=torch.float64, device=current_device())
         if self.pg.tp.rank() == 0:
             for part in self.losses:  # context-parallel ranks hold shares of them
                 sums[0] += part["text"].double()
@@ -121,13 +151,14 @@ class StepTotals:
             if self.distance_sum is not None:
                 sums[2] = self.distance_sum
                 sums[3] = self.num_replaced
+                sums[4] = self.matching_seconds
             if self.pg.pp.rank() == 0:
                 work = self.work
                 flops = sum(count_flops(self.run, work).values())
                 counts = [work.num_tokens, work.num_images, self.num_samples, flops]
-                sums[4:] = torch.tensor(counts, dtype=torch.float64)
+                sums[5:] = torch.tensor(counts, dtype=torch.float64)
         dist.all_reduce(sums)
-        text, reconstruction, distance, num_replaced, *counts = sums.tolist()
+        text, reconstruction, distance, num_replaced, seconds, *counts = sums.tolist()
         weight = self.run.model.reconstruction.reconstruction_loss_weight
         return StepMetrics(
             text_loss=text,
@@ -138,20 +169,24 @@ class StepTotals:
             num_samples=int(counts[2]),
             flops=counts[3],
             matched_distance=distance / num_replaced if num_replaced else None,
-            pool_usage=self._pool_usage(),
+            matching_seconds=seconds / self.pg.dp.size() if num_replaced else None,
+            pool_counts=self._pool_counts(),
+            matching_sample=self.matching_sample,
             grad_norm=grad_norm,
             learning_rates=_learning_rates(self.run, param_groups or []),
         )
 
-    def _pool_usage(self) -> float | None:
+    def _pool_counts(self) -> tuple[int, ...] | None:
         if not self.run.reconstructs:
             return None
-        size = self.run.model.prompt_pool.pool_size
-        used = self.rows_used
-        if used is None:
-            used = torch.zeros(size, dtype=torch.float64, device=current_device())
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
-        return used.sum().item() / size
+        counts = torch.zeros(
+            self.run.model.prompt_pool.pool_size, dtype=torch.float64, device=current_device()
+        )
+        # Tensor- and context-parallel ranks all know the whole replica's matches.
+        if self.pool_counts is not None and self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0:
+            counts += self.pool_counts
+        dist.all_reduce(counts)
+        return tuple(int(count) for count in counts.tolist())
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:

@@ -2,20 +2,25 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_croc.config.base import to_tree
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, rank
+from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
-from megatron_croc.training.metrics import StepMetrics
+from megatron_croc.training.metrics import StepMetrics, entropy, usage
 
 logger = get_logger(__name__)
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16 operations per second of one device, from NVIDIA's data sheets."""
+
+COLLAPSED = 1.25
+"""Pool rows used by all images of an interval, over the tokens replaced in one, up to which the
+log warns: images then share almost all their pool tokens."""
 
 
 def peak_flops(name: str) -> float | None:
@@ -31,6 +36,7 @@ class Reporter:
         self.run, self.train_iters, self.world_size = run, train_iters, world_size
         self.interval: list[StepMetrics] = []
         self.waited = 0.0
+        self.warned_of_collapse = False
         self.started = time.perf_counter()
         self.peak = peak_flops(device_name())
         folder = run.logging.log_dir or run.checkpoint.save
@@ -54,13 +60,16 @@ class Reporter:
 
     def add_step(self, iteration: int, metrics: StepMetrics, *, waited: float) -> None:
         """Note one training step; every log_interval steps a line with mean losses is written."""
-        self.interval.append(metrics)
+        self.interval.append(replace(metrics, matching_sample=None))  # some MB a step
         self.waited += waited
         if iteration % self.run.logging.log_interval and iteration != self.train_iters:
             return
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
-        self._write(iteration, self._summary(iteration, elapsed))
+        row = self._summary(iteration, elapsed)
+        if self.is_writer:  # rank 0 always matches an image, if there is one
+            row |= self._matching(metrics, elapsed)
+        self._write(iteration, row)
         self.interval, self.waited = [], 0.0
 
     def add_validation(self, iteration: int, metrics: StepMetrics) -> None:
@@ -79,8 +88,7 @@ class Reporter:
 
     def _summary(self, iteration: int, elapsed: float) -> dict[str, Any]:
         steps = self.interval
-        last = asdict(steps[-1])
-        rates = last.pop("learning_rates")
+        last = steps[-1]
         total = {name: sum(getattr(s, name) for s in steps) for name in ("num_tokens", "flops")}
         samples = sum(s.num_samples for s in steps)
         row = {
@@ -88,9 +96,8 @@ class Reporter:
             "loss": _mean(steps, "loss"),
             "text_loss": _mean(steps, "text_loss"),
             "reconstruction_loss": _mean(steps, "reconstruction_loss"),
-            "grad_norm": last["grad_norm"],
-            "matched_distance": last["matched_distance"],
-            "pool_usage": last["pool_usage"],
+            "grad_norm": last.grad_norm,
+            "matched_distance": last.matched_distance,
             "consumed_samples": iteration * self.run.training.global_batch_size,
             "seconds_per_step": elapsed / len(steps),
             "samples_per_second": samples / elapsed,
@@ -98,11 +105,47 @@ class Reporter:
             "world_size": self.world_size,
             "tflops_per_device": total["flops"] / elapsed / self.world_size / 1e12,
             "data_wait_share": self.waited / elapsed,
-            **{f"lr/{part}": rate for part, rate in rates.items()},
+            **{f"lr/{part}": rate for part, rate in last.learning_rates.items()},
         }
         if self.peak is not None:
             row["mfu"] = total["flops"] / elapsed / self.world_size / self.peak
         return row
+
+    def _matching(self, metrics: StepMetrics, elapsed: float) -> dict[str, Any]:
+        """Cost, quality and spread of the interval's matching; warns once if it has collapsed."""
+        steps = [step for step in self.interval if step.pool_counts is not None]
+        if not steps:
+            return {}
+        by_step = [step.pool_counts for step in steps if step.pool_counts is not None]
+        counts = [sum(row) for row in zip(*by_step, strict=True)]
+        self._warn_of_collapse(counts)
+        row: dict[str, Any] = {"pool_usage": usage(counts), "pool_entropy": entropy(counts)}
+        seconds = [step.matching_seconds or 0.0 for step in steps]
+        row["matching_seconds_per_step"] = sum(seconds) / len(self.interval)
+        row["matching_share"] = sum(seconds) / elapsed
+        sample = metrics.matching_sample
+        if sample is not None and self.run.model.prompt_pool.assign_mode == "hungarian":
+            row["matching_gap"] = optimality_gap(*sample)
+        return row
+
+    def _warn_of_collapse(self, counts: list[int]) -> None:
+        pool, num_replaced = self.run.model.prompt_pool, self.run.model.num_replaced_tokens
+        num_images = sum(counts) // num_replaced
+        num_used = sum(count > 0 for count in counts)
+        few = COLLAPSED * num_replaced
+        if self.warned_of_collapse or num_images < 8 or num_used > few or pool.pool_size <= few:
+            return
+        self.warned_of_collapse = True
+        if pool.pool_init != "unit":
+            remedy = "start the stage with --pool-init unit"
+        elif pool.assign_mode != "hungarian":
+            remedy = "start the stage with --assign-mode hungarian"
+        else:
+            remedy = "a smaller --pool-size would do"
+        logger.warning(
+            f"{num_images} images used {num_used} of {pool.pool_size} pool tokens, hardly more "
+            f"than the {num_replaced} tokens replaced in each; the others never learn: {remedy}"
+        )
 
     def _write(self, iteration: int, row: dict[str, Any]) -> None:
         if not self.is_writer:
@@ -151,6 +194,7 @@ _SHOWN = {
     "valid_reconstruction_loss": "reconstruction {:.5f}",
     "grad_norm": "grad norm {:.3f}",
     "pool_usage": "pool used {:.0%}",
+    "matching_share": "matched {:.1%}",
     "samples_per_second": "{:.1f} samples/s",
     "tokens_per_second": "{:.0f} tokens/s",
     "mfu": "MFU {:.1%}",

@@ -3,10 +3,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from megatron_croc.cli.check import count_samples, main
+from megatron_croc.cli.check import ATTENTION_BACKENDS, count_samples, main
+from megatron_croc.config.model import AttentionBackend
 from megatron_croc.recipes import list_recipes
 
 COMMAND = [sys.executable, "-m", "megatron_croc.cli.check"]
@@ -122,3 +124,24 @@ def test_steps_are_derived_from_the_manifests(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "b" / "manifest.json").write_text("{}")
     assert count_samples(folders) is None
     assert count_samples([]) is None
+
+
+def test_every_attention_backend_is_listed_and_the_chosen_one_marked(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert ["auto", *ATTENTION_BACKENDS] == list(get_args(AttentionBackend))
+    words = ["--recipe", "tiny/pretrain_croc", "--world-size", "1", "--attention-backend", "flip"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.split("attention backends\n")[1].splitlines()
+    starts = [line.split()[0] for line in lines]
+    assert starts[:4] == ["auto", "flip", "flex", "dense"]
+    assert lines[1].startswith("  flip (chosen) ") and "(chosen)" not in lines[0]
+    assert sum(line.endswith(("  installed", "not installed")) for line in lines) == 2
+
+
+def test_an_unknown_attention_backend_is_refused_with_the_choices(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert main(["--recipe", "tiny/pretrain_croc", "--attention-backend", "fast"]) == 1
+    message = capsys.readouterr().err
+    assert "fast" in message and "flip" in message and "dense" in message

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from megatron_croc.model.prompt_pool import PromptPool
 from megatron_croc.ops.patch_selection import select_replaced
+from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
 
 NUM_IMAGES = 3
@@ -81,3 +82,64 @@ def test_nearest_collapses_where_hungarian_spreads(pg_collection):
 def test_the_pool_follows_the_dtype_of_the_visual_tokens(pg_collection):
     pool, visual, replaced = build(pg_collection, "hungarian")
     assert pool(visual.bfloat16(), replaced).embeddings.dtype == torch.bfloat16
+
+
+def test_matching_is_timed_and_an_image_kept_to_check_it(pg_collection, monkeypatch):
+    pool, visual, replaced = build(pg_collection, "hungarian")
+    clock = iter([3.0, 3.75])
+    monkeypatch.setattr("megatron_croc.model.prompt_pool.time.perf_counter", lambda: next(clock))
+    out = pool(visual, replaced)
+    assert out.seconds == 0.75
+    assert torch.equal(out.sample.index, out.index[0])
+    taken = out.sample.cost.gather(1, out.index[0][:, None]).squeeze(1)
+    assert torch.equal(taken, out.distance[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "scipy", "torch"])
+def test_every_backend_gives_the_same_replacement(pg_collection, backend):
+    pool, visual, replaced = build(pg_collection, "hungarian")
+    expected = pool(visual, replaced)
+    pool.assign_backend = backend
+    assert torch.equal(pool(visual, replaced).index, expected.index)
+
+
+def match_on_every_rank(sizes: dict, num_images: int) -> tuple:
+    """Index, distance and number of images solved here, of a pool drawn alike on all ranks."""
+    from megatron_croc.model import prompt_pool
+    from megatron_croc.parallel.groups import start_distributed
+
+    run = tiny_run(**sizes)
+    pool = prompt_pool.PromptPool(run, start_distributed(run.parallel, seed=1))
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(pool.weight, generator=generator)
+    tokens = torch.randn(num_images, pool.num_replaced, 64, generator=generator)
+    solved, assign = [], prompt_pool.assign
+
+    def watched(cost, **options):
+        solved.append(len(cost))
+        return assign(cost, **options)
+
+    prompt_pool.assign = watched
+    index, distance, _ = pool.match(tokens)
+    return index, distance, solved[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(tensor_model_parallel_size=2),
+        dict(context_parallel_size=2),
+        dict(tensor_model_parallel_size=2, context_parallel_size=2),
+    ],
+    ids=["tp2", "cp2", "tp2+cp2"],
+)
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_images_shared_out_over_ranks_match_as_on_one(sizes, num_images):
+    ((index, distance, _),) = run_distributed(match_on_every_rank, 1, {}, num_images)
+    world_size = 2 ** len(sizes)
+    ranks = run_distributed(match_on_every_rank, world_size, sizes, num_images)
+    for other_index, other_distance, _ in ranks:
+        assert torch.equal(other_index, index) and torch.equal(other_distance, distance)
+    solved = [number for *_, number in ranks]
+    assert sum(solved) == num_images and max(solved) - min(solved) <= 1

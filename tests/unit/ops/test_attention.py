@@ -1,14 +1,26 @@
 """Attention against softmax over exactly the visible keys, written as loops in float64."""
 
 import math
+import re
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
+from megatron_croc.config.model import AttentionBackend
 from megatron_croc.errors import ConfigError
 from megatron_croc.ops.attention import attend
-from megatron_croc.ops.attention.backends import choose_backend
+from megatron_croc.ops.attention.backends import _BACKENDS, _PREFERENCE, choose_backend
 from megatron_croc.ops.attention.dense import attend_formula, attend_full
+from megatron_croc.ops.attention.emulated_flash import EMULATED, EmulatedFlash
+from megatron_croc.ops.attention.flash import (
+    FlashAttention2,
+    FlashAttention3,
+    TorchFlash,
+    choose_flash,
+    flash_faults,
+)
 from megatron_croc.ops.mixed_mask import MixedMask
 
 MASKS = {
@@ -61,7 +73,7 @@ def test_the_formula_is_the_definition(name, num_groups):
         torch.testing.assert_close(ours, loops(*tensors, visible, 0.3), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["auto", "dense"])
+@pytest.mark.parametrize("backend", ["auto", "dense", "flip"])
 @pytest.mark.parametrize("num_groups", [4, 2, 1])
 @pytest.mark.parametrize("name", MASKS)
 def test_outputs_and_gradients_are_the_formulas(name, num_groups, backend):
@@ -81,12 +93,13 @@ def test_outputs_and_gradients_are_the_formulas(name, num_groups, backend):
         assert (tensor.grad[n:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_is_as_good_as_the_formula_in_it(dtype):
+@pytest.mark.parametrize("backend", ["dense", "flip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_the_formula_in_it(dtype, backend):
     mask = MASKS["images"]
     exact = attend_formula(*draw(4, 2), mask.visible(), softmax_scale=0.3)
     tensors = draw(4, 2, dtype)
-    ours = attend(*tensors, mask, softmax_scale=0.3)
+    ours = attend(*tensors, mask, softmax_scale=0.3, backend=backend)
     assert ours.dtype == dtype
     plain = attend_formula(*tensors, mask.visible(), softmax_scale=0.3)
     error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, plain))
@@ -94,12 +107,13 @@ def test_low_precision_is_as_good_as_the_formula_in_it(dtype):
     assert error <= 2 * allowed + torch.finfo(dtype).eps
 
 
-def test_what_a_row_depends_on_is_what_it_sees():
+@pytest.mark.parametrize("backend", ["dense", "flip"])
+def test_what_a_row_depends_on_is_what_it_sees(backend):
     """The pattern of the Jacobian is the mask: nothing leaks, nothing is missing."""
     mask = MASKS["padded"]
     n = real_rows(mask)
     query, key, value = draw(1, 1)
-    out = attend(query, key, value, mask, softmax_scale=0.3)
+    out = attend(query, key, value, mask, softmax_scale=0.3, backend=backend)
     for tensor in (key, value):
         touched = torch.zeros(n, 13, dtype=torch.bool)
         for t in range(n):
@@ -142,6 +156,65 @@ def test_the_scale_is_the_one_given():
 
 
 def test_an_unknown_backend_is_refused_by_name():
+    query = draw(1, 1)[0]
     with pytest.raises(ConfigError, match=r"--attention-backend fast .*dense"):
-        choose_backend("fast")
-    assert choose_backend("dense") == "dense"
+        choose_backend("fast", query)
+    assert choose_backend("dense", query) == "dense"
+    assert choose_backend("auto", query) == "dense"  # the fastest on a CPU
+
+
+def test_every_backend_of_the_setting_exists():
+    names = set(get_args(AttentionBackend)) - {"auto"}
+    assert names == set(_BACKENDS) == set(_PREFERENCE["cuda"])
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    tensors = draw(1, 1)
+    with pytest.raises(ConfigError, match=r"flex cannot run here: .* on cpu .*backward"):
+        attend(*tensors, MASKS["causal"], softmax_scale=1.0, backend="flex")
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (FlashAttention3(), "torch.float32 tensors, it takes float16 and bfloat16"),
+        (FlashAttention2(), "head dim 12, it takes multiples of 8 up to 256"),
+        (TorchFlash(), "head dim 264, it takes multiples of 8 up to 256"),
+        (EmulatedFlash(), "it is for CPUs"),
+    ],
+)
+def test_kernels_say_what_they_do_not_take(fault, match):
+    dim = int(re.search(r"dim (\d+)", match).group(1)) if "dim" in match else 64
+    dtype = torch.float32 if "float32" in match else torch.bfloat16
+    query = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(4, 1, dim))
+    assert match in fault.fault(query)
+
+
+def test_on_a_cpu_every_kernel_is_passed_over_for_the_emulated():
+    query = draw(1, 1)[0]
+    assert choose_flash(query) is EMULATED
+    assert flash_faults(query).count("the tensors are on cpu, it needs CUDA") == 3
+
+
+@pytest.mark.parametrize(
+    ("shapes", "values"),
+    [
+        (([12, 2, 4], [13, 2, 4], [13, 2, 4]), "mask is of 13 rows"),
+        (([13, 2, 4], [12, 2, 4], [12, 2, 4]), "key [12, 2, 4]"),
+        (([13, 3, 4], [13, 2, 4], [13, 2, 4]), "key heads must divide query heads"),
+        (([13, 2, 8], [13, 2, 4], [13, 2, 4]), "head dims be equal"),
+        (([13, 2, 4], [13, 2, 4], [13, 1, 4]), "value [13, 1, 4]"),
+        (([1, 13, 2, 4], [13, 2, 4], [13, 2, 4]), "query [1, 13, 2, 4]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_with_their_shapes(shapes, values):
+    tensors = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError) as error:
+        attend(*tensors, MASKS["causal"], softmax_scale=1.0)
+    assert values in str(error.value)
+
+
+def test_mixed_dtypes_are_refused():
+    query, key, value = draw(1, 1)
+    with pytest.raises(ValueError, match=r"float64, torch\.float32, torch\.float64"):
+        attend(query, key.float(), value, MASKS["causal"], softmax_scale=1.0)

@@ -13,25 +13,7 @@ from megatron_croc.data.collate import ReadySample, collate
 from megatron_croc.data.tokenization import TokenizedSample
 from megatron_croc.errors import DataError
 from megatron_croc.ops.mixed_mask import MixedMask
-
-# A row: samples of pieces (length, whether it is a span), and padding. Neighbouring pieces that
-# are both spans touch; a piece of length 1 is a span of one token.
-piece = st.tuples(st.integers(1, 5), st.booleans())
-rows = st.tuples(
-    st.lists(st.lists(piece, min_size=1, max_size=5), min_size=1, max_size=4), st.integers(0, 6)
-)
-
-
-def lay_out(samples, padding):
-    """(cu_seqlens, spans, length) of a row."""
-    cu, spans, position = [0], [], 0
-    for pieces in samples:
-        for length, is_span in pieces:
-            if is_span:
-                spans.append((position, position + length))
-            position += length
-        cu.append(position)
-    return cu, spans, position + padding
+from tests.support.masks import lay_out, rows
 
 
 def defined_visible(cu, spans, length):
@@ -173,6 +155,61 @@ def test_wrong_spans_are_refused_with_sample_and_values(spans, name, span, sampl
 def test_a_sample_without_a_name_is_numbered():
     with pytest.raises(DataError, match=r"sample #1: span \[5, 9\)"):
         MixedMask.build([0, 4, 8], [(5, 9)])
+
+
+def calls_visible(plan, num_rows, length):
+    """What a plan's two causal calls let each query see, and that no pair is in both."""
+    counts = torch.zeros(num_rows, length, dtype=torch.int64)
+    for call in (plan.causal, plan.flipped):
+        if call is None:
+            continue
+        queries = torch.arange(num_rows) if call.queries is None else call.queries
+        keys = torch.arange(length) if call.keys is None else call.keys
+        pieces = zip(
+            pairwise(call.cu_queries.tolist()), pairwise(call.cu_keys.tolist()), strict=True
+        )
+        longest = [0, 0]
+        for (q0, q1), (k0, k1) in pieces:
+            assert q0 < q1 and k0 < k1, "flash kernels are not called on empty pieces"
+            longest = [max(longest[0], q1 - q0), max(longest[1], k1 - k0)]
+            for q in range(q0, q1):  # bottom right: the last query sees the last key
+                counts[queries[q], keys[k0 : k1 - (q1 - 1 - q)]] += 1
+        assert longest == [call.max_queries, call.max_keys]
+        assert (q1, k1) == (call.num_queries, call.num_keys)
+        for index, count in ((call.queries, call.num_queries), (call.keys, call.num_keys)):
+            assert index is None or index.shape == (count,)
+    assert counts.max() <= 1
+    return counts.bool()
+
+
+@given(rows)
+@settings(max_examples=150, deadline=None)
+def test_the_flip_plan_holds_each_visible_pair_once(row):
+    cu, spans, length = lay_out(*row)
+    mask = MixedMask.build(cu, spans, length=length)
+    visible = mask.visible()
+    visible[cu[-1] :] = False  # padding is in no call
+    assert torch.equal(calls_visible(mask.flip, length, length), visible)
+
+
+@given(rows, st.data())
+@settings(max_examples=150, deadline=None)
+def test_the_flip_plan_of_chunks_holds_their_rows(row, data):
+    cu, spans, length = lay_out(*row)
+    mask = MixedMask.build(cu, spans, length=length)
+    cuts = sorted(data.draw(st.sets(st.integers(0, length), min_size=2, max_size=4)))
+    chunks = list(pairwise(cuts))[::2]
+    held = torch.cat([torch.arange(*chunk) for chunk in chunks])
+    visible = mask.visible()
+    visible[cu[-1] :] = False
+    assert torch.equal(calls_visible(mask.flip_of(chunks), len(held), length), visible[held])
+    assert mask.flip_of(chunks) is mask.flip_of(chunks)  # made once
+
+
+def test_a_mask_without_spans_is_one_causal_call():
+    mask = MixedMask.build([0, 3, 7], [(1, 2), (3, 4)], length=8)  # spans of one token
+    assert mask.flip.flipped is None
+    assert mask.flip.causal is not None and mask.flip.causal.keys is None
 
 
 def test_moving_keeps_everything():

@@ -36,10 +36,16 @@ def reduce_known_numbers(changes: dict) -> dict:
     if is_first:
         for index in ([0, 1, 2], [2, 3, 4 + dp]):  # rank 1 uses row 5 where rank 0 uses 4
             totals.count_replacement(
-                Replacement(torch.empty(0), torch.tensor([index]), torch.full((1, 3), 2.0 + dp))
+                Replacement(
+                    torch.empty(0), torch.tensor([index]), torch.full((1, 3), 2.0 + dp), 0.5 + dp
+                )
             )
     metrics = totals.reduce(grad_norm=1.5)
-    return {**vars(metrics), "microbatches": totals.num_microbatches_in_world}
+    return {
+        **vars(metrics),
+        "pool_usage": metrics.pool_usage,
+        "microbatches": totals.num_microbatches_in_world,
+    }
 
 
 @pytest.mark.distributed
@@ -66,6 +72,10 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["num_samples"] == 4 * dp_size
         assert result["matched_distance"] == pytest.approx({1: 2.0, 2: 2.5}[dp_size])
         assert result["pool_usage"] == pytest.approx({1: 5, 2: 6}[dp_size] / 32)
+        counts = {1: (1, 1, 2, 1, 1, 0), 2: (2, 2, 4, 2, 1, 1)}[dp_size]
+        assert result["pool_counts"] == counts + (0,) * 26
+        # Two micro-batches of half a second; on rank 1 of two replicas, one and a half.
+        assert result["matching_seconds"] == pytest.approx({1: 1.0, 2: 2.0}[dp_size])
         assert result["grad_norm"] == 1.5
         assert result["microbatches"] == 2 * dp_size
         assert result["flops"] > 0
@@ -79,6 +89,7 @@ def test_a_step_without_images_has_no_distance(pg_collection):
     totals.count_batch(make_batch(run, [make_sample(run, 0, 0)]))
     metrics = totals.reduce()
     assert metrics.matched_distance is None and metrics.pool_usage == 0.0
+    assert metrics.matching_seconds is None and metrics.matching_sample is None
     assert metrics.num_images == 0
     other = StepTotals(tiny_run("finetune"), pg_collection).reduce()
     assert other.reconstruction_loss is None and other.pool_usage is None
@@ -97,7 +108,8 @@ def make_metrics(number: int, **changes):
         flops=1e9,
         grad_norm=1.0 + number,
         matched_distance=8.0,
-        pool_usage=0.5,
+        matching_seconds=0.25,
+        pool_counts=(3,) * 16 + (0,) * 16,
         learning_rates={"projector": 1e-3, "prompt_pool": 2e-3},
     )
     return StepMetrics(**{**numbers, **changes})
@@ -155,6 +167,68 @@ def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, m
     assert second["data_wait_share"] == pytest.approx(2.0 / 4.0)
     # 2e9 operations in 10 s on 2 devices.
     assert first["tflops_per_device"] == pytest.approx(1e-4)
+
+
+def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkeypatch):
+    from megatron_croc.model.prompt_pool import MatchingSample
+
+    clock = iter([10.0])
+    reporter.started = 0.0
+    monkeypatch.setattr("megatron_croc.training.reporting.time.perf_counter", lambda: next(clock))
+    uses = [(8, 8) + (0,) * 30, (0, 0, 16) + (0,) * 29]
+    cost = torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 9.0]])  # best 2 + 1; here 1 + 4
+    for number, (counts, sample) in enumerate(
+        zip(uses, (None, MatchingSample(cost, torch.tensor([0, 1]))), strict=True), start=1
+    ):
+        metrics = make_metrics(number, pool_counts=counts, matching_sample=sample)
+        reporter.add_step(number, metrics, waited=0.0)
+        assert all(step.matching_sample is None for step in reporter.interval)  # not piled up
+    (row,) = rows_of(tmp_path)
+    assert row["pool_usage"] == pytest.approx(3 / 32)
+    shares = torch.tensor([0.25, 0.25, 0.5])
+    assert row["pool_entropy"] == pytest.approx(-(shares * shares.log2()).sum().item() / 5)
+    assert row["matching_seconds_per_step"] == pytest.approx(0.25)
+    assert row["matching_share"] == pytest.approx(0.5 / 10)
+    assert row["matching_gap"] == pytest.approx((5 - 3) / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_used", "remedy"),
+    [
+        (dict(pool_init="randn"), 13, "--pool-init unit"),
+        (dict(pool_init="unit", assign_mode="nearest"), 2, "--assign-mode hungarian"),
+        (dict(pool_init="unit"), 12, "--pool-size"),
+        (dict(pool_init="randn"), 16, None),  # more than 1.25 * 12
+        (dict(pool_init="randn", pool_size=15), 12, None),  # no room to spread
+    ],
+)
+def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, caplog):
+    from megatron_croc.training.reporting import Reporter
+
+    run = tiny_run(log_interval=1, **changes)
+    assert run.model.num_replaced_tokens == 12
+    size = run.model.prompt_pool.pool_size
+    counts = [0] * size
+    for token in range(8 * 12):
+        counts[token % num_used] += 1
+    reporter = Reporter(run, train_iters=9, world_size=1)
+    with caplog.at_level("WARNING"):
+        reporter.add_step(1, make_metrics(1, pool_counts=(12,) + (0,) * (size - 1)), waited=0.0)
+        assert not caplog.messages  # one image says nothing
+        for number in (2, 3):
+            reporter.add_step(number, make_metrics(1, pool_counts=tuple(counts)), waited=0.0)
+    if remedy is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert f"8 images used {num_used} of 32 pool tokens" in message and remedy in message
+
+
+def test_entropy_is_one_for_equal_use_and_zero_for_one_row():
+    from megatron_croc.training.metrics import entropy
+
+    assert entropy([3, 3, 3, 3]) == pytest.approx(1.0)
+    assert entropy([0, 9, 0]) == entropy([0, 0]) == entropy([5]) == 0.0
 
 
 def test_validation_has_rows_of_its_own(reporter, tmp_path: Path):

@@ -1,0 +1,164 @@
+"""Read a megatron-core checkpoint (torch_dist) tensor by tensor, whatever layout wrote it.
+
+No model, no process group. The checkpoint's index is a pickle: only the classes such an index is
+made of are built from it, so a file from elsewhere cannot run code here.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_croc.errors import CheckpointError
+
+_INDEX_CLASSES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    # megatron keeps the ranks' plans beside the tensors.
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.serialization": {"_get_layout"},
+}
+"""What an index may be made of, by module; dtypes of torch too."""
+
+
+class CheckpointReader:
+    """Tensors of one checkpoint folder, by megatron's global keys."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        self.folder = folder
+        self._metadata = _read_index(folder / ".metadata")
+        self._reader = dcp.FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, True)
+        self.tensors = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype a tensor was saved in."""
+        return self.tensors[key].properties.dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor, layers included."""
+        return tuple(self.tensors[key].size)
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """One whole tensor, or one layer of it, put together from the pieces of all ranks.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the pieces leave a gap.
+        """
+        entry, shape = self.tensors[key], self.shape(key)
+        stacked = layer is not None
+        offsets = (layer, *(0 for _ in shape[1:])) if stacked else (0,) * len(shape)
+        sizes = (1, *shape[1:]) if stacked else shape
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+        whole = torch.empty(sizes, dtype=entry.properties.dtype)
+        items = create_read_items_for_chunk_list(key, entry, [chunk])
+        if sum(item.lengths.numel() for item in items) != whole.numel():
+            raise CheckpointError(f"{self.folder}: {key} is not complete, layer {layer}")
+        try:
+            self._reader.read_data(LoadPlan(items), _Planner(whole)).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.folder}: {key} cannot be read: {str(error).splitlines()[0]}"
+            ) from error
+        return whole[0] if stacked else whole
+
+
+class _Planner(LoadPlanner):
+    """Puts every piece read into its place in one tensor."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
+        """Nothing to prepare."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plans are handed in."""
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Plans are handed in."""
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Plans are handed in."""
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Objects are never asked for."""
+        raise NotImplementedError
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of the whole that a piece covers."""
+        block = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self.whole[tuple(slice(start, start + length) for start, length in block)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It was copied into the whole itself."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds an index's own classes and nothing else."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """The class of that name, where an index may hold it."""
+        allowed = global_name in _INDEX_CLASSES.get(module_name, ())
+        if not allowed and not (module_name == "torch" and _is_dtype(global_name)):
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} does not belong there")
+        return super().find_class(module_name, global_name)
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _read_index(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; {path.parent} is not a checkpoint") from error
+    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+    if not isinstance(index, Metadata):
+        raise CheckpointError(f"{path}: damaged: holds a {type(index).__name__}")
+    return index

@@ -1,0 +1,146 @@
+"""One prompt with one image through either side: megatron-core, and an export in transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_croc.checkpoint.sharded import load_weights
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.run import RunConfig
+from megatron_croc.convert.exporting import read_run
+from megatron_croc.convert.importing import one_process
+from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
+from megatron_croc.data.image_transform import ImageTransform
+from megatron_croc.errors import CheckpointError
+from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
+from megatron_croc.model.transformer_configs import language_model_config
+from megatron_croc.ops.mixed_mask import MixedMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What both sides are given."""
+
+    input_ids: Tensor
+    """int64 [T], IMAGE_TOKEN_INDEX at visual positions."""
+
+    pixel_values: Tensor
+    """uint8 [n, 3, H, W]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What one side computed, float32."""
+
+    logits: Tensor
+    """[T, vocabulary]."""
+
+    visual_embeddings: Tensor
+    """[n, N, h], as the language model sees them."""
+
+
+def build_prompt(run: RunConfig, ids: np.ndarray, images: list[bytes]) -> Prompt:
+    """A prompt from ids with IMAGE_TOKEN_INDEX once per image, and encoded images.
+
+    Raises:
+        ImageError: an image does not decode.
+    """
+    num_tokens = run.model.vision_tower.num_visual_tokens
+    repeats = np.where(ids == IMAGE_TOKEN_INDEX, num_tokens, 1)
+    transform = ImageTransform.build(run.model.vision_tower, "pad")
+    return Prompt(
+        input_ids=torch.from_numpy(np.repeat(ids, repeats)),
+        pixel_values=torch.stack([transform.decode_with_pil(image) for image in images]),
+    )
+
+
+@torch.no_grad()
+def observe_megatron(checkpoint: Path, prompt: Prompt, dtype: torch.dtype) -> Observation:
+    """Run a checkpoint of any layout in this process, as a fine-tuned model: causal, no pool."""
+    run = read_run(checkpoint)
+    run.stage, run.parallel = "finetune", ParallelConfig()
+    run.model.attention_mask_type = "causal"
+    run.training.bf16 = dtype == torch.bfloat16
+    with one_process(run) as pg:
+        model = CrocModel(
+            run,
+            language_model_config(run),
+            pg,  # type: ignore[arg-type]
+            pre_process=True,
+            post_process=True,
+        )
+        load_weights(checkpoint, [model], pg)  # type: ignore[arg-type]
+        model.eval()
+        seen: list[Tensor] = []
+        assert model.projector is not None
+        model.projector.register_forward_hook(lambda *call: seen.append(call[-1]))
+        ids, n = prompt.input_ids, run.model.vision_tower.num_visual_tokens
+        starts = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten()[::n]
+        output = model(
+            ModelInputs(
+                input_ids=ids,
+                labels=None,
+                mixed_mask=MixedMask.build([0, len(ids)], []),
+                image_starts=starts,
+                replaced=torch.zeros(len(starts), n, dtype=torch.bool),
+                pixel_values=prompt.pixel_values,
+            )
+        )
+    assert isinstance(output, ModelOutput) and output.logits is not None
+    vocab_size = run.model.language_model.vocab_size
+    return Observation(
+        logits=output.logits.float()[..., :vocab_size].reshape(-1, vocab_size),
+        visual_embeddings=seen[0].float(),
+    )
+
+
+def load_export(folder: Path, dtype: torch.dtype) -> Any:
+    """Our export as a transformers model; the code beside the weights is compared, never run.
+
+    Raises:
+        CheckpointError: transformers is not installed, the code differs from ours, or weights are
+            missing or extra (named).
+    """
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise CheckpointError(
+            "transformers is needed for this: pip install transformers"
+        ) from error
+    from megatron_croc.convert.remote_code import configuration_croc, modeling_croc
+
+    for module in (configuration_croc, modeling_croc):
+        ours = Path(str(module.__file__))
+        theirs = folder / ours.name
+        if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+            raise CheckpointError(f"{theirs}: is not the code this program exports; export again")
+    logging.disable_progress_bar()
+    loaded: Any = modeling_croc.CrocForConditionalGeneration.from_pretrained(
+        folder, torch_dtype=dtype, output_loading_info=True
+    )
+    model, info = loaded
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[fault]:
+            raise CheckpointError(f"{folder}: {fault}: {', '.join(map(str, sorted(info[fault])))}")
+    return model.eval()
+
+
+@torch.no_grad()
+def observe_export(folder: Path, run: RunConfig, prompt: Prompt, dtype: torch.dtype) -> Observation:
+    """Run an export in transformers."""
+    model, vision = load_export(folder, dtype), run.model.vision_tower
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in (vision.image_mean, vision.image_std))
+    pixels = ((prompt.pixel_values.float() / 255.0 - mean) / std).to(dtype)
+    ids = prompt.input_ids.clone()
+    ids[ids == IMAGE_TOKEN_INDEX] = model.config.image_token_id
+    seen: list[Tensor] = []
+    model.model.multi_modal_projector.register_forward_hook(lambda *call: seen.append(call[-1]))
+    logits = model(input_ids=ids[None], pixel_values=pixels).logits[0]
+    return Observation(
+        logits=logits[:, : run.model.language_model.vocab_size].float(),
+        visual_embeddings=seen[0].float(),
+    )

@@ -1,0 +1,64 @@
+"""What a folder holds: a checkpoint of ours or a Hugging Face directory. Reads no numbers."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_croc.checkpoint.state import TrainState
+from megatron_croc.config.base import to_yaml
+from megatron_croc.config.model import CrocModelConfig
+from megatron_croc.convert.checkpoint_reader import CheckpointReader
+from megatron_croc.convert.exporting import find_checkpoint, read_run
+from megatron_croc.convert.source import is_huggingface, open_source
+from megatron_croc.convert.tensor_files import open_tensors, read_json
+
+_Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def inspect_folder(folder: Path) -> Iterator[str]:
+    """Lines about the model and every tensor.
+
+    Raises:
+        CheckpointError: neither kind, or damaged.
+    """
+    if is_huggingface(folder):
+        yield from _inspect_huggingface(folder)
+        return
+    checkpoint = find_checkpoint(folder)
+    state, reader = TrainState.load(checkpoint), CheckpointReader(checkpoint)
+    yield f"{checkpoint}: stage {state.stage}, iteration {state.iteration}"
+    yield from _model_lines(read_run(checkpoint).model)
+    tensors: _Tensors = {
+        key: (reader.shape(key), reader.dtype(key))
+        for key in reader.tensors
+        if not key.startswith("optimizer.")
+    }
+    yield from _tensor_lines(tensors)
+    if len(tensors) < len(reader.tensors):
+        yield f"and {len(reader.tensors) - len(tensors)} tensors of the optimizer"
+
+
+def _inspect_huggingface(folder: Path) -> Iterator[str]:
+    kind = read_json(folder / "config.json").get("model_type")
+    yield f"{folder}: model_type {kind}"
+    stored = open_tensors(folder)
+    yield from _tensor_lines({name: (t.shape, t.dtype) for name, t in stored.items()})
+    source = open_source(folder)
+    yield from _model_lines(source.model)
+    if source.fresh:
+        yield f"not there: {', '.join(part.rstrip('.') for part in source.fresh)}"
+
+
+def _model_lines(model: CrocModelConfig) -> Iterator[str]:
+    yield from ("  " + line for line in to_yaml(model).splitlines())
+
+
+def _tensor_lines(tensors: _Tensors) -> Iterator[str]:
+    width = max(map(len, tensors), default=0)
+    for name, (shape, dtype) in sorted(tensors.items()):
+        yield f"{name:<{width}}  {str(dtype).removeprefix('torch.'):<8}  {list(shape)}"
+    numbers = sum(math.prod(shape) for shape, _ in tensors.values())
+    num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    yield f"{len(tensors)} tensors, {numbers:,} numbers, {num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,108 @@
+"""Sharded safetensors, written tensor by tensor: memory is one tensor, whatever the file.
+
+What goes where is known from shapes before the first number is read; safetensors.torch.save_file
+would need a whole file's tensors at once, and copies them.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_croc.convert.tensor_files import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tensors that are made together, and lie together in one file."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    load: Callable[[], list[Tensor]]
+    """Makes them, in the order of `names`, [shape] each, any float dtype."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
+
+
+def write_sharded(
+    folder: Path,
+    groups: Sequence[Group],
+    *,
+    max_shard_bytes: int,
+    on_group: Callable[[int], object],
+) -> dict[str, str]:
+    """Write model-0000x-of-0000y.safetensors and their index.
+
+    Args:
+        folder: an existing directory.
+        groups: in the order they are written.
+        max_shard_bytes: a file is closed before it would grow beyond this; a group is never cut.
+        on_group: called with the bytes of each group after it is written.
+
+    Returns:
+        file name -> SHA-256 of its bytes.
+    """
+    shards = list(_cut(groups, max_shard_bytes))
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        digests[file] = _write_file(folder / file, shard, on_group)
+        weight_map.update({name: file for group in shard for name in group.names})
+    total = sum(group.num_bytes for group in groups)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return digests
+
+
+def _cut(groups: Sequence[Group], max_shard_bytes: int) -> Iterator[list[Group]]:
+    shard: list[Group] = []
+    for group in groups:
+        if shard and sum(g.num_bytes for g in (*shard, group)) > max_shard_bytes:
+            yield shard
+            shard = []
+        shard.append(group)
+    if shard:
+        yield shard
+
+
+def _write_file(path: Path, groups: Sequence[Group], on_group: Callable[[int], object]) -> str:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for group in groups:
+        for name, shape in zip(group.names, group.shapes, strict=True):
+            start, end = end, end + math.prod(shape) * group.dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[group.dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(len(text).to_bytes(8, "little") + text)
+        for group in groups:
+            made = group.load()
+            for shape, tensor in zip(group.shapes, made, strict=True):
+                assert tuple(tensor.shape) == shape
+                numbers = tensor.to(group.dtype).contiguous().reshape(-1).view(torch.uint8)
+                write(numbers.numpy().data)
+            on_group(group.num_bytes)
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""The tensors of a Hugging Face directory, read one at a time.
+
+model.safetensors or pytorch_model.bin, whole or cut into files that an index names. Headers are
+checked when the directory is opened; numbers are read when a tensor is asked for. Nothing read
+here can run code: safetensors is plain data, and .bin files go through torch's weights_only.
+"""
+
+import json
+import math
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_croc.errors import CheckpointError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+"""safetensors' names of the dtypes that weights (and old position_ids) come in."""
+
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    """Reads the numbers."""
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Stored tensors as a mapping that reads each when it is asked for, and keeps none."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        """Wrap tensors by name."""
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self.stored[name].load()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one of this name; reads nothing."""
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.stored)
+
+
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a directory, by name; no numbers are read yet.
+
+    Raises:
+        CheckpointError: no weights there, a file missing, damaged, or with more than tensors in it.
+    """
+    for stem, suffix, open_file in (
+        ("model", "safetensors", _open_safetensors),
+        ("pytorch_model", "bin", _open_pickle),
+    ):
+        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.exists():
+            return _open_indexed(index, open_file)
+        if whole.exists():
+            return open_file(whole)
+    raise CheckpointError(
+        f"{folder}: no weights there (model.safetensors or pytorch_model.bin, or their index)"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is not there or not one."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return tree
+
+
+def _open_indexed(
+    index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """Tensors of all files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: has no weight_map")
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise CheckpointError(f"{index}: names {file}, which is not beside it")
+        tensors.update(open_file(index.parent / file))
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index}: tensor {name} is not in {file}")
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """8 bytes of header length, a JSON header, the numbers."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            entries = {n: e for n, e in header.items() if n != "__metadata__"}
+            start = 8 + length
+            tensors = {n: _stored(path, n, e, start) for n, e in entries.items()}
+            ends = {start + entry["data_offsets"][1]: name for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: damaged safetensors header ({error!r})") from error
+    if ends and max(ends) > size:
+        raise CheckpointError(
+            f"{path}: truncated: tensor {ends[max(ends)]} ends at byte {max(ends)}, "
+            f"the file has {size}"
+        )
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+    first, end = entry["data_offsets"]
+    shape = tuple(int(n) for n in entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name} is {entry['dtype']}; only {', '.join(DTYPES)} are read"
+        )
+    dtype = DTYPES[entry["dtype"]]
+    if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{path}: tensor {name}: {end - first} bytes for shape {shape}")
+
+    def load() -> Tensor:
+        if end == first:
+            return torch.empty(shape, dtype=dtype)
+        numbers = np.fromfile(path, np.uint8, count=end - first, offset=start + first)
+        return torch.from_numpy(numbers).view(dtype).reshape(shape)
+
+    return StoredTensor(shape=shape, dtype=dtype, load=load)
+
+
+def _open_pickle(path: Path) -> dict[str, StoredTensor]:
+    """A .bin file: memory-mapped where its format allows; only tensors are accepted."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors and is not loaded, since such a file can run code; "
+            f"convert it to safetensors where you trust it ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not tensors by name")
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+        tensors[name] = StoredTensor(
+            shape=tuple(tensor.shape), dtype=tensor.dtype, load=lambda kept=tensor: kept
+        )
+    return tensors

@@ -1,0 +1,132 @@
+"""Does an export compute what the checkpoint computes? Both are run on one image and prompt."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.convert.exporting import find_checkpoint, read_run
+from megatron_croc.convert.inference import build_prompt, observe_export, observe_megatron
+from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
+from megatron_croc.data.conversation import IMAGE_MARK
+from megatron_croc.data.tokenization import build_tokenizer, tokenize_prompt
+from megatron_croc.errors import CheckpointError
+
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+"""Largest difference of a logit taken for rounding; in bf16 the most likely tokens say more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """How far apart the two are."""
+
+    largest_difference: float
+    """Of any logit."""
+
+    mean_difference: float
+    argmax_agreement: float
+    """Share of positions whose most likely token is the same."""
+
+    embedding_difference: float
+    """Largest difference of any element of the visual tokens."""
+
+    visual_norms: tuple[float, float, float, float]
+    """Shortest and longest visual token: megatron-core's, transformers'."""
+
+    num_positions: int
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Within the bound, and finite."""
+        return self.largest_difference <= self.bound
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        low, high, their_low, their_high = self.visual_norms
+        yield f"positions                        {self.num_positions}"
+        yield f"largest difference of a logit    {self.largest_difference:.3e}"
+        yield f"mean difference of the logits    {self.mean_difference:.3e}"
+        yield f"same most likely token           {self.argmax_agreement:.2%}"
+        yield f"largest difference, visual token {self.embedding_difference:.3e}"
+        yield f"length of visual tokens          megatron-core {low:.6f} .. {high:.6f}"
+        yield f"                                 transformers  {their_low:.6f} .. {their_high:.6f}"
+        verdict = "PASSED" if self.passed else "FAILED"
+        yield f"{verdict}: the bound is {self.bound:g}"
+
+
+def verify_export(
+    checkpoint: Path,
+    export: Path,
+    *,
+    image: Path | None = None,
+    prompt: str = "Describe the picture in detail.",
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> VerifyReport:
+    """Compare a checkpoint with its export.
+
+    Args:
+        checkpoint: a checkpoint, or a folder of them.
+        export: the default export's directory.
+        image: an image file; None: one is made up.
+        prompt: question about the image; used with a tokenizer.
+        tokenizer: SentencePiece file or Hugging Face directory; None: ids are made up.
+        dtype: both compute in it.
+
+    Raises:
+        CheckpointError: either side cannot be read.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    run = read_run(checkpoint)
+    encoded = _made_up_image() if image is None else image.read_bytes()
+    row = build_prompt(run, _ids(run, prompt, tokenizer), [encoded])
+    ours = observe_megatron(checkpoint, row, dtype)
+    theirs = observe_export(export, run, row, dtype)
+    if ours.logits.shape != theirs.logits.shape:
+        raise CheckpointError(
+            f"{export}: logits {tuple(theirs.logits.shape)}, {checkpoint}: "
+            f"{tuple(ours.logits.shape)}; another model"
+        )
+    difference = (ours.logits - theirs.logits).abs()
+    norms = [side.visual_embeddings.norm(dim=-1) for side in (ours, theirs)]
+    low, high, their_low, their_high = (float(f()) for n in norms for f in (n.min, n.max))
+    agree = ours.logits.argmax(-1) == theirs.logits.argmax(-1)
+    moved = ours.visual_embeddings - theirs.visual_embeddings.view_as(ours.visual_embeddings)
+    return VerifyReport(
+        largest_difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+        argmax_agreement=float(agree.float().mean()),
+        embedding_difference=float(moved.abs().max()),
+        visual_norms=(low, high, their_low, their_high),
+        num_positions=len(agree),
+        bound=BOUNDS[dtype],
+    )
+
+
+def _ids(run: RunConfig, prompt: str, tokenizer: Path | None) -> np.ndarray:
+    """Ids of a prompt, with IMAGE_TOKEN_INDEX once; made up without a tokenizer."""
+    if tokenizer is None:
+        drawn = np.random.default_rng(0).integers(0, run.model.language_model.vocab_size, 32)
+        drawn[4] = IMAGE_TOKEN_INDEX
+        return drawn
+    kind: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
+    kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "SentencePieceTokenizer"
+    question = prompt if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n{prompt}"
+    return tokenize_prompt(
+        build_tokenizer(kind, str(tokenizer)), run.data.conversation_template, question
+    )
+
+
+def _made_up_image() -> bytes:
+    """Noise, wider than high so that it is padded."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()

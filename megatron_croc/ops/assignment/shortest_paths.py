@@ -1,0 +1,179 @@
+"""The readable reference: exact assignment by shortest paths, from any starting prices.
+
+Prices v <= 0 of the columns are optimal when a matching exists in which
+
+    every row has a column of least c_ij - v_j          (kept throughout)
+    every row is matched                                (forward paths bring it about)
+    every column with v_j < 0 is matched                (reverse paths bring it about)
+
+Successive shortest paths usually start at v = 0, where the third line holds by itself and costs
+tens of thousands of steps. Here v starts near the answer and reverse paths repair the third line:
+an unmatched column is raised until its price is 0, or until a row leaves its own column for it,
+and so on along a path that ends at a column whose price has come to 0, which is set free.
+
+Sources: Jonker and Volgenant 1987 (forward paths); Bertsekas and Castanon 1992 (reverse).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUM_SWEEPS = 32
+RELAXATION = 1.8
+FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 0.003
+"""Over the standard deviation of what row and column means leave of the cost."""
+
+
+class Solution(NamedTuple):
+    """An image's assignment and its proof."""
+
+    columns: Tensor
+    """int64 [n]."""
+
+    prices: Tensor
+    """float64 [P], at most 0."""
+
+    bound: Tensor
+    """float64 scalar: no assignment can cost less."""
+
+    num_steps: int
+    """Columns or rows scanned one after the other: what a parallel machine cannot shorten."""
+
+
+@torch.no_grad()
+def starting_prices(cost: Tensor) -> Tensor:
+    """Prices near the optimal ones, float64 [P] <= 0, from float64 cost [n, P], 1 <= n <= P.
+
+    Were the cost a row term plus a column term b, the n cheapest columns would be matched and
+    v_j = min(0, b_j - b of the first left over) be optimal. Annealed Sinkhorn sweeps do the rest:
+    each row spreads one unit over the columns, no column takes more than one.
+    """
+    num_rows, num_columns = cost.shape
+    means = cost.mean(dim=0)
+    first_left_over = means.sort().values[min(num_rows, num_columns - 1)]
+    prices = (means - first_left_over).clamp(max=0.0)
+    residual = cost - means
+    residual = residual - residual.mean(dim=1, keepdim=True)
+    scale = residual.square().mean().sqrt().item()
+    if scale <= 1e-12 * cost.abs().max().item():
+        return prices
+    for sweep in range(NUM_SWEEPS):
+        progress = sweep / (NUM_SWEEPS - 1)
+        eps = scale * FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress
+        row_terms = -eps * torch.logsumexp((prices - cost) / eps, dim=1, keepdim=True)
+        aimed_at = -eps * torch.logsumexp((row_terms - cost) / eps, dim=0)
+        prices = (prices + RELAXATION * (aimed_at - prices)).clamp(max=0.0)
+    return prices
+
+
+@torch.no_grad()
+def solve_image(cost: Tensor, prices: Tensor | None = None) -> Solution:
+    """Assign the rows of one image.
+
+    Args:
+        cost: [n, P], finite, n <= P.
+        prices: [P], at most 0, to start from; `starting_prices` when not given. They decide how
+            long it takes, never how good the result is.
+
+    Returns:
+        See `Solution`.
+    """
+    cost = cost.double()
+    num_rows, num_columns = cost.shape
+    if num_rows == 0:
+        zero = cost.new_zeros(())
+        return Solution(torch.empty(0, dtype=torch.int64), cost.new_zeros(num_columns), zero, 0)
+    search = _Search(cost, starting_prices(cost) if prices is None else prices.double().clone())
+    search.match_first_choices()
+    for row in range(num_rows):
+        if search.column_of[row] < 0:
+            search.forward(row)
+    for column in range(num_columns):
+        if search.row_of[column] < 0 and search.prices[column] < 0:
+            search.reverse(column)
+    bound = (cost - search.prices).min(dim=1).values.sum() + search.prices.sum()
+    columns = torch.tensor(search.column_of, device=cost.device)
+    return Solution(columns, search.prices, bound, search.num_steps)
+
+
+class _Search:
+    """A partial matching, and prices under which each matched row has a best column."""
+
+    def __init__(self, cost: Tensor, prices: Tensor) -> None:
+        num_rows, num_columns = cost.shape
+        self.cost, self.prices = cost, prices
+        self.column_of = [-1] * num_rows
+        self.row_of = [-1] * num_columns
+        self.num_steps = 0
+
+    def match_first_choices(self) -> None:
+        """Give each row its best column, if no earlier row has it."""
+        for row, column in enumerate((self.cost - self.prices).argmin(dim=1).tolist()):
+            if self.row_of[column] < 0:
+                self.column_of[row], self.row_of[column] = column, row
+
+    def forward(self, row: int) -> None:
+        """Match `row`: the cheapest chain of moves that ends at an unmatched column (Dijkstra)."""
+        distance = self.cost[row] - self.prices
+        comes_from = [row] * len(self.row_of)
+        scanned = torch.zeros_like(distance, dtype=torch.bool)
+        while True:
+            self.num_steps += 1
+            column = int(distance.masked_fill(scanned, torch.inf).argmin())
+            if self.row_of[column] < 0:
+                break
+            scanned[column] = True
+            owner = self.row_of[column]
+            slack = self.cost[owner] - self.prices - (self.cost[owner] - self.prices)[column]
+            reached = distance[column] + slack
+            nearer = ~scanned & (reached < distance)
+            distance = torch.where(nearer, reached, distance)
+            for other in nearer.nonzero().flatten().tolist():
+                comes_from[other] = owner
+        self.prices += torch.where(scanned, distance - distance[column], 0.0)
+        while True:
+            mover = comes_from[column]
+            self.row_of[column] = mover
+            self.column_of[mover], column = column, self.column_of[mover]
+            if mover == row:
+                return
+
+    def reverse(self, start: int) -> None:
+        """Raise the price of the unmatched column `start` to 0, or match it and free another."""
+        matched = torch.tensor(self.column_of, device=self.cost.device)
+        best = self.cost.gather(1, matched[:, None]).squeeze(1) - self.prices[matched]
+        distance = self.cost[:, start] - self.prices[start] - best
+        goes_to = [start] * len(self.column_of)
+        scanned = torch.zeros_like(distance, dtype=torch.bool)
+        freed, rise = start, -float(self.prices[start])
+        while not bool(scanned.all()):
+            self.num_steps += 1
+            row = int(distance.masked_fill(scanned, torch.inf).argmin())
+            if distance[row] >= rise:
+                break
+            scanned[row] = True
+            column = self.column_of[row]
+            until_zero = float(distance[row] - self.prices[column])
+            if until_zero < rise:
+                freed, rise = column, until_zero
+            slack = self.cost[:, column] - self.prices[column] - best
+            reached = distance[row] + slack
+            nearer = ~scanned & (reached < distance)
+            distance = torch.where(nearer, reached, distance)
+            for other in nearer.nonzero().flatten().tolist():
+                goes_to[other] = column
+        self.prices[matched[scanned]] += rise - distance[scanned]
+        self.prices[start] += rise
+        self.prices.clamp_(max=0.0)
+        self.prices[freed] = 0.0
+        if freed == start:
+            return
+        row, self.row_of[freed] = self.row_of[freed], -1
+        while True:
+            column = goes_to[row]
+            row_before, self.row_of[column] = self.row_of[column], row
+            self.column_of[row] = column
+            if column == start:
+                return
+            row = row_before

@@ -1,0 +1,298 @@
+"""The flash attention kernels the flip can stand on: one forward, one backward, causal, varlen.
+
+Only low-level functions are used. The public ones come with a backward of their own, in which the
+log-sum-exp is a by-product; the flip needs one that takes the (out, lse) it is given.
+
+`choose_flash` takes the first of flash-attn 3, flash-attn 2 and torch's own kernels that runs on
+the tensor at hand. On a CPU it is emulated_flash.py, plain attention under the same contract.
+None of the three has been run on a GPU so far; `pytest -m gpu tests/unit/ops` does that.
+"""
+
+import functools
+import importlib
+import logging
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_croc.log import get_logger, log_once
+from megatron_croc.ops.attention.emulated_flash import EMULATED
+from megatron_croc.ops.mixed_mask import CausalCall
+
+MAX_HEAD_DIM = 256
+"""Widest head of every flash kernel here; widths are multiples of 8."""
+
+
+class Flash(Protocol):
+    """A pair of kernels. n and m: rows of queries and keys, of which the call's pieces are first.
+
+    Rows at and past call.num_queries (num_keys) are left uninitialised, in outputs and gradients:
+    the caller zeroes them.
+    """
+
+    name: str
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why the kernels cannot run on tensors like `query`; None when they can."""
+        ...
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """[n, H, d], [m, G, d], [m, G, d] -> out [n, H, d], lse [H, n] float32 (natural log)."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, for weights exp(scores - lse) and output `out`."""
+        ...
+
+
+def choose_flash(query: Tensor) -> Flash | None:
+    """The fastest kernels for tensors like `query`; None when there are none.
+
+    On CUDA those passed over are named in the log, once, with the reason.
+    """
+    for flash in (*_KERNELS, EMULATED):
+        reason = flash.fault(query)
+        if reason is None:
+            return flash
+        if query.is_cuda:
+            log_once(get_logger(__name__), logging.INFO, "%s is not used: %s", flash.name, reason)
+    return None
+
+
+def flash_faults(query: Tensor) -> str:
+    """Why each of the kernels cannot run on tensors like `query`, in one line."""
+    faults = {flash.name: flash.fault(query) for flash in _KERNELS}
+    return "; ".join(f"{name}: {reason}" for name, reason in faults.items() if reason)
+
+
+def _kernel_fault(query: Tensor) -> str | None:
+    """What rules out every CUDA kernel."""
+    if not query.is_cuda:
+        return f"the tensors are on {query.device}, it needs CUDA"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"{query.dtype} tensors, it takes float16 and bfloat16"
+    head_dim = query.shape[-1]
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"head dim {head_dim}, it takes multiples of 8 up to {MAX_HEAD_DIM}"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.get_device_module(device).get_device_capability(device)
+
+
+@functools.cache
+def _missing(
+    module: str, distribution: str | None = None, at_least: tuple[int, int] = (0, 0)
+) -> str | None:
+    """Why `module` cannot be imported, or is too old; None when it can."""
+    try:
+        importlib.import_module(module)
+        if distribution is not None:
+            found = version(distribution)
+            if tuple(int(part) for part in found.split(".")[:2]) < at_least:
+                return f"{distribution} {found} is too old, it takes {'.'.join(map(str, at_least))}"
+    except (ImportError, OSError, PackageNotFoundError) as error:
+        return f"{module} cannot be imported ({error})"
+    return None
+
+
+def _checked(out: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernels and their versions differ in the layout of lse; only [H, n] is understood here."""
+    expected = (query.shape[1], query.shape[0])
+    assert lse.shape == expected, f"lse is {[*lse.shape]}, not [H, n] = {[*expected]}"
+    assert lse.dtype == torch.float32, f"lse is {lse.dtype}"
+    return out, lse
+
+
+def _lengths(call: CausalCall) -> tuple[int, int]:
+    # A maximum of 1 sends flash-attn 2 down its decoding path (flash-attention#1537).
+    return max(call.max_queries, 2), max(call.max_keys, 2)
+
+
+class FlashAttention3:
+    """flash-attn 3 (the `hopper` folder of Dao-AILab/flash-attention), interface of 2025."""
+
+    name = "flash-attn 3"
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why it cannot run on tensors like `query`."""
+        reason = _kernel_fault(query) or _missing("flash_attn_interface")
+        if reason is None and _capability(query.device)[0] != 9:
+            return f"compute capability {_capability(query.device)}, it needs 9 (Hopper)"
+        return reason
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Flash`."""
+        kernel = importlib.import_module("flash_attn_interface")
+        # By position: names changed between its versions, places did not.
+        out, lse, *_ = kernel._flash_attn_forward(
+            query,
+            key,
+            value,
+            *(None, None, None, None),  # new keys and values, qv, out
+            call.cu_queries,
+            call.cu_keys,
+            *(None, None, None),  # cu_seqlens of new keys, used lengths
+            *_lengths(call),
+            *(None,) * 9,  # paging, rotary, scales of float8
+            softmax_scale,
+            True,  # causal
+        )
+        return _checked(out, lse, query)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Flash`."""
+        kernel = importlib.import_module("flash_attn_interface")
+        grads = _empty_grads(query, key, value)
+        kernel._flash_attn_backward(
+            *(grad, query, key, value, out, lse),
+            call.cu_queries,
+            call.cu_keys,
+            *(None, None),  # used lengths
+            *_lengths(call),
+            *grads,
+            softmax_scale,
+            True,  # causal
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return grads
+
+
+class FlashAttention2:
+    """The flash-attn package, 2.7 or later."""
+
+    name = "flash-attn 2"
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why it cannot run on tensors like `query`."""
+        return _kernel_fault(query) or _missing(
+            "flash_attn.flash_attn_interface", "flash-attn", (2, 7)
+        )
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Flash`."""
+        kernel = importlib.import_module("flash_attn.flash_attn_interface")
+        out, lse, *_ = kernel._flash_attn_varlen_forward(
+            *(query, key, value, call.cu_queries, call.cu_keys),
+            *_lengths(call),
+            0.0,  # dropout
+            softmax_scale,
+            True,  # causal
+        )
+        return _checked(out, lse, query)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Flash`."""
+        kernel = importlib.import_module("flash_attn.flash_attn_interface")
+        grads = _empty_grads(query, key, value)
+        kernel._flash_attn_varlen_backward(
+            *(grad, query, key, value, out, lse, *grads, call.cu_queries, call.cu_keys),
+            *_lengths(call),
+            0.0,  # dropout
+            softmax_scale,
+            True,  # causal
+            *(-1, -1),  # no window
+            0.0,  # no cap of the scores
+            None,  # no slopes
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return grads
+
+
+class TorchFlash:
+    """The flash kernels inside torch (aten)."""
+
+    name = "torch flash"
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why it cannot run on tensors like `query`."""
+        reason = _kernel_fault(query)
+        if reason is None and _capability(query.device) < (8, 0):
+            return f"compute capability {_capability(query.device)}, it needs 8.0 or higher"
+        return reason
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Flash`."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *(query, key, value, call.cu_queries, call.cu_keys),
+            *_lengths(call),
+            0.0,  # dropout
+            True,  # causal
+            False,  # no debug mask
+            scale=softmax_scale,
+        )
+        return _checked(out, lse, query)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Flash`."""
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        return torch.ops.aten._flash_attention_backward(
+            *(grad, query, key, value, out, lse, call.cu_queries, call.cu_keys),
+            *_lengths(call),
+            0.0,  # dropout
+            True,  # causal
+            *(no_dropout, no_dropout),  # random state
+            scale=softmax_scale,
+        )
+
+
+def _empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
+    return query, key, value
+
+
+_KERNELS: tuple[Flash, ...] = (FlashAttention3(), FlashAttention2(), TorchFlash())

@@ -1,0 +1,90 @@
+"""Backends and flash kernels on a CUDA device: `pytest -m gpu tests/unit/ops`."""
+
+import pytest
+import torch
+
+from megatron_croc.ops.attention import attend
+from megatron_croc.ops.attention.dense import attend_formula
+from megatron_croc.ops.attention.flash import _KERNELS
+from megatron_croc.ops.attention.flip import attend_flip
+from megatron_croc.ops.mixed_mask import MixedMask
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MASK = MixedMask.build(
+    [0, 1, 300, 911, 1000], [(35, 227), (227, 228), (335, 900), (911, 1000)], length=1024
+)
+
+
+def draw(num_heads, num_groups, dim, dtype, length=1024):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(length, n, dim) for n in (num_heads, num_groups, num_groups)]
+    drawn = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.to("cuda", dtype).requires_grad_() for x in drawn]
+
+
+def errors(out, tensors, mask):
+    """(ours, the formula's in the same dtype) of output and gradients, against float64."""
+    n, scale = mask.bounds[-1], tensors[0].shape[-1] ** -0.5
+    weight = torch.randn(out[:n].shape, generator=torch.Generator().manual_seed(1)).cuda()
+
+    def results(y, leaves):
+        grads = torch.autograd.grad(y[:n], leaves, weight.to(y.dtype))
+        return [x.double() for x in (y[:n], *grads)]
+
+    def formula(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        return results(attend_formula(*leaves, mask.visible(), softmax_scale=scale), leaves)
+
+    exact = formula(torch.float64)
+    both = zip(results(out, tensors), formula(out.dtype), exact, strict=True)
+    return [tuple((x - truth).norm().item() for x in (ours, plain)) for ours, plain, truth in both]
+
+
+@pytest.mark.parametrize("kernel", _KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((4, 1), 128), ((2, 2), 256)])
+def test_the_flip_is_as_good_as_the_formula(kernel, dtype, heads, dim):
+    tensors = draw(*heads, dim, dtype)
+    if (reason := kernel.fault(tensors[0])) is not None:
+        pytest.skip(reason)
+    mask = MASK.to("cuda")
+    out = attend_flip(*tensors, mask.flip, softmax_scale=dim**-0.5, flash=kernel)
+    assert (out[1000:] == 0).all()
+    for ours, formula in errors(out, tensors, mask):
+        assert ours <= 2 * formula
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_flex_is_as_good_as_the_formula(dtype):
+    tensors, mask = draw(4, 2, 64, dtype), MASK.to("cuda")
+    out = attend(*tensors, mask, softmax_scale=0.125, backend="flex")
+    for ours, formula in errors(out, tensors, mask):
+        assert ours <= 2 * formula + 1e-6
+
+
+def test_padding_is_zero_whatever_memory_held_before():
+    mask = MASK.to("cuda")
+    for _ in range(20):
+        garbage = [torch.full((1024, 4, 64), torch.nan, device="cuda") for _ in range(8)]
+        del garbage
+        tensors = draw(4, 2, 64, torch.bfloat16)
+        out = attend(*tensors, mask, softmax_scale=0.125, backend="flip")
+        out.sum().backward()
+        for x in (out, *(tensor.grad for tensor in tensors)):
+            assert x.isfinite().all() and (x[1000:] == 0).all()
+
+
+def test_memory_is_linear_in_the_length():
+    peaks = []
+    for length in (4096, 8192):
+        mask = MixedMask.build([0, length], [(35, length - 300)]).to("cuda")
+        tensors = draw(8, 8, 64, torch.bfloat16, length)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        attend(*tensors, mask, softmax_scale=0.125, backend="flip").sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - held)
+    assert peaks[1] <= 2.2 * peaks[0]
