@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline_bubble.py [--out benchmarks/results]
 
-Runs the tiny recipe at PP 2 with m = 1, 2, 4, 8, 16 equal micro-batches. A step takes
-t(m) = fixed + work * m + bubble; the slope of t over m is one micro-batch's work at full load, so
-the share of a step that is not m times the slope is bubble (and what little is fixed).
+Runs forward and backward of the tiny recipe at PP 2 with m = 1, 2, 4, 8, 16 equal micro-batches.
+The slope of the time over m is one micro-batch's work at full load, so the share of a pass that is
+not m times the slope is bubble, and what little is fixed (counting, reducing gradients).
 """
 
 import argparse
@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+MICRO_BATCH_SIZE = 8
 
 
 def work(folder: Path) -> None:
-    """On each rank: median seconds per step at every number of micro-batches."""
+    """On each rank: median seconds of a pass at every number of micro-batches."""
     import torch
     import torch.distributed as dist
 
@@ -31,18 +32,21 @@ def work(folder: Path) -> None:
 
     run = get_recipe("tiny/finetune")
     run.parallel.pipeline_model_parallel_size = 2
-    run.training.micro_batch_size = 4
+    run.training.micro_batch_size = MICRO_BATCH_SIZE
     pg = start_distributed(run.parallel, seed=1)
     trainer = build_trainer(run, pg, train_iters=1000)
     seconds = {}
     for count in MICRO_BATCHES:
-        run.training.global_batch_size = 4 * count
+        run.training.global_batch_size = MICRO_BATCH_SIZE * count
         batch = make_step(run, 0, dp_rank=0, dp_size=1, images=(1,))[:1]
         times = []
-        for _ in range(7):
+        for _ in range(13):
+            for chunk in trainer.chunks:
+                chunk.zero_grad_buffer()  # type: ignore[operator]
             dist.barrier()
             started = time.perf_counter()
-            trainer.stepper.train(batch * count, trainer.optimizer, trainer.scheduler)
+            trainer.stepper.forward_backward(batch * count)
+            dist.barrier()
             times.append(time.perf_counter() - started)
         seconds[count] = float(torch.tensor(times[2:]).median())
     if dist.get_rank() == 0:
@@ -59,16 +63,16 @@ def report(seconds: dict[int, float], folder: Path) -> None:
     rows = [
         {
             "micro_batches": count,
-            "seconds_per_step": elapsed,
+            "seconds": elapsed,
             "bubble_measured": 1.0 - count * slope / elapsed,
             "bubble_predicted": 1.0 / (count + 1.0),
         }
         for count, elapsed in seconds.items()
     ]
-    print(f"{'m':>3s} {'s/step':>8s} {'measured':>9s} {'(p-1)/(m+p-1)':>14s}")
+    print(f"{'m':>3s} {'s':>8s} {'measured':>9s} {'(p-1)/(m+p-1)':>14s}")
     for row in rows:
         print(
-            f"{row['micro_batches']:3d} {row['seconds_per_step']:8.3f} "
+            f"{row['micro_batches']:3d} {row['seconds']:8.3f} "
             f"{row['bubble_measured']:9.1%} {row['bubble_predicted']:14.1%}"
         )
     result = {
