@@ -95,9 +95,14 @@ class CheckpointReader:
             self._reader.read_data(LoadPlan(items), _Planner(whole)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
             raise CheckpointError(
-                f"{self.folder}: {key} cannot be read: {str(error).splitlines()[0]}"
+                f"{self.folder}: {key} cannot be read: {_first_line(error)}"
             ) from error
         return whole[0] if stacked else whole
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first; its kind, where it says nothing (an EOFError)."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Planner(LoadPlanner):
