@@ -15,3 +15,8 @@ class DataError(CrocError):
 
 class CheckpointError(CrocError):
     """A checkpoint is missing, damaged or of another model; the message names file and key."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind, where it says nothing (an EOFError)."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_croc.errors import CheckpointError
+from megatron_croc.errors import CheckpointError, first_line
 
 _INDEX_CLASSES = {
     "collections": {"OrderedDict"},
@@ -95,14 +95,9 @@ class CheckpointReader:
             self._reader.read_data(LoadPlan(items), _Planner(whole)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
             raise CheckpointError(
-                f"{self.folder}: {key} cannot be read: {_first_line(error)}"
+                f"{self.folder}: {key} cannot be read: {first_line(error)}"
             ) from error
         return whole[0] if stacked else whole
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says first; its kind, where it says nothing (an EOFError)."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Planner(LoadPlanner):

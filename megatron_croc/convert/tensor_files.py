@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_croc.errors import CheckpointError
+from megatron_croc.errors import CheckpointError, first_line
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 """safetensors' names of the dtypes that weights (and old position_ids) come in."""
@@ -159,10 +159,10 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors and is not loaded, since such a file can run code; "
-            f"convert it to safetensors where you trust it ({str(error).splitlines()[0]})"
+            f"convert it to safetensors where you trust it ({first_line(error)})"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path}: damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not tensors by name")
     tensors: dict[str, StoredTensor] = {}
