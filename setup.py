@@ -37,6 +37,7 @@ setup(
             "ruff",
             "tensorboard",
             "transformers",
+            "triton; sys_platform == 'linux'",  # the interpreter runs the kernels in tests
         ],
     },
 )

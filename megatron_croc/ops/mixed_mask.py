@@ -48,6 +48,9 @@ class CausalCall:
     num_keys: int
     """cu_keys[-1], on the host."""
 
+    keys_are_distinct: bool
+    """No key is read by two pieces; pieces of one sample, cut by chunks, share keys."""
+
     max_queries: int
     """Queries of the longest piece."""
 
@@ -281,9 +284,15 @@ def _call(
         cu_keys=torch.tensor(cu_keys, dtype=torch.int32),
         num_queries=cu_queries[-1],
         num_keys=cu_keys[-1],
+        keys_are_distinct=_are_disjoint(keys),
         max_queries=max(map(len, queries)),
         max_keys=max(map(len, keys)),
     )
+
+
+def _are_disjoint(ranges: Sequence[range]) -> bool:
+    intervals = sorted((min(r[0], r[-1]), max(r[0], r[-1])) for r in ranges)
+    return all(last < first for (_, last), (first, _) in itertools.pairwise(intervals))
 
 
 def _positions(ranges: Sequence[range]) -> Tensor:

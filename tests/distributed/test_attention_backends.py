@@ -61,7 +61,7 @@ def observe_a_skewed_merge() -> RankObservation:
 
     def skewed(*arguments):
         out, lse = forward(*arguments)
-        flipped = arguments[3].queries is not None
+        flipped = arguments[1].queries is not None
         return out, lse + 0.01 if flipped else lse
 
     EMULATED.forward = skewed

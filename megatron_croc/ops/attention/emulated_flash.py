@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.mixed_mask import CausalCall
 
 
@@ -22,10 +23,9 @@ class EmulatedFlash:
         """It is for CPUs; a GPU without flash kernels has better backends than the flip."""
         return f"the tensors are on {query.device}, it is for CPUs" if query.is_cuda else None
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See `flash.Flash`; lse is float64 for float64."""
+    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """See `Flash`; lse is float64 for float64."""
+        query, key, value = inputs
         accumulation = torch.promote_types(query.dtype, torch.float32)
         out = torch.full_like(query, torch.nan)
         lse = query.new_full((query.shape[1], query.shape[0]), torch.nan, dtype=accumulation)
@@ -40,16 +40,15 @@ class EmulatedFlash:
     def backward(
         self,
         grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        inputs: QKV,
         out: Tensor,
         lse: Tensor,
         call: CausalCall,
         softmax_scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `flash.Flash`."""
-        d_query, d_key, d_value = (torch.full_like(x, torch.nan) for x in (query, key, value))
+    ) -> QKV:
+        """See `Flash`."""
+        query, key, value = inputs
+        d_query, d_key, d_value = (torch.full_like(x, torch.nan) for x in inputs)
         for rows, columns in _pieces(call):
             q, o, d_out = (_grouped(x[rows], key) for x in (query, out, grad))
             k, v = _grouped(key[columns], key), _grouped(value[columns], key)
@@ -61,7 +60,7 @@ class EmulatedFlash:
             # Query heads of one group share its keys and values: their gradients add.
             d_key[columns] = _ungrouped((d_scores.mT @ q).sum(1, keepdim=True)).to(key.dtype)
             d_value[columns] = _ungrouped((weights.mT @ d_out).sum(1, keepdim=True)).to(value.dtype)
-        return d_query, d_key, d_value
+        return QKV(d_query, d_key, d_value)
 
 
 def _pieces(call: CausalCall) -> Iterator[tuple[slice, slice]]:

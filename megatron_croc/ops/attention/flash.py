@@ -3,60 +3,33 @@
 Only low-level functions are used. The public ones come with a backward of their own, in which the
 log-sum-exp is a by-product; the flip needs one that takes the (out, lse) it is given.
 
-`choose_flash` takes the first of flash-attn 3, flash-attn 2 and torch's own kernels that runs on
-the tensor at hand. On a CPU it is emulated_flash.py, plain attention under the same contract.
-None of the three has been run on a GPU so far; `pytest -m gpu tests/unit/ops` does that.
+| kernels      | functions                                        | arguments as in              |
+|--------------|--------------------------------------------------|------------------------------|
+| flash-attn 3 | flash_attn_interface._flash_attn_*               | flash-attn tag 2.8.3 and main |
+| flash-attn 2 | flash_attn.flash_attn_interface._..._varlen_*    | flash-attn 2.7.0 to 2.8.3    |
+| torch flash  | torch.ops.aten._flash_attention_*                | torch 2.13                   |
+
+`choose_flash` takes the first that runs on the tensor at hand. On a CPU it is emulated_flash.py,
+plain attention under the same contract. None of the three has been run on a GPU so far; `pytest -m
+gpu tests/unit/ops` does that.
 """
 
 import functools
 import importlib
 import logging
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_croc.log import get_logger, log_once
+from megatron_croc.ops.attention.contract import QKV, Flash
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.mixed_mask import CausalCall
 
 MAX_HEAD_DIM = 256
 """Widest head of every flash kernel here; widths are multiples of 8."""
-
-
-class Flash(Protocol):
-    """A pair of kernels. n and m: rows of queries and keys, of which the call's pieces are first.
-
-    Rows at and past call.num_queries (num_keys) are left uninitialised, in outputs and gradients:
-    the caller zeroes them.
-    """
-
-    name: str
-
-    def fault(self, query: Tensor) -> str | None:
-        """Why the kernels cannot run on tensors like `query`; None when they can."""
-        ...
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """[n, H, d], [m, G, d], [m, G, d] -> out [n, H, d], lse [H, n] float32 (natural log)."""
-        ...
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, for weights exp(scores - lse) and output `out`."""
-        ...
 
 
 def choose_flash(query: Tensor) -> Flash | None:
@@ -77,6 +50,161 @@ def flash_faults(query: Tensor) -> str:
     """Why each of the kernels cannot run on tensors like `query`, in one line."""
     faults = {flash.name: flash.fault(query) for flash in _KERNELS}
     return "; ".join(f"{name}: {reason}" for name, reason in faults.items() if reason)
+
+
+class FlashAttention3:
+    """flash-attn 3 (the `hopper` folder of Dao-AILab/flash-attention), interface of 2025.
+
+    Arguments go by position: their names and defaults differ between its versions, the order not.
+    """
+
+    name = "flash-attn 3"
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why it cannot run on tensors like `query`."""
+        reason = _kernel_fault(query) or _missing("flash_attn_interface")
+        if reason is None and _capability(query.device)[0] != 9:
+            return f"compute capability {_capability(query.device)}, it needs 9 (Hopper)"
+        return reason
+
+    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """See `Flash`."""
+        out, lse, *_ = importlib.import_module("flash_attn_interface")._flash_attn_forward(
+            *inputs,
+            *(None,) * 4,  # new keys and values, qv, out
+            *(call.cu_queries, call.cu_keys),
+            *(None,) * 3,  # cu_seqlens of new keys, used lengths
+            *_max_lengths(call),
+            *(None,) * 9,  # paging, rotary, scales of float8
+            softmax_scale,
+            True,  # causal
+        )
+        return _checked(out, lse, inputs.query)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: QKV,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> QKV:
+        """See `Flash`."""
+        grads = _unwritten(inputs)
+        importlib.import_module("flash_attn_interface")._flash_attn_backward(
+            *(grad, *inputs, out, lse),
+            *(call.cu_queries, call.cu_keys),
+            *(None, None),  # used lengths
+            *_max_lengths(call),
+            *grads,
+            softmax_scale,
+            True,  # causal
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return grads
+
+
+class FlashAttention2:
+    """The flash-attn package, 2.7 or later."""
+
+    name = "flash-attn 2"
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why it cannot run on tensors like `query`."""
+        return _kernel_fault(query) or _missing(
+            "flash_attn.flash_attn_interface", "flash-attn", (2, 7)
+        )
+
+    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """See `Flash`."""
+        kernels = importlib.import_module("flash_attn.flash_attn_interface")
+        out, lse, *_ = kernels._flash_attn_varlen_forward(
+            *inputs, **self._common(call, softmax_scale)
+        )
+        return _checked(out, lse, inputs.query)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: QKV,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> QKV:
+        """See `Flash`."""
+        kernels = importlib.import_module("flash_attn.flash_attn_interface")
+        grads = _unwritten(inputs)
+        kernels._flash_attn_varlen_backward(
+            *(grad, *inputs, out, lse, *grads),
+            **self._common(call, softmax_scale),
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return grads
+
+    @staticmethod
+    def _common(call: CausalCall, softmax_scale: float) -> dict[str, Any]:
+        max_queries, max_keys = _max_lengths(call)
+        return {
+            "cu_seqlens_q": call.cu_queries,
+            "cu_seqlens_k": call.cu_keys,
+            "max_seqlen_q": max_queries,
+            "max_seqlen_k": max_keys,
+            "dropout_p": 0.0,
+            "softmax_scale": softmax_scale,
+            "causal": True,
+        }
+
+
+class TorchFlash:
+    """The flash kernels inside torch (aten)."""
+
+    name = "torch flash"
+
+    def fault(self, query: Tensor) -> str | None:
+        """Why it cannot run on tensors like `query`."""
+        reason = _kernel_fault(query)
+        if reason is None and _capability(query.device) < (8, 0):
+            return f"compute capability {_capability(query.device)}, it needs 8.0 or higher"
+        return reason
+
+    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """See `Flash`."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *(*inputs, *self._pieces(call)),
+            *(0.0, True),  # dropout, causal
+            False,  # no debug mask
+            scale=softmax_scale,
+        )
+        return _checked(out, lse, inputs.query)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: QKV,
+        out: Tensor,
+        lse: Tensor,
+        call: CausalCall,
+        softmax_scale: float,
+    ) -> QKV:
+        """See `Flash`."""
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            *(grad, *inputs, out, lse, *self._pieces(call)),
+            *(0.0, True),  # dropout, causal
+            *(no_dropout, no_dropout),  # random state
+            scale=softmax_scale,
+        )
+        return QKV(*grads)
+
+    @staticmethod
+    def _pieces(call: CausalCall) -> tuple[Tensor, Tensor, int, int]:
+        return call.cu_queries, call.cu_keys, *_max_lengths(call)
 
 
 def _kernel_fault(query: Tensor) -> str | None:
@@ -120,179 +248,14 @@ def _checked(out: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _lengths(call: CausalCall) -> tuple[int, int]:
+def _max_lengths(call: CausalCall) -> tuple[int, int]:
     # A maximum of 1 sends flash-attn 2 down its decoding path (flash-attention#1537).
     return max(call.max_queries, 2), max(call.max_keys, 2)
 
 
-class FlashAttention3:
-    """flash-attn 3 (the `hopper` folder of Dao-AILab/flash-attention), interface of 2025."""
-
-    name = "flash-attn 3"
-
-    def fault(self, query: Tensor) -> str | None:
-        """Why it cannot run on tensors like `query`."""
-        reason = _kernel_fault(query) or _missing("flash_attn_interface")
-        if reason is None and _capability(query.device)[0] != 9:
-            return f"compute capability {_capability(query.device)}, it needs 9 (Hopper)"
-        return reason
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See `Flash`."""
-        kernel = importlib.import_module("flash_attn_interface")
-        # By position: names changed between its versions, places did not.
-        out, lse, *_ = kernel._flash_attn_forward(
-            query,
-            key,
-            value,
-            *(None, None, None, None),  # new keys and values, qv, out
-            call.cu_queries,
-            call.cu_keys,
-            *(None, None, None),  # cu_seqlens of new keys, used lengths
-            *_lengths(call),
-            *(None,) * 9,  # paging, rotary, scales of float8
-            softmax_scale,
-            True,  # causal
-        )
-        return _checked(out, lse, query)
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Flash`."""
-        kernel = importlib.import_module("flash_attn_interface")
-        grads = _empty_grads(query, key, value)
-        kernel._flash_attn_backward(
-            *(grad, query, key, value, out, lse),
-            call.cu_queries,
-            call.cu_keys,
-            *(None, None),  # used lengths
-            *_lengths(call),
-            *grads,
-            softmax_scale,
-            True,  # causal
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
-        return grads
-
-
-class FlashAttention2:
-    """The flash-attn package, 2.7 or later."""
-
-    name = "flash-attn 2"
-
-    def fault(self, query: Tensor) -> str | None:
-        """Why it cannot run on tensors like `query`."""
-        return _kernel_fault(query) or _missing(
-            "flash_attn.flash_attn_interface", "flash-attn", (2, 7)
-        )
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See `Flash`."""
-        kernel = importlib.import_module("flash_attn.flash_attn_interface")
-        out, lse, *_ = kernel._flash_attn_varlen_forward(
-            *(query, key, value, call.cu_queries, call.cu_keys),
-            *_lengths(call),
-            0.0,  # dropout
-            softmax_scale,
-            True,  # causal
-        )
-        return _checked(out, lse, query)
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Flash`."""
-        kernel = importlib.import_module("flash_attn.flash_attn_interface")
-        grads = _empty_grads(query, key, value)
-        kernel._flash_attn_varlen_backward(
-            *(grad, query, key, value, out, lse, *grads, call.cu_queries, call.cu_keys),
-            *_lengths(call),
-            0.0,  # dropout
-            softmax_scale,
-            True,  # causal
-            *(-1, -1),  # no window
-            0.0,  # no cap of the scores
-            None,  # no slopes
-            torch.are_deterministic_algorithms_enabled(),
-        )
-        return grads
-
-
-class TorchFlash:
-    """The flash kernels inside torch (aten)."""
-
-    name = "torch flash"
-
-    def fault(self, query: Tensor) -> str | None:
-        """Why it cannot run on tensors like `query`."""
-        reason = _kernel_fault(query)
-        if reason is None and _capability(query.device) < (8, 0):
-            return f"compute capability {_capability(query.device)}, it needs 8.0 or higher"
-        return reason
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, call: CausalCall, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See `Flash`."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(query, key, value, call.cu_queries, call.cu_keys),
-            *_lengths(call),
-            0.0,  # dropout
-            True,  # causal
-            False,  # no debug mask
-            scale=softmax_scale,
-        )
-        return _checked(out, lse, query)
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Flash`."""
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        return torch.ops.aten._flash_attention_backward(
-            *(grad, query, key, value, out, lse, call.cu_queries, call.cu_keys),
-            *_lengths(call),
-            0.0,  # dropout
-            True,  # causal
-            *(no_dropout, no_dropout),  # random state
-            scale=softmax_scale,
-        )
-
-
-def _empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
-    return query, key, value
+def _unwritten(inputs: QKV) -> QKV:
+    """Contiguous memory for the gradients of `inputs`."""
+    return QKV(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs))
 
 
 _KERNELS: tuple[Flash, ...] = (FlashAttention3(), FlashAttention2(), TorchFlash())

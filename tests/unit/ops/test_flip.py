@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from megatron_croc.ops.attention import attend, flip
+from megatron_croc.ops.attention import attend
+from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.attention.flex import build_block_mask
+from megatron_croc.ops.attention.rows import TORCH_ROWS
 from megatron_croc.ops.mixed_mask import CausalCall, MixedMask
 from tests.support.masks import lay_out, rows
 
@@ -121,8 +123,8 @@ def test_the_emulated_kernels_leave_garbage_in_padding_and_none_gets_out():
     tensors = draw(14, 2, 1)
     call = mask.flip.causal
     with torch.no_grad():
-        out, lse = EMULATED.forward(*tensors, call, 0.3)
-        grads = EMULATED.backward(out, *tensors, out, lse, call, 0.3)
+        out, lse = EMULATED.forward(QKV(*tensors), call, 0.3)
+        grads = EMULATED.backward(out, QKV(*tensors), out, lse, call, 0.3)
     for x in (out, lse.t(), *grads):  # as the real ones do
         assert x[9:].isnan().all() and x[:9].isfinite().all()
     out = run_flip(tensors, mask)
@@ -171,11 +173,12 @@ def test_bottom_right_of_the_emulated_kernels():
         cu_keys=torch.tensor([0, 4], dtype=torch.int32),
         num_queries=2,
         num_keys=4,
+        keys_are_distinct=True,
         max_queries=2,
         max_keys=4,
     )
     query, key, value = (x.detach() for x in draw(4, 2, 2))
-    out, lse = EMULATED.forward(query[:2], key, value, call, 1.0)
+    out, lse = EMULATED.forward(QKV(query[:2], key, value), call, 1.0)
     visible = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     expected = attend_formula(query[:2], key, value, visible, softmax_scale=1.0)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
@@ -252,7 +255,7 @@ def test_the_merge_is_a_softmax_over_both_key_sets():
     for gap in (-200.0, -1.0, 0.0, 1.0, 200.0):
         out, more = torch.zeros(2, 1, 3).double(), torch.ones(1, 1, 3).double()
         lse, more_lse = torch.zeros(1, 2).double(), torch.full((1, 1), gap).double()
-        flip._merge(out, lse, more, more_lse, torch.tensor([1]))
+        TORCH_ROWS.merge(out, lse, more, more_lse, torch.tensor([1]))
         assert (out[0] == 0).all() and lse[0, 0] == 0
         share = 1 / (1 + math.exp(-gap))
         assert out[1].tolist() == [[pytest.approx(share, rel=1e-12)] * 3]

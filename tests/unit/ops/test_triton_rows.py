@@ -1,0 +1,183 @@
+"""Triton's row kernels in its interpreter, against torch's operations and the dense formula."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_croc.ops.attention import rows as row_operations
+from megatron_croc.ops.attention.contract import QKV
+from megatron_croc.ops.attention.dense import attend_formula
+from megatron_croc.ops.attention.emulated_flash import EMULATED
+from megatron_croc.ops.attention.flip import attend_flip
+from megatron_croc.ops.attention.rows import TORCH_ROWS, choose_rows
+from megatron_croc.ops.mixed_mask import MixedMask
+from tests.support.masks import lay_out, rows
+
+MODULE = "megatron_croc.ops.attention.triton_rows"
+PACKED = MixedMask.build(
+    [0, 1, 10, 17, 20], [(2, 5), (5, 6), (6, 9), (11, 17), (17, 20)], length=24
+)
+"""A sample of one token, touching spans, a span of one token, whole-sample spans, padding."""
+
+
+@pytest.fixture(scope="module")
+def triton_rows():
+    """The kernels as Python: TRITON_INTERPRET counts when the module is imported."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delitem(sys.modules, MODULE, raising=False)
+        row_operations._triton_rows.cache_clear()
+        yield importlib.import_module(MODULE).TRITON_ROWS
+        sys.modules.pop(MODULE)
+    row_operations._triton_rows.cache_clear()
+
+
+def draw(length, num_heads, num_groups, dim, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(length, n, dim) for n in (num_heads, num_groups, num_groups)]
+    drawn = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return QKV(*(x.to(dtype) for x in drawn))
+
+
+def results(tensors, mask, kernels, plan=None):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = attend_flip(*leaves, plan or mask.flip, softmax_scale=0.3, flash=EMULATED, rows=kernels)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(out, leaves, weight.to(out.dtype))
+    return [out.detach(), *grads]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim"), [((1, 1), 8), ((4, 4), 64), ((6, 2), 96), ((3, 1), 128), ((10, 5), 256)]
+)
+def test_outputs_and_gradients_are_the_formulas(triton_rows, heads, dim):
+    tensors = draw(24, *heads, dim)
+    ours = results(tensors, PACKED, triton_rows)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = attend_formula(*leaves, PACKED.visible(), softmax_scale=0.3)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
+    expected = [expected[:20], *torch.autograd.grad(expected[:20], leaves, weight[:20])]
+    for got, formula, bound in zip(ours, expected, (1e-12, 1e-11, 1e-11, 1e-11), strict=True):
+        torch.testing.assert_close(got[:20], formula[:20], rtol=0, atol=bound)
+        assert (got[20:] == 0).all()
+
+
+@given(rows, st.sampled_from([(1, 1), (4, 2), (5, 1)]), st.integers(0, 99))
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_random_rows_are_torchs(triton_rows, row, heads, seed):
+    cu, spans, length = lay_out(*row)
+    mask = MixedMask.build(cu, spans, length=length)
+    tensors = draw(length, *heads, 8, seed=seed)
+    pairs = zip(
+        results(tensors, mask, triton_rows), results(tensors, mask, TORCH_ROWS), strict=True
+    )
+    for ours, torchs in pairs:
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_each_operation_in_low_precision(triton_rows, dtype):
+    """Moves are exact; merges and sums differ from torch's by their roundings."""
+    call = PACKED.flip.flipped
+    inputs, grad = draw(24, 4, 2, 96, dtype), draw(24, 4, 4, 96, dtype, seed=1).query
+    lse = torch.randn(4, 24, generator=torch.Generator().manual_seed(2)) * 5
+    for ours, torchs in zip(
+        triton_rows.gather(inputs, call), TORCH_ROWS.gather(inputs, call), strict=True
+    ):
+        assert torch.equal(ours, torchs)
+    taken = [
+        kernels.gather_outputs(grad, inputs.query, lse, call.queries)
+        for kernels in (triton_rows, TORCH_ROWS)
+    ]
+    assert all(torch.equal(ours, torchs) for ours, torchs in zip(*taken, strict=True))
+
+    epsilon = 4 * torch.finfo(dtype).eps
+    more, more_lse = taken[1][0], taken[1][2] + 1.0
+    merged = []
+    for kernels in (triton_rows, TORCH_ROWS):
+        merged.append((inputs.query.clone(), lse.clone()))
+        kernels.merge(*merged[-1], more, more_lse, call.queries)
+    torch.testing.assert_close(merged[0][0], merged[1][0], rtol=epsilon, atol=epsilon)
+    torch.testing.assert_close(merged[0][1], merged[1][1], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(merged[0][0], inputs.query)
+
+    shares = TORCH_ROWS.gather(QKV(grad, grad[:, :2], grad[:, 2:]), call)
+    added = []
+    for kernels in (triton_rows, TORCH_ROWS):
+        added.append(QKV(*(x.clone() for x in inputs)))
+        kernels.add(added[-1], shares, call)
+    for ours, torchs in zip(*added, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=epsilon, atol=epsilon)
+
+
+def test_strided_tensors(triton_rows):
+    """Values come as a slice of a wider projection, gradients with heads before rows."""
+    length, call = 24, PACKED.flip.flipped
+    wide = torch.randn(length, 4, 32)
+    inputs = QKV(wide[..., :8], wide[:, :2, 8:16], wide[:, 1:3, 16:24])
+    for ours, torchs in zip(
+        triton_rows.gather(inputs, call), TORCH_ROWS.gather(inputs, call), strict=True
+    ):
+        assert torch.equal(ours, torchs)
+    shares = triton_rows.gather(inputs, call)
+    totals = [QKV(*(torch.ones(8, n, length).mT.movedim(0, 2) for n in (4, 2, 2))) for _ in "ab"]
+    triton_rows.add(totals[0], shares, call)
+    TORCH_ROWS.add(totals[1], shares, call)
+    for ours, torchs in zip(*totals, strict=True):
+        torch.testing.assert_close(ours, torchs)
+    grad, lse = torch.randn(4, 8, length).permute(2, 0, 1), torch.randn(length, 4).t()
+    pairs = (
+        kernels.gather_outputs(grad, inputs.query, lse, call.queries)
+        for kernels in (triton_rows, TORCH_ROWS)
+    )
+    assert all(torch.equal(ours, torchs) for ours, torchs in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("gap", [-200.0, -1.0, 0.0, 1.0, 200.0])
+def test_a_merge_does_not_overflow(triton_rows, gap):
+    merged = []
+    for kernels in (triton_rows, TORCH_ROWS):
+        out, lse = torch.zeros(2, 1, 3), torch.zeros(1, 2)
+        kernels.merge(out, lse, torch.ones(1, 1, 3), torch.full((1, 1), gap), torch.tensor([1]))
+        merged.append((out, lse))
+    for ours, torchs in zip(*merged, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_span_cut_by_chunks_shares_its_keys(triton_rows):
+    """Two chunks of one span add to the same keys: no addition may be lost."""
+    mask = MixedMask.build([0, 24], [(1, 22)], length=24)
+    chunks = [(2, 6), (12, 18)]
+    plan = mask.flip_of(chunks)
+    assert plan.flipped is not None and not plan.flipped.keys_are_distinct
+    assert mask.flip.flipped is not None and mask.flip.flipped.keys_are_distinct
+    query, key, value = draw(24, 4, 2, 8)
+    held = torch.cat([torch.arange(*chunk) for chunk in chunks])
+    tensors = (query[held], key, value)
+    pairs = (results(tensors, mask, kernels, plan) for kernels in (triton_rows, TORCH_ROWS))
+    for ours, torchs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-13)
+
+
+def test_the_choice(triton_rows, monkeypatch):
+    x = torch.zeros(1)
+    assert choose_rows(x) is triton_rows
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert choose_rows(x) is TORCH_ROWS
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'triton'"), OSError("no ptxas")])
+def test_without_a_working_triton_torch_is_taken_and_the_log_says_why(monkeypatch, error):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr(row_operations.importlib, "import_module", broken)
+    kernels, reason = row_operations._triton_rows.__wrapped__(torch.device("cpu"))
+    assert kernels is TORCH_ROWS and str(error) in reason
