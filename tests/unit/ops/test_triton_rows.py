@@ -181,3 +181,55 @@ def test_without_a_working_triton_torch_is_taken_and_the_log_says_why(monkeypatc
     monkeypatch.setattr(row_operations.importlib, "import_module", broken)
     kernels, reason = row_operations._triton_rows.__wrapped__(torch.device("cpu"))
     assert kernels is TORCH_ROWS and str(error) in reason
+
+
+class Compiler:
+    """Stands in for a kernel: compiles it for a GPU with the types of a launch's arguments."""
+
+    def __init__(self, kernel, capability):
+        self.kernel, self.capability, self.made = kernel, capability, []
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, **blocks):
+        triton = importlib.import_module("triton")
+        compiler = importlib.import_module("triton.compiler")
+        target = importlib.import_module("triton.backends.compiler").GPUTarget
+        pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+        values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | blocks
+        constants = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
+        signature = {
+            name: "constexpr"
+            if name in constants
+            else pointers[value.dtype]
+            if isinstance(value, torch.Tensor)
+            else "i32"
+            for name, value in values.items()
+        }
+        source = compiler.ASTSource(self.kernel, signature, constexprs=constants)
+        self.made.append(triton.compile(source, target=target("cuda", self.capability, 32)))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu(monkeypatch, tmp_path, capability):
+    """Down to the binary, which Triton can make without the device."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    module = importlib.import_module(MODULE)
+    monkeypatch.delitem(sys.modules, MODULE)
+    kernels = {}
+    for name in ("_gather_inputs", "_gather_results", "_merge", "_add_shares"):
+        kernels[name] = Compiler(getattr(module, name), capability)
+        monkeypatch.setattr(module, name, kernels[name])
+    call, inputs = PACKED.flip.flipped, draw(24, 4, 2, 96, torch.bfloat16)
+    lse = torch.zeros(4, 24)
+    ours = module.TRITON_ROWS
+    shares = ours.gather(inputs, call)
+    results = ours.gather_outputs(inputs.query, inputs.query, lse, call.queries)
+    ours.merge(inputs.query, lse, *results[1:], call.queries)
+    ours.add(inputs, shares, call)
+    for name, kernel in kernels.items():
+        assert len(kernel.made) == 1 and "cubin" in kernel.made[0].asm, name
