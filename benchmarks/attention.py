@@ -2,15 +2,18 @@
 
     python benchmarks/attention.py [--out benchmarks/results] [--lengths 2048 4096 8192 32768]
 
-One run compares on the same tensors: causal flash (the floor), flip, flex, dense SDPA one sample at
-a time (what `dense` is) and dense SDPA with one mask over the whole row. Rows: one Croc sample, a
+One run compares on the same tensors: causal flash (the floor), flip, flip with rows moved by torch
+operations (where Triton moves them by default), flex, dense SDPA one sample at a time (what `dense`
+is) and dense SDPA with one mask over the whole row. Rows: one Croc sample, a
 pack of Croc samples, a pack of samples with several images; masks `visual` and `prefix`; 32 x 128
 heads, as many key heads (mha) or 8 (gqa); forward, and forward with backward.
 
     E = (causal time x pairs of the mask / pairs of the causal mask) / mixed time
 
-is 1 where the mixed mask runs at the speed of causal flash per pair. Without --out it only prints;
-with it, attention.json and attention.png are written there. On a CPU the sizes are small, the
+is 1 where the mixed mask runs at the speed of causal flash per pair. `err` is the error of outputs
+and gradients against float64, as a multiple of causal flash's under its own mask; rows longer than
+--error-length are not checked. Without --out it only prints; with it, attention.json, attention.txt
+(the table) and attention.png are written there. On a CPU the sizes are small, the
 kernels emulated and the times say nothing about a GPU: it shows that the script runs.
 """
 
@@ -29,10 +32,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_croc.errors import first_line
 from megatron_croc.model.flops import visible_pairs
 from megatron_croc.ops.attention import attend
 from megatron_croc.ops.attention.backends import choose_backend
+from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import choose_flash
+from megatron_croc.ops.attention.flip import attend_flip
+from megatron_croc.ops.attention.rows import TORCH_ROWS, choose_rows
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.device import current_device, device_name, has_cuda, synchronize
 
@@ -87,18 +94,52 @@ def sdpa_with_mask(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor) -> Tenso
     return out.squeeze(0).transpose(0, 1)
 
 
-def contenders(mask: MixedMask) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def contenders(mask: MixedMask, query: Tensor) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """Name and function of what is compared; causal flash first."""
     causal = MixedMask.build(mask.bounds).to(mask.device)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *, mask: MixedMask, backend: str) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        return attend(q, k, v, mask, softmax_scale=scale, backend=backend)
-
+    scale = query.shape[-1] ** -0.5
+    run = functools.partial(attend, softmax_scale=scale)
     yield "causal flash", functools.partial(run, mask=causal, backend="flip")
-    for backend in ("flip", "flex", "dense"):
-        yield backend, functools.partial(run, mask=mask, backend=backend)
+    yield "flip", functools.partial(run, mask=mask, backend="flip")
+    flash = choose_flash(query)
+    if flash is not None and choose_rows(query) is not TORCH_ROWS:
+        yield (
+            "flip, torch",
+            functools.partial(
+                attend_flip, plan=mask.flip, softmax_scale=scale, flash=flash, rows=TORCH_ROWS
+            ),
+        )
+    yield "flex", functools.partial(run, mask=mask, backend="flex")
+    yield "dense", functools.partial(run, mask=mask, backend="dense")
     yield "sdpa + mask", functools.partial(sdpa_with_mask, visible=mask.visible())
+
+
+Results = list[Tensor]
+"""Output and gradients of query, key and value, float64, of the real rows."""
+
+
+def exact(mask: MixedMask, tensors: list[Tensor], grad: Tensor) -> Results:
+    """The formula in float64, one group of heads after the other."""
+    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    repeats, visible = tensors[0].shape[1] // tensors[1].shape[1], mask.visible()
+    outputs: list[Tensor] = []
+    for group in range(tensors[1].shape[1]):
+        heads = slice(group * repeats, (group + 1) * repeats)
+        taken = (leaves[0][:, heads], *(x[:, group : group + 1] for x in leaves[1:]))
+        out = attend_formula(*taken, visible, softmax_scale=tensors[0].shape[-1] ** -0.5)
+        (out * grad[:, heads].double()).sum().backward()
+        outputs.append(out.detach())
+    return [torch.cat(outputs, dim=1), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def error(
+    function: Callable[..., Tensor], truth: Results, tensors: list[Tensor], grad: Tensor
+) -> float:
+    """Relative error: the root of the sum of squares over output and gradients."""
+    out = function(*tensors)
+    found = (out.detach(), *torch.autograd.grad(out, tensors, grad))
+    parts = ((x.double() - y).norm() / y.norm() for x, y in zip(found, truth, strict=True))
+    return float(torch.stack([part.square() for part in parts]).sum().sqrt())
 
 
 def measure(function: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -130,31 +171,41 @@ def _peak() -> int:
 
 
 def compare(
-    case: dict[str, Any], mask: MixedMask, tensors: list[Tensor], repeats: int
+    case: dict[str, Any],
+    mask: MixedMask,
+    tensors: list[Tensor],
+    *,
+    repeats: int,
+    check_errors: bool,
 ) -> Iterator[dict[str, Any]]:
     """One row per contender: forward, and forward with backward."""
+    causal = MixedMask.build(mask.bounds).to(mask.device)
     pairs = visible_pairs(_lengths(mask.bounds), [e - b for b, e in mask.span_bounds])
     ratio = pairs / visible_pairs(_lengths(mask.bounds))
     grad = torch.randn_like(tensors[0])
+    truths = [exact(m, tensors, grad) for m in (causal, mask)] if check_errors else None
     floor: dict[str, float] = {}
-    for name, function in contenders(mask):
+    for name, function in contenders(mask, tensors[0]):
+        is_floor = name == "causal flash"
         for direction in ("forward", "forward+backward"):
             row = {**case, "contender": name, "direction": direction, "pair_ratio": ratio}
             try:
                 call = functools.partial(_step, function, tensors, grad, direction != "forward")
                 milliseconds, memory = measure(call, repeats)
-            except (RuntimeError, ValueError) as error:  # out of memory, or not on this device
-                yield {**row, "reason": str(error).splitlines()[0]}
+                if truths is not None and direction != "forward":
+                    deviation = error(function, truths[0 if is_floor else 1], tensors, grad)
+                    row["error"] = deviation
+                    row["relative_error"] = deviation / floor.setdefault("error", deviation)
+            except (RuntimeError, ValueError) as failure:  # out of memory, or not on this device
+                yield {**row, "reason": first_line(failure)}
                 continue
             floor.setdefault(direction, milliseconds)
-            efficiency = floor[direction] * ratio / milliseconds
-            if name == "causal flash":
-                efficiency = 1.0  # it computes the causal pairs only
+            pairs_done = 1.0 if is_floor else ratio  # causal flash computes the causal pairs only
             yield {
                 **row,
                 "milliseconds": milliseconds,
                 "peak_mib": memory if has_cuda() else None,
-                "efficiency": efficiency,
+                "efficiency": floor[direction] * pairs_done / milliseconds,
             }
 
 
@@ -172,17 +223,22 @@ def _lengths(bounds: tuple[int, ...]) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
-def show(row: dict[str, Any]) -> None:
+HEADER = "{:>6} {:<11} {:<7} {:<5} {:<17} {:<13} {:>10} {:>9} {:>6} {:>6}".format(
+    "length", "row", "mask", "heads", "direction", "contender", "ms", "MiB", "E", "err"
+)
+
+
+def to_line(row: dict[str, Any]) -> str:
     """One line of the table."""
     head = (
-        f"{row['length']:>6} {row['row']:<11} {row['mask']:<7} {row['heads']:<4} "
+        f"{row['length']:>6} {row['row']:<11} {row['mask']:<7} {row['heads']:<5} "
         f"{row['direction']:<17} {row['contender']:<13}"
     )
     if "reason" in row:
-        print(f"{head} {'-':>10}  {row['reason'][:90]}", flush=True)
-        return
+        return f"{head} {'-':>10}  {row['reason'][:90]}"
     memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-    print(f"{head} {row['milliseconds']:10.2f} {memory:>9} {row['efficiency']:6.2f}", flush=True)
+    deviation = f"{row['relative_error']:.2f}" if "relative_error" in row else "-"
+    return f"{head} {row['milliseconds']:10.2f} {memory:>9} {row['efficiency']:6.2f} {deviation:>6}"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -227,13 +283,13 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=IMAGE if on_cuda else 64, help="its tokens")
     parser.add_argument("--dtype", default="bfloat16" if on_cuda else "float32")
     parser.add_argument("--repeats", type=int, default=20 if on_cuda else 3)
+    parser.add_argument("--error-length", type=int, default=2048 if on_cuda else 256)
     parser.add_argument("--out", type=Path, help="folder for attention.json and attention.png")
     options = parser.parse_args()
 
     device, dtype = current_device(), getattr(torch, options.dtype)
     rows: list[dict[str, Any]] = []
-    header = ("length", "row", "mask", "heads", "direction", "contender", "ms", "MiB", "E")
-    print("{:>6} {:<11} {:<7} {:<4} {:<17} {:<13} {:>10} {:>9} {:>6}".format(*header))
+    print(HEADER)
     for length in options.lengths:
         for heads, groups in (("mha", options.heads), ("gqa", options.groups)):
             shapes = [(length, n, options.head_dim) for n in (options.heads, groups, groups)]
@@ -242,8 +298,14 @@ def main() -> None:
                 for mask_type in ("visual", "prefix"):
                     mask = build_mask(ROWS[kind](length, options.image), mask_type).to(device)
                     case = {"length": length, "row": kind, "mask": mask_type, "heads": heads}
-                    for row in compare(case, mask, tensors, options.repeats):
-                        show(row)
+                    for row in compare(
+                        case,
+                        mask,
+                        tensors,
+                        repeats=options.repeats,
+                        check_errors=length <= options.error_length,
+                    ):
+                        print(to_line(row), flush=True)
                         rows.append(row)
     if options.out is None:
         return
@@ -254,11 +316,14 @@ def main() -> None:
         "hardware": device_name() if on_cuda else f"cpu, {platform.machine()}",
         "torch": torch.__version__,
         "flash": flash.name if flash is not None else None,
+        "row_operations": choose_rows(query).name,
         "auto": choose_backend("auto", query),
         "options": {name: str(value) for name, value in vars(options).items() if name != "out"},
         "rows": rows,
     }
     (options.out / "attention.json").write_text(json.dumps(result, indent=1) + "\n")
+    table = "\n".join([HEADER, *map(to_line, rows)])
+    (options.out / "attention.txt").write_text(table + "\n")
     plot(rows, options.out / "attention.png")
 
 

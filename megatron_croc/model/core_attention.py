@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_croc.errors import ConfigError
 from megatron_croc.ops.attention import attend
+from megatron_croc.ops.attention.backends import choose_backend
 from megatron_croc.ops.attention.dense import attend_full
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.context import (
@@ -19,6 +20,7 @@ from megatron_croc.parallel.context import (
     local_positions,
     sequence_to_heads,
 )
+from megatron_croc.parallel.device import current_device
 
 
 @dataclass
@@ -52,6 +54,7 @@ class _CoreAttention(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
+        self.config = config
         assert attention_type == "self" and config.kv_channels is not None
         if config.attention_dropout != 0.0:
             raise ConfigError(
@@ -67,6 +70,18 @@ class MixedMaskAttention(_CoreAttention):
     """Self-attention of the language model; reads the mask from `MixedMaskParams`."""
 
     backend = "auto"
+
+    def set_backend(self, name: str) -> None:
+        """Attend with backend `name`.
+
+        Raises:
+            ConfigError: it does not run on this device, in this dtype or at this head dim; said
+                here, so that it is known when the model is built.
+        """
+        shape = (1, 1, self.config.kv_channels or 0)
+        like = torch.empty(shape, dtype=self.config.params_dtype, device=current_device())
+        choose_backend(name, like)
+        self.backend = name
 
     def forward(
         self,

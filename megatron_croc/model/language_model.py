@@ -69,7 +69,7 @@ class LanguageModel(GPTModel):
         )
         for module in self.modules():
             if isinstance(module, MixedMaskAttention):
-                module.backend = run.model.attention_backend
+                module.set_backend(run.model.attention_backend)
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, 1, h] of ids [T]; negative ids (visual placeholders) look up row 0."""

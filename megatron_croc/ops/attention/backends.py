@@ -2,7 +2,7 @@
 
 | name  | what it is                                            | runs on                        |
 |-------|-------------------------------------------------------|--------------------------------|
-| flip  | two causal flash calls (flip.py, kernels in flash.py) | CUDA float16, bfloat16; CPU    |
+| flip  | two causal flash calls (flip.py; flash.py, rows.py)   | CUDA float16, bfloat16; CPU    |
 | flex  | FlexAttention from block lists (flex.py)              | CUDA; CPU without gradients    |
 | dense | scaled-dot-product attention with a dense mask        | everywhere, quadratic memory   |
 """
@@ -174,6 +174,8 @@ def _flex(
 def _flex_fault(query: Tensor) -> str | None:
     if not query.is_cuda and query.requires_grad and torch.is_grad_enabled():
         return f"the tensors are on {query.device} and FlexAttention's backward needs CUDA"
+    if query.is_cuda and query.shape[-1] < flex.MIN_HEAD_DIM:
+        return f"head dim {query.shape[-1]}, FlexAttention takes {flex.MIN_HEAD_DIM} or more"
     return None
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from megatron_croc.ops.mixed_mask import CausalCall
+from megatron_croc.ops.flip_plan import CausalCall
 
 
 class QKV(NamedTuple):

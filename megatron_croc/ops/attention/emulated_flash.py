@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_croc.ops.attention.contract import QKV
-from megatron_croc.ops.mixed_mask import CausalCall
+from megatron_croc.ops.flip_plan import CausalCall
 
 
 class EmulatedFlash:

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_croc.log import get_logger, log_once
 from megatron_croc.ops.attention.contract import QKV, Flash
 from megatron_croc.ops.attention.emulated_flash import EMULATED
-from megatron_croc.ops.mixed_mask import CausalCall
+from megatron_croc.ops.flip_plan import CausalCall
 
 MAX_HEAD_DIM = 256
 """Widest head of every flash kernel here; widths are multiples of 8."""

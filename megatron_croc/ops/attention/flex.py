@@ -18,6 +18,7 @@ from megatron_croc.ops.mixed_mask import MixedMask
 
 BLOCK_SIZE = 128
 LENGTH_BUCKET = 1024
+MIN_HEAD_DIM = 16
 
 
 def attend_flex(

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_croc.ops.attention.contract import QKV, Flash
 from megatron_croc.ops.attention.rows import Rows, choose_rows
-from megatron_croc.ops.mixed_mask import CausalCall, FlipPlan
+from megatron_croc.ops.flip_plan import CausalCall, FlipPlan
 
 
 def attend_flip(

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_croc.errors import first_line
 from megatron_croc.log import get_logger, log_once
 from megatron_croc.ops.attention.contract import QKV
-from megatron_croc.ops.mixed_mask import CausalCall
+from megatron_croc.ops.flip_plan import CausalCall
 
 
 class Rows(Protocol):

@@ -11,6 +11,9 @@ before this module is imported. They are tested that way; not run on a GPU so fa
 This module is imported by rows.py alone, and only where Triton is wanted.
 """
 
+# Arguments of kernels are pointers and numbers that Triton types at each launch, kernel[grid](...).
+# pyright: reportMissingParameterType=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.attention.rows import TORCH_ROWS
-from megatron_croc.ops.mixed_mask import CausalCall
+from megatron_croc.ops.flip_plan import CausalCall
 
 _BLOCK = 1024
 """Elements a program holds at a time; a power of two."""

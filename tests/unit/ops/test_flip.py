@@ -15,7 +15,8 @@ from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.attention.flex import build_block_mask
 from megatron_croc.ops.attention.rows import TORCH_ROWS
-from megatron_croc.ops.mixed_mask import CausalCall, MixedMask
+from megatron_croc.ops.flip_plan import CausalCall
+from megatron_croc.ops.mixed_mask import MixedMask
 from tests.support.masks import lay_out, rows
 
 heads = st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1)])
@@ -28,18 +29,19 @@ def draw(length, num_heads, num_groups, dim=8, seed=0, dtype=torch.float64):
     return [x.to(dtype).requires_grad_() for x in drawn]
 
 
-def run_flip(tensors, mask, chunks=None, scale=0.3):
-    return attend(*tensors, mask, softmax_scale=scale, backend="flip", chunks=chunks)
+def run_flip(tensors, mask, chunks=None, scale=0.3, backend="flip"):
+    return attend(*tensors, mask, softmax_scale=scale, backend=backend, chunks=chunks)
 
 
-@given(rows, heads, st.integers(0, 99))
+@pytest.mark.parametrize("backend", ["flip", "dense"])
+@given(row=rows, heads=heads, seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_outputs_and_gradients_are_the_formulas(row, heads, seed):
+def test_outputs_and_gradients_are_the_formulas(backend, row, heads, seed):
     cu, spans, length = lay_out(*row)
     mask = MixedMask.build(cu, spans, length=length)
     n = cu[-1]
     ours, reference = draw(length, *heads, seed=seed), draw(length, *heads, seed=seed)
-    out = run_flip(ours, mask)
+    out = run_flip(ours, mask, backend=backend)
     expected = attend_formula(*reference, mask.visible(), softmax_scale=0.3)
     torch.testing.assert_close(out[:n], expected[:n], rtol=0, atol=1e-12)
     assert (out[n:] == 0).all()
@@ -78,14 +80,15 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: run_flip(x, mask), tensors)
 
 
-@given(rows)
+@pytest.mark.parametrize("backend", ["flip", "dense"])
+@given(row=rows)
 @settings(max_examples=12, deadline=None)
-def test_the_pattern_of_the_jacobian_is_the_mask(row):
+def test_the_pattern_of_the_jacobian_is_the_mask(backend, row):
     cu, spans, length = lay_out(*row)
     mask = MixedMask.build(cu, spans, length=length)
     query, key, value = draw(length, 1, 1, dim=2)
     jacobian = torch.autograd.functional.jacobian(
-        lambda v: run_flip((query, key, v), mask).sum(dim=(1, 2)), value
+        lambda v: run_flip((query, key, v), mask, backend=backend).sum(dim=(1, 2)), value
     )
     assert isinstance(jacobian, torch.Tensor)
     visible = mask.visible()
@@ -131,6 +134,36 @@ def test_the_emulated_kernels_leave_garbage_in_padding_and_none_gets_out():
     out.nansum().backward()
     for x in (out, *(tensor.grad for tensor in tensors)):
         assert x.isfinite().all() and (x[9:] == 0).all()
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["flip", "dense"])
+def test_nothing_unwritten_gets_out(poisoned_memory, backend):
+    assert torch.empty(1).isnan()
+    for seed in range(20):
+        cut = 3 + seed % 7
+        mask = MixedMask.build([0, cut, 14], [(1, cut), (cut, 13)], length=18 + seed % 3)
+        tensors = draw(mask.length, 4, 2, seed=seed)
+        out = run_flip(tensors, mask, backend=backend)
+        out.sum().backward()
+        for x in (out, *(tensor.grad for tensor in tensors)):
+            assert x.isfinite().all() and (x[14:] == 0).all()
+        held = torch.cat([torch.arange(2, 6), torch.arange(9, mask.length)])
+        query, key, value = draw(mask.length, 4, 2, seed=seed)
+        rows = run_flip(
+            (query[held], key, value), mask, [(2, 6), (9, mask.length)], backend=backend
+        )
+        torch.testing.assert_close(rows[:9], out[held][:9], rtol=0, atol=1e-12)
+        rows.sum().backward()
+        assert all(x.isfinite().all() for x in (rows, query.grad, key.grad, value.grad))
 
 
 def test_gradients_of_padding_do_not_get_in():
