@@ -125,8 +125,9 @@ def exact(mask: MixedMask, tensors: list[Tensor], grad: Tensor) -> Results:
     outputs: list[Tensor] = []
     for group in range(tensors[1].shape[1]):
         heads = slice(group * repeats, (group + 1) * repeats)
-        taken = (leaves[0][:, heads], *(x[:, group : group + 1] for x in leaves[1:]))
-        out = attend_formula(*taken, visible, softmax_scale=tensors[0].shape[-1] ** -0.5)
+        query, (key, value) = leaves[0][:, heads], (x[:, [group]] for x in leaves[1:])
+        scale = query.shape[-1] ** -0.5
+        out = attend_formula(query, key, value, visible, softmax_scale=scale)
         (out * grad[:, heads].double()).sum().backward()
         outputs.append(out.detach())
     return [torch.cat(outputs, dim=1), *(x.grad for x in leaves if x.grad is not None)]

@@ -13,6 +13,7 @@ This module is imported by rows.py alone, and only where Triton is wanted.
 
 # Arguments of kernels are pointers and numbers that Triton types at each launch, kernel[grid](...).
 # pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
 import triton
