@@ -1,10 +1,13 @@
 """From the words of a command line to a RunConfig: recipe < YAML file < flags and overrides.
 
 --recipe croc_7b/pretrain_croc --config mine.yaml --micro-batch-size 2 optimizer.lr=1e-5
+
+A YAML file may name its recipe (`recipe: croc_7b/pretrain_croc`), and is then a whole run.
 """
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_croc.config.base import (
     apply_changes,
@@ -36,7 +39,7 @@ def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", metavar="NAME/STAGE", help="one of " + ", ".join(list_recipes())
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings that change the recipe's")
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings that change the recipe's, and its `recipe:`")
     return parser
 
 
@@ -57,24 +60,32 @@ def parse_command(
         print(parser.format_help().rstrip() + "\n" + settings_help(RunConfig))
         parser.exit()
     faults: list[str] = []
+    tree = _config_file(options.config, faults)
+    named = tree.pop("recipe", None)
+    recipe = options.recipe or named
     run = RunConfig()
-    if options.recipe is not None:
+    if recipe is not None:
         try:
-            run = get_recipe(options.recipe)
+            run = get_recipe(str(recipe))
         except ConfigError as error:
             faults.append(str(error))
     elif options.config is None:
         faults.append(f"--recipe is not given; there are {', '.join(list_recipes())}")
-    if options.config is not None:
-        try:
-            tree = read_yaml(options.config)
-        except ConfigError as error:
-            faults.append(str(error))
-        else:
-            apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=options.config))
+    apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=options.config))
     apply_changes(run, changes_from_words(RunConfig, words, faults))
     raise_faults(faults)
     return options, run
+
+
+def _config_file(path: str | None, faults: list[str]) -> dict[str, Any]:
+    """What --config holds; empty without one, or with a fault."""
+    if path is None:
+        return {}
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        faults.append(str(error))
+        return {}
 
 
 def parse_run(argv: Sequence[str] | None = None, *, prog: str = "megatron_croc") -> RunConfig:

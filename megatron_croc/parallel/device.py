@@ -70,6 +70,20 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
+def describe_gpus() -> list[str]:
+    """One line per visible GPU: name, memory, compute capability; empty without CUDA."""
+    if not has_cuda():
+        return []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}" for p in found]
+
+
+def describe_cuda() -> str:
+    """Versions of CUDA, cuDNN and NCCL that torch was built with."""
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
+
+
 def max_memory_allocated() -> int:
     """Peak bytes of device memory since the start; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if has_cuda() else 0

@@ -34,8 +34,7 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
             f"{config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
-    if not dist.is_initialized():
-        _start_torch(config, processes)
+    start_torch(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -47,7 +46,11 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def _start_torch(config: ParallelConfig, processes: int) -> None:
+def start_torch(config: ParallelConfig) -> None:
+    """Bind this process to its device and join torch.distributed's world; once is enough."""
+    if dist.is_initialized():
+        return
+    processes = world_size()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if processes == 1 else "29500")
     device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,4 @@
+"""What is installed, what will be used and why, and what is wrong with this machine or cluster.
+
+installed.py: packages | accelerators.py: what they are used for | machine.py: network, disk, clocks
+"""
