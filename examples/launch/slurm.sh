@@ -16,8 +16,8 @@ source examples/launch/environment.sh
 # shellcheck source=examples/launch/arguments.sh
 source examples/launch/arguments.sh
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 

@@ -39,7 +39,9 @@ def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", metavar="NAME/STAGE", help="one of " + ", ".join(list_recipes())
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings that change the recipe's, and its `recipe:`")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="settings that change the recipe's, and its `recipe:`"
+    )
     return parser
 
 

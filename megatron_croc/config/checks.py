@@ -37,6 +37,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
     faults = [
         *find_layout_faults(run, world_size),
         *_training_faults(run),
+        *_precision_faults(run),
         *_optimizer_faults(run),
         *_croc_faults(run),
         *_checkpoint_faults(run),
@@ -85,6 +86,30 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
             f"freeze_LM, freeze_ViT and freeze_projector are all set and stage={run.stage} "
             "trains nothing else: unset one"
         )
+
+
+def _precision_faults(run: RunConfig) -> Iterator[str]:
+    training, llm = run.training, run.model.language_model
+    if training.fp8_format is None:
+        return
+    if not training.bf16:
+        yield f"fp8_format={training.fp8_format} without bf16: set bf16, or unset fp8_format"
+    if training.transformer_impl == "local":
+        yield (
+            f"fp8_format={training.fp8_format} with transformer_impl=local: fp8 is Transformer "
+            "Engine's; set transformer_impl to te, or unset fp8_format"
+        )
+    tp = run.parallel.tensor_model_parallel_size
+    unit = 32 if training.fp8_recipe == "mxfp8" else 16
+    for name, size in {
+        "hidden_size": llm.hidden_size,
+        "ffn_hidden_size": llm.ffn_hidden_size,
+    }.items():
+        if size % (unit * tp):
+            yield (
+                f"{name}={size}: fp8_recipe={training.fp8_recipe} takes multiples of {unit} on "
+                f"each of {tp} tensor-parallel ranks; unset fp8_format"
+            )
 
 
 def trains_nothing(run: RunConfig) -> bool:

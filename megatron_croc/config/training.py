@@ -26,6 +26,21 @@ class TrainingConfig:
     bf16: bool = True
     """bfloat16 parameters and activations with fp32 main weights; False: fp32 throughout."""
 
+    transformer_impl: Literal["auto", "local", "te"] = "auto"
+    """Layers of language model and vision tower: Transformer Engine's (norms fused into linear
+    layers, fp8), or megatron-core's own; auto: Transformer Engine where it runs."""
+
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Matrix products of the language model in fp8 (needs Transformer Engine): e4m3 throughout,
+    hybrid: e5m2 for gradients; None: bf16."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How fp8 is scaled: per tensor by its current maximum (H100), by blocks of 128 (H100), or in
+    the hardware's blocks of 32 (Blackwell)."""
+
+    first_last_layers_bf16: bool = False
+    """With fp8_format: keep the language model's first and last layer in bf16."""
+
     freeze_LM: bool = False
     """Do not train the language model."""
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_croc.config.model import MaskType
-from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import Batch
@@ -42,15 +41,20 @@ FIRST_RETRY_SECONDS = 0.2
 logger = get_logger(__name__)
 
 
-def row_multiple(parallel: ParallelConfig) -> int:
+def row_multiple(run: RunConfig) -> int:
     """What a packed row's length must be divisible by.
 
     Context parallelism cuts it into 2 * CP chunks (each rank takes two, for balance); sequence
-    parallelism cuts each rank's share into TP pieces.
+    parallelism cuts each rank's share into TP pieces; fp8 products take 16 rows at a time (32 with
+    mxfp8), on every rank.
     """
+    parallel, training = run.parallel, run.training
     cp = parallel.context_parallel_size
     tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return math.lcm(tp * cp, 2 * cp if cp > 1 else 1)
+    cut = math.lcm(tp * cp, 2 * cp if cp > 1 else 1)
+    if training.fp8_format is None:
+        return cut
+    return math.lcm(cut, tp * cp * (32 if training.fp8_recipe == "mxfp8" else 16))
 
 
 class BatchBuilder:

@@ -180,7 +180,7 @@ def check_data(run: RunConfig) -> None:
             data_path=data_path,
             seed=run.training.seed,
             shuffle=False,
-            pad_to_multiple_of=row_multiple(run.parallel),
+            pad_to_multiple_of=row_multiple(run),
         )
 
 
@@ -194,7 +194,7 @@ def build_train_loader(
         dp_rank=dp_rank,
         dp_size=dp_size,
         consumed_samples=consumed_samples,
-        pad_to_multiple_of=row_multiple(run.parallel),
+        pad_to_multiple_of=row_multiple(run),
         seed=run.training.seed,
         shuffle=True,
     )
@@ -208,7 +208,7 @@ def build_valid_loader(run: RunConfig, *, dp_rank: int, dp_size: int) -> MicroBa
         dp_rank=dp_rank,
         dp_size=dp_size,
         consumed_samples=0,
-        pad_to_multiple_of=row_multiple(run.parallel),
+        pad_to_multiple_of=row_multiple(run),
         seed=run.training.seed,
         shuffle=False,
     )

@@ -57,7 +57,7 @@ def make_batch(run: RunConfig, samples: Sequence[ReadySample]) -> Batch:
         samples,
         num_visual_tokens=run.model.vision_tower.num_visual_tokens,
         mask_type=run.model.attention_mask_type,
-        pad_to_multiple_of=row_multiple(run.parallel),
+        pad_to_multiple_of=row_multiple(run),
         seed=run.training.seed,
         replace_ratio=run.model.prompt_pool.replace_ratio if run.reconstructs else None,
         image_shape=(3, size, size),

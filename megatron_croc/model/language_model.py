@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_croc.config.run import RunConfig
 from megatron_croc.model.core_attention import MixedMaskAttention
 from megatron_croc.model.layer_specs import language_model_spec
+from megatron_croc.model.transformer_engine import resolve_transformer_impl
 
 LLAMA3_ORIGINAL_LENGTH = 8192
 """Original context that megatron's llama3 rope scaling assumes."""
@@ -50,7 +51,7 @@ class LanguageModel(GPTModel):
         num_layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
         super().__init__(
             config,
-            language_model_spec(num_layers),  # type: ignore[arg-type]
+            language_model_spec(num_layers, resolve_transformer_impl(run)),  # type: ignore[arg-type]
             vocab_size=-(-model.vocab_size // tp) * tp,
             max_sequence_length=model.max_position_embeddings,
             pre_process=pre_process,

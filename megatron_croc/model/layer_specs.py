@@ -1,7 +1,7 @@
 """Which modules megatron-core's transformer layers are made of.
 
-Norms stand apart from the linear layers here, while Transformer Engine fuses them; the key map
-gives both the same names in a checkpoint, so either can load what the other saved.
+Transformer Engine fuses norms with the linear layers behind them, while megatron-core's own stand
+apart; the key map gives both the same names in a checkpoint, so either loads what the other saved.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_croc.model.core_attention import FullAttention, MixedMaskAttention
 from megatron_croc.model.norm import Norm
+from megatron_croc.model.transformer_engine import Implementation, linear_modules
 
 _TE_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -29,7 +30,11 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
-def _layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpec:
+def _layer_spec(
+    core_attention: type, attn_mask_type: AttnMaskType, implementation: Implementation
+) -> ModuleSpec:
+    if implementation == "te":
+        return _te_layer_spec(core_attention, attn_mask_type)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -52,14 +57,43 @@ def _layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpe
     )
 
 
-def language_model_spec(num_layers: int) -> TransformerBlockSubmodules:
+def _te_layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> ModuleSpec:
+    modules = linear_modules()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=modules.norm_column,
+                    core_attention=core_attention,
+                    linear_proj=modules.row,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=modules.norm_column, linear_fc2=modules.row),
+            ),
+            mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def language_model_spec(
+    num_layers: int, implementation: Implementation = "local"
+) -> TransformerBlockSubmodules:
     """Decoder of `num_layers` layers (those of this stage) under the mixed mask, final norm."""
-    layer = _layer_spec(MixedMaskAttention, AttnMaskType.causal)
-    norm: Any = Norm  # megatron builds it from the class; its annotation knows instances only
+    layer = _layer_spec(MixedMaskAttention, AttnMaskType.causal, implementation)
+    # megatron builds it from the class; its annotation knows instances only
+    norm: Any = linear_modules().norm if implementation == "te" else Norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def vision_tower_spec(num_layers: int) -> TransformerBlockSubmodules:
+def vision_tower_spec(
+    num_layers: int, implementation: Implementation = "local"
+) -> TransformerBlockSubmodules:
     """Encoder of `num_layers` layers with full attention and no final norm."""
-    layer = _layer_spec(FullAttention, AttnMaskType.no_mask)
+    layer = _layer_spec(FullAttention, AttnMaskType.no_mask, implementation)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)

@@ -7,6 +7,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.model.transformer_engine import fp8_settings
 
 
 def params_dtype(run: RunConfig) -> torch.dtype:
@@ -49,6 +50,7 @@ def language_model_config(run: RunConfig) -> TransformerConfig:
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         **_common(run),
+        **fp8_settings(run),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

@@ -11,6 +11,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.model.layer_specs import vision_tower_spec
 from megatron_croc.model.norm import Norm
 from megatron_croc.model.transformer_configs import vision_tower_config
+from megatron_croc.model.transformer_engine import resolve_transformer_impl
 
 
 class VisionTower(MegatronModule):
@@ -31,7 +32,7 @@ class VisionTower(MegatronModule):
         self.covered = self.vision.covered_img_size
         self.vit = CLIPViTModel(
             config,
-            vision_tower_spec(config.num_layers),  # type: ignore[arg-type]
+            vision_tower_spec(config.num_layers, resolve_transformer_impl(run)),  # type: ignore[arg-type]
             ln_pre_impl=Norm,
             ln_post_impl=Norm,
             add_class_token=is_clip,

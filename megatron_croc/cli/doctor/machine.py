@@ -1,4 +1,4 @@
-"""Measured on this machine, or over all ranks that torchrun started: network, clocks, disk, data."""
+"""Measured here, or over all ranks torchrun started: network, clocks, disk, data."""
 
 import os
 import platform
@@ -78,12 +78,14 @@ def _source_digest() -> str:
 def _all_reduce(size: int, world: int, repeats: int = 5) -> Finding:
     tensor = torch.ones(size // 4, dtype=torch.float32, device=device.current_device())
     dist.all_reduce(tensor)
-    if not bool((tensor == world).all()):
-        wrong = int((tensor != world).sum())
+    wrong: list[int] = [0] * world
+    dist.all_gather_object(wrong, int((tensor != world).sum()))
+    if any(wrong):
+        ranks = [rank for rank, count in enumerate(wrong) if count]
         return Finding(
             "error",
             f"all-reduce {size // _MIB} MiB",
-            f"{wrong} of {tensor.numel()} sums are wrong",
+            f"{sum(wrong)} wrong sums, on ranks {ranks}",
             "a link or a driver is broken: test node pairs with NCCL_DEBUG=INFO",
         )
     times = []

@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.data import bad_samples, batch_builder, loader
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
 from megatron_croc.data.batch_builder import row_multiple
@@ -239,17 +238,21 @@ def test_reading_ahead_is_bounded_and_close_ends_the_threads(dataset, make_run):
 
 
 def test_rows_are_padded_for_the_layout(dataset, make_run):
-    assert row_multiple(ParallelConfig()) == 1
-    assert row_multiple(ParallelConfig(tensor_model_parallel_size=4)) == 1
     run = make_run(dataset)
+    assert row_multiple(run) == 1
     run.parallel.tensor_model_parallel_size = 3
+    assert row_multiple(run) == 1
     run.parallel.context_parallel_size = 2
     run.parallel.sequence_parallel = True
-    assert row_multiple(run.parallel) == 12
+    assert row_multiple(run) == 12
     for batch in read_batches(run, 4):
         assert len(batch.input_ids) % 12 == 0
         assert len(batch.input_ids) - int(batch.mixed_mask.cu_seqlens[-1]) < 12
         assert batch.pixel_values.dtype == torch.uint8
+    run.training.fp8_format = "hybrid"  # 16 rows on each of 3 x 2 ranks, also a multiple of 12
+    assert row_multiple(run) == 96
+    run.training.fp8_recipe = "mxfp8"
+    assert row_multiple(run) == 192
 
 
 def test_impossible_layouts_are_refused(dataset, make_run):

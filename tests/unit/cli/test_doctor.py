@@ -1,0 +1,103 @@
+import pytest
+
+from megatron_croc.cli.doctor import installed, machine
+from megatron_croc.cli.doctor.__main__ import main
+from megatron_croc.errors import ConfigError
+from tests.support.distributed import run_distributed
+
+
+def test_the_report_names_what_will_be_used(capsys, tmp_path):
+    assert main(["--recipe", "tiny/pretrain_croc", "--disk", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for subject in ("torch", "megatron-core", "attention", "optimizer", "image decoder", "disk"):
+        assert f"  {subject}" in printed
+    assert "dense" in printed and "ready; CPU" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_brief_is_one_line_when_nothing_is_wrong(capsys):
+    assert main(["--brief"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_missing_requirement_is_an_error_and_ends_the_report(capsys, monkeypatch):
+    monkeypatch.setattr(installed, "REQUIRED", ("torch", "no-such-package"))
+    assert main([]) == 1
+    printed = capsys.readouterr().out
+    assert "X no-such-package" in printed and "pip install no-such-package" in printed
+    assert "1 problem(s)" in printed and "  attention  " not in printed
+
+
+def test_the_unrelated_apex_of_pypi_is_told(monkeypatch, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = installed._optional("apex", "")
+    assert finding.level == "warning" and "unrelated" in finding.text
+
+
+def test_a_package_that_does_not_import_is_told(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn.py").write_text("raise OSError('undefined symbol: _ZN2at')")
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = installed._optional("flash-attn", "")
+    assert finding.level == "warning" and "undefined symbol" in finding.text
+
+
+def test_a_backend_that_cannot_run_is_an_error(capsys, monkeypatch):
+    def refuse(name, query):
+        raise ConfigError(f"--attention-backend {name} cannot run here: no kernels")
+
+    monkeypatch.setattr("megatron_croc.ops.attention.backends.choose_backend", refuse)
+    assert main(["--recipe", "tiny/pretrain_croc", "--attention-backend", "flip"]) == 1
+    assert "X attention              --attention-backend flip cannot run" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    finding = machine.look_at_disk(blocked / "below", size=2**20)
+    assert finding.level == "error" and str(blocked) in finding.text
+
+
+def test_data_that_is_not_there_is_an_error(capsys, tmp_path):
+    words = ["--recipe", "tiny/pretrain_croc", "--data-path", str(tmp_path / "none")]
+    assert main([*words, "--tokenizer-model", "none"]) == 1
+    assert "X data" in capsys.readouterr().out
+
+
+def _look(rank_of_fault: int) -> list[list[str]]:
+    """The network as it is, then with other sources on one rank, then with a link that errs."""
+    import torch.distributed as dist
+
+    from megatron_croc.config.parallel import ParallelConfig
+    from megatron_croc.parallel.groups import start_torch
+
+    start_torch(ParallelConfig())
+    faulty = dist.get_rank() == rank_of_fault
+    reports = [_report()]
+    if faulty:
+        machine._source_digest = lambda: "another"
+    reports.append(_report())
+    machine._source_digest = lambda: "the same"
+    real = dist.all_reduce
+
+    def erring(tensor):
+        real(tensor)
+        tensor[7] += 1
+
+    if faulty:
+        dist.all_reduce = erring
+    reports.append(_report())
+    return reports
+
+
+def _report() -> list[str]:
+    return [f"{f.level} {f.subject}: {f.text}" for f in machine.look_at_network(sizes=(2**20,))]
+
+
+@pytest.mark.distributed
+def test_network_faults_are_found_and_their_rank_named():
+    for fine, software, link in run_distributed(_look, 2, 1):
+        assert [line.split()[0] for line in fine] == ["ok"] * 3
+        assert software[0].startswith("error megatron_croc differs") and "[1]" in software[0]
+        assert link[1] == "error all-reduce 1 MiB: 1 wrong sums, on ranks [1]"
