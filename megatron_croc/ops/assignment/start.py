@@ -1,0 +1,96 @@
+"""Prices near the optimal ones, for all images at once and without waiting for the device.
+
+Any prices v <= 0 lead shortest paths to the optimum; good ones leave them little to do. Were the
+cost a row term plus a column term b, the n cheapest columns would be matched, and
+v_j = min(0, b_j - b of the first one left over) be optimal. Sinkhorn sweeps at falling
+temperatures do the rest: each row spreads one unit over the columns, no column takes more.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TEMPERATURES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+"""Over the standard deviation of what row and column means leave of the cost."""
+
+NUM_SWEEPS = 8
+"""At each temperature: a sweep is two products with a matrix that took an exponential."""
+
+
+class FirstChoices(NamedTuple):
+    """Each row has its best column at the prices, unless a row before it wants the same one."""
+
+    row_of: Tensor
+    """int64 [B, P], the row that holds each column; -1: none."""
+
+    unmatched: Tensor
+    """int64 [B, n], rows without a column first, ascending."""
+
+    num_unmatched: Tensor
+    """int64 [B]."""
+
+
+@torch.no_grad()
+def starting_prices(cost: Tensor, lengths: Tensor) -> Tensor:
+    """Prices [B, P] <= 0, in the dtype of the cost.
+
+    Args:
+        cost: float [B, n, P], n <= P, finite up to each length.
+        lengths: int64 [B], on the device of the cost.
+    """
+    num_rows, num_columns = cost.shape[1:]
+    counted = _rows_that_count(cost, lengths).unsqueeze(2)
+    cost = cost.where(counted, 0.0)
+    means = cost.sum(dim=1) / lengths.clamp(min=1).unsqueeze(1)
+    left_over = lengths.clamp(max=num_columns - 1).unsqueeze(1)
+    prices = (means - means.sort(dim=1).values.gather(1, left_over)).clamp(max=0.0)
+    residual = cost - means.unsqueeze(1)
+    residual = (residual - residual.mean(dim=2, keepdim=True)).where(counted, 0.0)
+    entries = (lengths * num_columns).clamp(min=1)
+    scale = (residual.square().sum(dim=(1, 2)) / entries).sqrt().unsqueeze(1)
+    scale = scale.clamp(min=torch.finfo(cost.dtype).tiny / TEMPERATURES[-1])
+    mass = counted.to(cost.dtype).transpose(1, 2)  # [B, 1, n]: padding spreads nothing
+    for temperature in TEMPERATURES:
+        eps = temperature * scale
+        slack = cost - prices.unsqueeze(1)
+        slack = slack - slack.amin(dim=2, keepdim=True)
+        affinity = (slack / -eps.unsqueeze(2)).clamp(min=-30.0).exp()
+        most = (prices / -eps).clamp(max=60.0).exp()  # more would lift the price above 0
+        of_column = torch.ones_like(prices).unsqueeze(2)
+        for _ in range(NUM_SWEEPS):
+            of_row = mass / (affinity @ of_column).transpose(1, 2)
+            of_column = torch.minimum(1.0 / (of_row @ affinity), most.unsqueeze(1)).transpose(1, 2)
+        change = eps * of_column.squeeze(2).log()
+        prices = (prices + change.nan_to_num(0.0, 0.0, 0.0)).clamp(max=0.0)
+    return prices
+
+
+@torch.no_grad()
+def first_choices(cost: Tensor, lengths: Tensor, prices: Tensor) -> FirstChoices:
+    """Which rows can have their best column at once; ties go to the lowest column and row.
+
+    Args:
+        cost: float [B, n, P].
+        lengths: int64 [B].
+        prices: float [B, P].
+    """
+    num_images, num_rows, num_columns = cost.shape
+    counted = _rows_that_count(cost, lengths)
+    reduced = cost - prices.unsqueeze(1)
+    is_least = reduced == reduced.amin(dim=2, keepdim=True)
+    columns = torch.arange(num_columns, device=cost.device)
+    choice = columns.where(is_least, num_columns - 1).amin(dim=2)
+    rows = torch.arange(num_rows, device=cost.device).expand(num_images, -1)
+    row_of = torch.full((num_images, num_columns), num_rows, device=cost.device)
+    row_of.scatter_reduce_(1, choice, rows.where(counted, num_rows), "amin")
+    has_column = row_of.gather(1, choice) == rows
+    wants_one = counted & ~has_column
+    unmatched = torch.argsort((~wants_one).to(torch.uint8), dim=1, stable=True)
+    row_of = row_of.where(row_of < num_rows, -1)
+    return FirstChoices(row_of, unmatched, wants_one.sum(dim=1))
+
+
+def _rows_that_count(cost: Tensor, lengths: Tensor) -> Tensor:
+    """bool [B, n], False for padding."""
+    return torch.arange(cost.shape[1], device=cost.device) < lengths.unsqueeze(1)
