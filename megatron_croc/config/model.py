@@ -133,8 +133,13 @@ class PromptPoolConfig:
     assign_mode: Literal["hungarian", "nearest"] = "hungarian"
     """hungarian: one-to-one, minimum total distance. nearest: argmin, as in the released Croc."""
 
-    assign_backend: Literal["auto", "cpu", "scipy", "torch"] = "auto"
-    """Solver of `hungarian`, all exact: cpu (auto), plain scipy, or torch (readable, slow)."""
+    assign_backend: Literal["auto", "triton", "cpu", "scipy", "torch"] = "auto"
+    """Solver of `hungarian`, all exact: triton (auto on a GPU that has it), cpu (auto elsewhere),
+    plain scipy, or torch (readable, slow)."""
+
+    overlap_assignment: bool = True
+    """Match the next micro-batch while this one computes, where the vision tower is frozen. It
+    keeps one more micro-batch of visual embeddings, and changes no number."""
 
     replace_ratio: float = 0.75
     """Share of an image's visual tokens that are replaced."""

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from megatron_croc.ops.assignment.start import first_choices, starting_prices
 
-COLUMNS_PER_THREAD = 16
-"""Of each vector the kernel keeps; more would not fit the registers. Not tuned on a GPU."""
+COLUMNS_PER_THREAD = 8
+"""Of each vector the kernel keeps. Compiled for sm_90, 2048 columns then take 178 registers and
+none is spilled; 16 take all 255 and spill. Which is fastest was not measured."""
 
 
 class Solved(NamedTuple):
     """Result of `solve_triton`, on the device of the cost."""
 
     index: Tensor
-    """int64 [B, n], -1 past the length and in images that are not finite."""
+    """int64 [B, n], -1 past the length and in images that were not solved."""
 
     prices: Tensor
     """float64 [B, P], at most 0."""
 
-    is_finite: Tensor
-    """bool [B], False: the image was left out."""
+    solved: Tensor
+    """bool [B], False: the image's cost is not finite, and the image was left out."""
 
     num_steps: Tensor
     """int32 [B], lines and columns of the cost read one after the other."""
@@ -45,19 +46,20 @@ def solve_triton(cost: Tensor, lengths: Tensor, *, num_warps: int | None = None)
     """Assign all images; nothing here waits for the device.
 
     Args:
-        cost: float32 [B, n, P], n <= P (or each length at most P).
-        lengths: int64 [B], rows of each image; on the device of the cost.
+        cost: float32 or float64 [B, n, P].
+        lengths: int64 [B], rows of each image, at most P; on the device of the cost.
         num_warps: of each image's program; by the number of columns if None.
     """
     num_images, num_rows, num_columns = cost.shape
     cost = cost.contiguous()
     index = torch.full((num_images, num_rows), -1, dtype=torch.int64, device=cost.device)
     counted = torch.arange(num_rows, device=cost.device) < lengths.unsqueeze(1)
-    is_finite = cost.sum(dim=2).where(counted, 0.0).isfinite().all(dim=1)
+    is_finite = (cost.isfinite().all(dim=2) | ~counted).all(dim=1)
     prices = cost.new_zeros((num_images, num_columns), dtype=torch.float64)
     num_steps = torch.zeros(num_images, dtype=torch.int32, device=cost.device)
     if index.numel() == 0:
         return Solved(index, prices, is_finite, num_steps)
+    lengths = lengths * is_finite
     start = starting_prices(cost, lengths)
     choices = first_choices(cost, lengths, start)
     padded = 1 << (num_columns - 1).bit_length()
@@ -66,7 +68,6 @@ def solve_triton(cost: Tensor, lengths: Tensor, *, num_warps: int | None = None)
     _kernel()[(num_images,)](
         cost,
         lengths.int(),
-        is_finite.int(),
         start.double(),
         choices.row_of.int(),
         choices.unmatched.int(),

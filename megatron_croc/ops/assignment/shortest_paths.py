@@ -19,10 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NUM_SWEEPS = 32
-RELAXATION = 1.8
-FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 0.003
-"""Over the standard deviation of what row and column means leave of the cost."""
+from megatron_croc.ops.assignment.start import starting_prices
 
 
 class Solution(NamedTuple):
@@ -42,32 +39,6 @@ class Solution(NamedTuple):
 
 
 @torch.no_grad()
-def starting_prices(cost: Tensor) -> Tensor:
-    """Prices near the optimal ones, float64 [P] <= 0, from float64 cost [n, P], 1 <= n <= P.
-
-    Were the cost a row term plus a column term b, the n cheapest columns would be matched and
-    v_j = min(0, b_j - b of the first left over) be optimal. Annealed Sinkhorn sweeps do the rest:
-    each row spreads one unit over the columns, no column takes more than one.
-    """
-    num_rows, num_columns = cost.shape
-    means = cost.mean(dim=0)
-    first_left_over = means.sort().values[min(num_rows, num_columns - 1)]
-    prices = (means - first_left_over).clamp(max=0.0)
-    residual = cost - means
-    residual = residual - residual.mean(dim=1, keepdim=True)
-    scale = residual.square().mean().sqrt().item()
-    if scale <= 1e-12 * cost.abs().max().item():
-        return prices
-    for sweep in range(NUM_SWEEPS):
-        progress = sweep / (NUM_SWEEPS - 1)
-        eps = scale * FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress
-        row_terms = -eps * torch.logsumexp((prices - cost) / eps, dim=1, keepdim=True)
-        aimed_at = -eps * torch.logsumexp((row_terms - cost) / eps, dim=0)
-        prices = (prices + RELAXATION * (aimed_at - prices)).clamp(max=0.0)
-    return prices
-
-
-@torch.no_grad()
 def solve_image(cost: Tensor, prices: Tensor | None = None) -> Solution:
     """Assign the rows of one image.
 
@@ -84,7 +55,9 @@ def solve_image(cost: Tensor, prices: Tensor | None = None) -> Solution:
     if num_rows == 0:
         zero = cost.new_zeros(())
         return Solution(torch.empty(0, dtype=torch.int64), cost.new_zeros(num_columns), zero, 0)
-    search = _Search(cost, starting_prices(cost) if prices is None else prices.double().clone())
+    if prices is None:
+        prices = starting_prices(cost.unsqueeze(0), torch.tensor([num_rows], device=cost.device))[0]
+    search = _Search(cost, prices.double().clone())
     search.match_first_choices()
     for row in range(num_rows):
         if search.column_of[row] < 0:
@@ -120,7 +93,7 @@ class _Search:
         scanned = torch.zeros_like(distance, dtype=torch.bool)
         while True:
             self.num_steps += 1
-            column = int(distance.masked_fill(scanned, torch.inf).argmin())
+            column = self.first_least(distance.masked_fill(scanned, torch.inf))
             if self.row_of[column] < 0:
                 break
             scanned[column] = True
@@ -138,6 +111,11 @@ class _Search:
             self.column_of[mover], column = column, self.column_of[mover]
             if mover == row:
                 return
+
+    def first_least(self, distance: Tensor) -> int:
+        """The nearest column; of several a free one, which ends the path, then the lowest."""
+        nearest = (distance == distance.min()).nonzero().flatten().tolist()
+        return min(nearest, key=lambda column: (self.row_of[column] >= 0, column))
 
     def reverse(self, start: int) -> None:
         """Raise the price of the unmatched column `start` to 0, or match it and free another."""

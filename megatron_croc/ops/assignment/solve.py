@@ -1,15 +1,19 @@
 """The entry points: checks, the choice of a backend, objective and bound."""
 
+import logging
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_croc.errors import DataError
-from megatron_croc.ops.assignment import on_cpu, shortest_paths
+from megatron_croc.log import get_logger, log_once
+from megatron_croc.ops.assignment import on_cpu, on_gpu, shortest_paths
 
-Backend = Literal["auto", "cpu", "scipy", "torch"]
+logger = get_logger(__name__)
+
+Backend = Literal["auto", "triton", "cpu", "scipy", "torch"]
 
 
 class Assignment(NamedTuple):
@@ -25,6 +29,9 @@ class Assignment(NamedTuple):
     """float64 [B], what no assignment of the image can undercut: objective - bound is the proven
     gap. NaN where it was not asked for and did not come by itself."""
 
+    solved: Tensor
+    """bool [B]; False where `check` was off and the cost is not finite: the index is -1 there."""
+
 
 @torch.no_grad()
 def assign(
@@ -32,7 +39,8 @@ def assign(
     lengths: Sequence[int] | Tensor | None = None,
     backend: Backend = "auto",
     *,
-    certify: bool = True,
+    certify: bool = False,
+    check: bool = True,
 ) -> Assignment:
     """Match every row to a column of its own at the least total cost, image by image.
 
@@ -43,8 +51,10 @@ def assign(
     Args:
         cost: float32 or float64 [B, n, P], finite, n <= P.
         lengths: [B], rows of each image; the rest is padding, whatever it holds. All n if None.
-        backend: auto, cpu, scipy or torch; auto is cpu.
-        certify: always compute the bound. It costs the CPU some milliseconds an image.
+        backend: auto, triton, cpu, scipy or torch; see `choose_backend`.
+        certify: always compute the bound. It costs the CPU about a millisecond an image.
+        check: refuse a cost that is not finite. Without it triton never waits for the device, and
+            such images come back unsolved.
 
     Returns:
         See `Assignment`.
@@ -62,6 +72,17 @@ def assign(
             f"set --pool-size to at least {max(rows)}"
         )
     cost = cost.detach()
+    backend = choose_backend(backend, cost.device)
+    if backend == "triton":
+        result = _solve_on_gpu(cost, rows, certify=certify)
+        if check and not result.solved.all():
+            _refuse(torch.nonzero(~result.solved).flatten().tolist())
+        return result
+    bad = _images_not_finite(cost, rows)
+    if bad and check:
+        _refuse(bad)
+    for image in bad:
+        rows[image] = 0
     if backend == "torch":
         solved = _solve_torch(cost, rows)
     else:
@@ -71,7 +92,29 @@ def assign(
         index[image, : rows[image]] = columns
     bound = torch.tensor([bound for _, bound in solved], dtype=torch.float64)
     index = index.to(cost.device)
-    return Assignment(index, _objective(cost, index), bound.to(cost.device))
+    is_solved = torch.tensor([image not in bad for image in range(len(rows))], dtype=torch.bool)
+    return Assignment(
+        index, _objective(cost, index), bound.to(cost.device), is_solved.to(cost.device)
+    )
+
+
+def choose_backend(backend: Backend, device: torch.device) -> Backend:
+    """`auto` made definite: triton on CUDA where it is installed, else cpu, saying why once.
+
+    Raises:
+        DataError: triton was asked for and cannot run on this device.
+    """
+    if backend == "triton" and (reason := on_gpu.why_not(device)) is not None:
+        raise DataError(f"--assign-backend triton: {reason}; use auto")
+    if backend != "auto":
+        return backend
+    if device.type != "cuda":
+        return "cpu"
+    reason = on_gpu.why_not(device)
+    if reason is None:
+        return "triton"
+    log_once(logger, logging.WARNING, f"tokens are matched on the CPU: {reason}")
+    return "cpu"
 
 
 @torch.no_grad()
@@ -87,10 +130,12 @@ def nearest(cost: Tensor) -> Assignment:
     Raises:
         DataError: as `assign`.
     """
-    _checked_lengths(cost, None)
+    if bad := _images_not_finite(cost, _checked_lengths(cost, None)):
+        _refuse(bad)
     index = cost.argmin(dim=2)
     objective = _objective(cost.detach(), index)
-    return Assignment(index, objective, objective)
+    solved = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
+    return Assignment(index, objective, objective, solved)
 
 
 def optimality_gap(cost: Tensor, index: Tensor) -> float:
@@ -103,7 +148,7 @@ def optimality_gap(cost: Tensor, index: Tensor) -> float:
     Returns:
         0 up to rounding, whatever the backend; below 1e-5 by the promise of `assign`.
     """
-    best = assign(cost.unsqueeze(0), backend="scipy", certify=False)
+    best = assign(cost.unsqueeze(0), backend="scipy")
     ours = _objective(cost.unsqueeze(0), index.unsqueeze(0))
     scale = _objective(cost.abs().unsqueeze(0), best.index)
     gap = (ours - best.objective) / scale.clamp(min=torch.finfo(torch.float64).tiny)
@@ -127,6 +172,19 @@ def _solve_torch(cost: Tensor, rows: list[int]) -> list[tuple[Tensor, float]]:
     return [(solution.columns.cpu(), float(solution.bound)) for solution in solutions]
 
 
+def _solve_on_gpu(cost: Tensor, rows: list[int], *, certify: bool) -> Assignment:
+    lengths = torch.full((len(cost),), cost.shape[1], device=cost.device)
+    if any(length != cost.shape[1] for length in rows):
+        lengths = torch.tensor(rows, device=cost.device)
+    found = on_gpu.solve_triton(cost, lengths)
+    bound = torch.full((len(cost),), torch.nan, dtype=torch.float64, device=cost.device)
+    if certify:  # image by image: the cost in float64 is large
+        for image, prices in enumerate(found.prices):
+            reduced = cost[image, : rows[image]].double() - prices
+            bound[image] = reduced.amin(dim=1).sum() + prices.sum()
+    return Assignment(found.index, _objective(cost, found.index), bound, found.solved)
+
+
 def _objective(cost: Tensor, index: Tensor) -> Tensor:
     taken = cost.gather(2, index.clamp(min=0).unsqueeze(2)).squeeze(2).double()
     return taken.masked_fill(index < 0, 0.0).sum(dim=1)
@@ -148,9 +206,14 @@ def _checked_lengths(cost: Tensor, lengths: Sequence[int] | Tensor | None) -> li
             f"lengths must be {num_images} numbers from 0 to {num_rows}, one for each image, "
             f"got {rows}"
         )
+    return rows
+
+
+def _images_not_finite(cost: Tensor, rows: list[int]) -> list[int]:
     # A sum costs a quarter of isfinite; where it is finite, so is every term.
     suspects = torch.nonzero(~torch.isfinite(cost.sum(dim=(1, 2)))).flatten().tolist()
-    bad = [image for image in suspects if not cost[image, : rows[image]].isfinite().all()]
-    if bad:
-        raise DataError(f"matching cost of image(s) {bad} of the micro-batch is not finite")
-    return rows
+    return [image for image in suspects if not cost[image, : rows[image]].isfinite().all()]
+
+
+def _refuse(images: list[int]) -> NoReturn:
+    raise DataError(f"matching cost of image(s) {images} of the micro-batch is not finite")

@@ -39,7 +39,7 @@ def starting_prices(cost: Tensor, lengths: Tensor) -> Tensor:
         cost: float [B, n, P], n <= P, finite up to each length.
         lengths: int64 [B], on the device of the cost.
     """
-    num_rows, num_columns = cost.shape[1:]
+    num_columns = cost.shape[2]
     counted = _rows_that_count(cost, lengths).unsqueeze(2)
     cost = cost.where(counted, 0.0)
     means = cost.sum(dim=1) / lengths.clamp(min=1).unsqueeze(1)
@@ -63,7 +63,7 @@ def starting_prices(cost: Tensor, lengths: Tensor) -> Tensor:
             of_column = torch.minimum(1.0 / (of_row @ affinity), most.unsqueeze(1)).transpose(1, 2)
         change = eps * of_column.squeeze(2).log()
         prices = (prices + change.nan_to_num(0.0, 0.0, 0.0)).clamp(max=0.0)
-    return prices
+    return prices.nan_to_num(0.0, neginf=0.0)  # sums of costs near the largest float overflow
 
 
 @torch.no_grad()

@@ -6,12 +6,16 @@ read until the last store, and all that one thread learns from another passes th
 which synchronises. Scalars are read out of a vector by a masked sum. No barrier is needed, and
 any number of warps is safe.
 
-A row is known by the column it holds, so reverse paths need no vector over the rows. Minima take
-the lowest column on a tie: the result does not depend on the order of threads. Arithmetic is
-float64 on float32 costs; every loop is bounded by the number of rows or columns.
+A row is known by the column it holds, so reverse paths need no vector over the rows. A tie goes
+to a column that is free, then to the lowest: paths stay short, and the result does not depend on
+the order of threads. Arithmetic is float64 whatever the costs are in; every loop is bounded by
+the number of rows or columns.
 
 Imported by `on_gpu` alone, and only where it is used: Triton is optional.
 """
+
+# pyright: basic, reportArgumentType=false
+# The kernel language looks like Python but types as something else.
 
 import triton
 import triton.language as tl
@@ -24,17 +28,18 @@ def _pick(values, columns, column):
 
 
 @triton.jit
-def _first_least(values, columns, NUM_PADDED: tl.constexpr):
-    """The least of `values`, and the lowest column that has it."""
+def _first_least(values, columns, avoided, NUM_PADDED: tl.constexpr):
+    """The least of `values`, and the lowest column that has it, if possible not an avoided one."""
     least = tl.min(values, axis=0)
-    return least, tl.min(tl.where(values == least, columns, NUM_PADDED), axis=0)
+    preference = tl.where(avoided, columns + NUM_PADDED, columns)
+    first = tl.min(tl.where(values == least, preference, 2 * NUM_PADDED), axis=0)
+    return least, first & (NUM_PADDED - 1)
 
 
 @triton.jit
 def solve_images(
-    cost,  # float32 [B, n, P]
-    lengths,  # int32 [B]
-    is_finite,  # int32 [B]
+    cost,  # float32 or float64 [B, n, P]
+    lengths,  # int32 [B], 0: nothing to do
     start_prices,  # float64 [B, P], at most 0
     start_row_of,  # int32 [B, P], the row that holds each column at the start; -1: none
     unmatched,  # int32 [B, n], the rows without a column at the start
@@ -54,9 +59,8 @@ def solve_images(
     place = image * num_columns + columns
     price = tl.load(start_prices + place, mask=exists, other=0.0)
     row_of = tl.load(start_row_of + place, mask=exists, other=-1)
-    length = tl.load(lengths + image) * tl.load(is_finite + image)  # not finite: nothing to do
-    to_match = tl.load(num_unmatched + image) * tl.load(is_finite + image)
-    row_of = tl.where(length > 0, row_of, -1)
+    length = tl.load(lengths + image)
+    to_match = tl.load(num_unmatched + image)
     steps = tl.full((), 0, tl.int32)
     infinity = float("inf")
 
@@ -67,7 +71,7 @@ def solve_images(
         distance = line.to(tl.float64) - price
         comes_from = tl.zeros([NUM_PADDED], tl.int32) + row
         scanned = columns < 0
-        least, column = _first_least(distance, columns, NUM_PADDED)
+        least, column = _first_least(distance, columns, row_of >= 0, NUM_PADDED)
         owner = _pick(row_of, columns, column)
         budget = length  # each pass but the last scans one more matched column
         while (owner >= 0) & (budget > 0):
@@ -80,7 +84,7 @@ def solve_images(
             distance = tl.where(nearer, reached, distance)
             comes_from = tl.where(nearer, owner, comes_from)
             frontier = tl.where(scanned, infinity, distance)
-            least, column = _first_least(frontier, columns, NUM_PADDED)
+            least, column = _first_least(frontier, columns, row_of >= 0, NUM_PADDED)
             owner = _pick(row_of, columns, column)
         steps += length - budget + 1
         price = tl.where(scanned, price + (distance - least), price)
@@ -112,7 +116,7 @@ def solve_images(
         scanned = columns < 0
         freed = start
         rise = -start_price
-        least, column = _first_least(distance, columns, NUM_PADDED)
+        least, column = _first_least(distance, columns, scanned, NUM_PADDED)
         budget = length
         while (least < rise) & (budget > 0):
             budget -= 1
@@ -127,7 +131,7 @@ def solve_images(
             distance = tl.where(nearer, reached, distance)
             goes_to = tl.where(nearer, column, goes_to)
             frontier = tl.where(scanned, infinity, distance)
-            least, column = _first_least(frontier, columns, NUM_PADDED)
+            least, column = _first_least(frontier, columns, scanned, NUM_PADDED)
         steps += length - budget + 1
         price = tl.where(scanned, price + (rise - distance), price)
         price = tl.where(columns == start, price + rise, price)
