@@ -11,8 +11,9 @@ Micro-batches without images run the same graph on a dummy image whose output co
 no rank waits for a gradient that never comes.
 """
 
+import logging
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from megatron.core import tensor_parallel
@@ -23,10 +24,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.log import get_logger, log_once
 from megatron_croc.model.core_attention import MixedMaskParams
 from megatron_croc.model.language_model import LanguageModel, LanguageModelOutput
 from megatron_croc.model.projector import Projector
-from megatron_croc.model.prompt_pool import PromptPool, Replacement
+from megatron_croc.model.prompt_pool import Begun, PromptPool, Replacement
 from megatron_croc.model.reconstruction_head import build_reconstruction_head
 from megatron_croc.model.token_merge import (
     merge_visual_tokens,
@@ -38,6 +40,8 @@ from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.ops.reconstruction_loss import reconstruction_loss_sum
 from megatron_croc.parallel.context import gather_sequence, split_sequence
 from megatron_croc.parallel.target_channel import TargetChannel
+
+logger = get_logger(__name__)
 
 _PerImage = TypeVar("_PerImage", Tensor, tuple[int, ...])
 
@@ -91,6 +95,33 @@ class ModelOutput:
     """[n, N, h], the head's output for this CP rank's images."""
 
 
+def _embeds_ahead(run: RunConfig) -> bool:
+    """Whether images are embedded, and their matching begun, a micro-batch early."""
+    if not run.reconstructs or not run.model.prompt_pool.overlap_assignment:
+        return False
+    if not run.training.freeze_ViT:
+        log_once(
+            logger,
+            logging.INFO,
+            "matching is not overlapped: a trained vision tower would keep the activations of "
+            "another micro-batch for it",
+        )
+    return run.training.freeze_ViT
+
+
+class _Embedded(NamedTuple):
+    """A micro-batch's images before their tokens are replaced."""
+
+    visual: Tensor
+    """visual_embeddings [n, N, h]."""
+
+    nothing: Tensor | float
+    """A zero that ties a dummy image into the graph."""
+
+    begun: Begun | None = None
+    """Their matching, if it was begun early."""
+
+
 class CrocModel(MegatronModule):
     """One pipeline stage's share of the model."""
 
@@ -125,6 +156,8 @@ class CrocModel(MegatronModule):
         self.target_channel = target_channel
         self.num_visual_tokens = run.model.vision_tower.num_visual_tokens
         self.last_replacement: Replacement | None = None
+        self._ahead: tuple[ModelInputs, _Embedded] | None = None
+        self._embeds_ahead = _embeds_ahead(run) if pre_process else False
 
         reconstructs = run.reconstructs
         self.vision_tower = VisionTower(run, pg_collection) if pre_process else None
@@ -145,15 +178,25 @@ class CrocModel(MegatronModule):
             self.language_model.share_embeddings_and_output_weights
         )
 
-    def forward(self, inputs: ModelInputs) -> Tensor | ModelOutput:
-        """Run this stage; hidden states for the next one, or the losses on the last."""
+    def forward(
+        self, inputs: ModelInputs, upcoming: ModelInputs | None = None
+    ) -> Tensor | ModelOutput:
+        """Run this stage; hidden states for the next one, or the losses on the last.
+
+        Args:
+            inputs: this micro-batch.
+            upcoming: the next one of the same optimizer step, if any; its matching may begin here.
+        """
         decoder_input = None
         if self.pre_process:
-            visual, nothing = self._embed_images(inputs)
+            embedded = self._take_embedded(inputs)
+            visual = embedded.visual
             if self.target_channel is not None and self.run.reconstructs:
                 self.target_channel.put(self._own_images(visual.detach()))
-            visual = self._replace(visual, inputs)
-            decoder_input = self._merge(visual, inputs) + nothing
+            visual = self._replace(embedded, inputs)
+            if upcoming is not None:
+                self._embed_ahead(upcoming, after=inputs)
+            decoder_input = self._merge(visual, inputs) + embedded.nothing
         labels = inputs.labels
         if labels is not None:
             labels = split_sequence(labels, self.pg_collection.cp)
@@ -169,8 +212,31 @@ class CrocModel(MegatronModule):
             return output
         return self._losses(output, labels, inputs)
 
-    def _embed_images(self, inputs: ModelInputs) -> tuple[Tensor, Tensor | float]:
-        """visual_embeddings [n, N, h], and a zero that ties a dummy image into the graph."""
+    def _take_embedded(self, inputs: ModelInputs) -> _Embedded:
+        """This micro-batch's images: embedded ahead, or now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is inputs:
+            return ahead[1]
+        return self._embed_images(inputs)
+
+    def _embed_ahead(self, upcoming: ModelInputs, *, after: ModelInputs) -> None:
+        """Embed the next micro-batch's images, so that they are matched while this one computes.
+
+        Weights only change between optimizer steps, so its numbers are those it would have later.
+        It costs the memory of one more micro-batch of visual embeddings, which a trained tower's
+        activations would make large. The pool is read outside of its forward pass: only after a
+        micro-batch that called it does `overlap_param_gather` have its rows in place.
+        """
+        pool = self.prompt_pool
+        if pool is None or not self._embeds_ahead:
+            return
+        if len(after.replaced) == 0 or len(upcoming.replaced) == 0:
+            return
+        embedded = self._embed_images(upcoming)
+        begun = pool.begin(embedded.visual, upcoming.replaced, ahead=True)
+        self._ahead = upcoming, embedded._replace(begun=begun)
+
+    def _embed_images(self, inputs: ModelInputs) -> _Embedded:
         assert self.vision_tower is not None and self.projector is not None
         pixels = inputs.pixel_values
         assert pixels is not None, "the first stage needs pixel_values"
@@ -185,14 +251,15 @@ class CrocModel(MegatronModule):
             nothing = 0.0 * visual.sum()
             if self.prompt_pool is not None:
                 nothing = nothing + 0.0 * self.prompt_pool.weight.sum()
-            return visual[:0], nothing
-        return visual, 0.0
+            return _Embedded(visual[:0], nothing)
+        return _Embedded(visual, 0.0)
 
-    def _replace(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
+    def _replace(self, embedded: _Embedded, inputs: ModelInputs) -> Tensor:
         """Pool tokens in place of the chosen visual tokens."""
+        visual = embedded.visual
         if self.prompt_pool is None or visual.shape[0] == 0:
             return visual
-        replacement: Replacement = self.prompt_pool(visual, inputs.replaced)
+        replacement: Replacement = self.prompt_pool(visual, inputs.replaced, embedded.begun)
         self.last_replacement = replacement
         return replacement.embeddings
 

@@ -11,6 +11,8 @@ transformers asks torch.cuda what it can do when it is imported: import it befor
 import functools
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils._device import _device_constructors
@@ -92,6 +94,55 @@ def max_memory_allocated() -> int:
 def manual_generator(seed: int) -> torch.Generator:
     """A generator of its own on the current device, seeded with `seed`."""
     return torch.Generator(device=current_device()).manual_seed(seed)
+
+
+class SideWork:
+    """Work queued beside the main stream; on a CPU it is done as soon as it is queued."""
+
+    def __init__(self) -> None:
+        """Nothing to wait for yet."""
+        self._done: torch.Event | None = None
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, there after `wait_on_host`; on a CPU the tensor itself."""
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def wait_on_host(self) -> None:
+        """Keep this thread until the work is done."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def wait_on_device(self) -> None:
+        """Keep the main stream, not this thread, until the work is done."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+
+@contextmanager
+def beside(*, enabled: bool = True) -> Iterator[SideWork]:
+    """Queue the block's work on a stream of its own, after what the main stream holds so far.
+
+    Memory needs no more care than that order: what the block allocates is handed out again to a
+    later block only, which starts after all that the main stream did with it. Tensors of the main
+    stream that the block reads must live until it has been waited for.
+    """
+    work = SideWork()
+    if not (enabled and has_cuda()):
+        yield work
+        return
+    stream = _side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield work
+        work._done = stream.record_event()
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def install_cpu_stand_in() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
+from megatron_croc.errors import DataError
 from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
@@ -53,6 +54,9 @@ class StepMetrics:
 
     matching_seconds: float | None = None
     """What matching kept a replica waiting, mean over the replicas."""
+
+    matching_hidden_seconds: float | None = None
+    """What was searched for matches while the replica computed, mean over the replicas."""
 
     pool_counts: tuple[int, ...] | None = None
     """How often each pool row was used; None outside pretrain_croc."""
@@ -98,7 +102,8 @@ class StepTotals:
         self.losses: list[dict[str, Tensor]] = []
         self.distance_sum: Tensor | None = None
         self.num_replaced = 0
-        self.matching_seconds = 0.0
+        self.matching_seconds = self.matching_hidden_seconds = 0.0
+        self.num_unsolved: Tensor | int = 0
         self.matching_sample: MatchingSample | None = None
         self.pool_counts: Tensor | None = None
 
@@ -132,6 +137,8 @@ class StepTotals:
         self.distance_sum = distance if self.distance_sum is None else self.distance_sum + distance
         self.num_replaced += replacement.distance.numel()
         self.matching_seconds += replacement.seconds
+        self.matching_hidden_seconds += replacement.hidden_seconds
+        self.num_unsolved = self.num_unsolved + replacement.num_unsolved
         self.matching_sample = replacement.sample
 
     def count_losses(self, losses: list[dict[str, Tensor]]) -> None:
@@ -141,8 +148,12 @@ class StepTotals:
     def reduce(
         self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
     ) -> StepMetrics:
-        """Sum over all ranks; every rank gets the same metrics."""
-        sums = torch.zeros(9, dtype=torch.float64, device=current_device())
+        """Sum over all ranks; every rank gets the same metrics.
+
+        Raises:
+            DataError: a matching cost was not finite, on every rank.
+        """
+        sums = torch.zeros(11, dtype=torch.float64, device=current_device())
         if self.pg.tp.rank() == 0:
             for part in self.losses:  # context-parallel ranks hold shares of them
                 sums[0] += part["text"].double()
@@ -152,13 +163,20 @@ class StepTotals:
                 sums[2] = self.distance_sum
                 sums[3] = self.num_replaced
                 sums[4] = self.matching_seconds
+                sums[5] = self.matching_hidden_seconds
             if self.pg.pp.rank() == 0:
                 work = self.work
                 flops = sum(count_flops(self.run, work).values())
                 counts = [work.num_tokens, work.num_images, self.num_samples, flops]
-                sums[5:] = torch.tensor(counts, dtype=torch.float64)
+                sums[6:10] = torch.tensor(counts, dtype=torch.float64)
+        sums[10] = self.num_unsolved  # each rank's own images
         dist.all_reduce(sums)
-        text, reconstruction, distance, num_replaced, seconds, *counts = sums.tolist()
+        text, reconstruction, distance, num_replaced, seconds, hidden, *counts = sums.tolist()
+        if counts[4]:
+            raise DataError(
+                f"matching cost of {int(counts[4])} image(s) of the step is not finite: the visual "
+                "embeddings or the prompt pool are; go back to a checkpoint, with a smaller --lr"
+            )
         weight = self.run.model.reconstruction.reconstruction_loss_weight
         return StepMetrics(
             text_loss=text,
@@ -170,6 +188,7 @@ class StepTotals:
             flops=counts[3],
             matched_distance=distance / num_replaced if num_replaced else None,
             matching_seconds=seconds / self.pg.dp.size() if num_replaced else None,
+            matching_hidden_seconds=hidden / self.pg.dp.size() if num_replaced else None,
             pool_counts=self._pool_counts(),
             matching_sample=self.matching_sample,
             grad_norm=grad_norm,

@@ -103,7 +103,8 @@ class Stepper:
             totals=totals,
         )
         inputs = [to_model_inputs(batch) for batch in batches]
-        iterators = [iter(inputs) for _ in self.chunks]
+        with_next = list(zip(inputs, [*inputs[1:], None], strict=True))
+        iterators = [iter(with_next) for _ in self.chunks]
         schedule = get_forward_backward_func()
         losses = schedule(
             forward_step_func=step,
@@ -137,7 +138,7 @@ class Stepper:
 
 
 def _forward_step(
-    iterator: Iterator[ModelInputs],
+    iterator: Iterator[tuple[ModelInputs, ModelInputs | None]],
     chunk: nn.Module,
     *,
     run: RunConfig,
@@ -145,8 +146,8 @@ def _forward_step(
     totals: StepTotals,
 ) -> tuple[Tensor | ModelOutput, partial]:
     """What megatron's schedule calls for each micro-batch on each model chunk."""
-    inputs = next(iterator)
-    output = chunk(inputs)
+    inputs, upcoming = next(iterator)
+    output = chunk(inputs, upcoming)
     model = _unwrap(chunk)
     if model.last_replacement is not None:
         totals.count_replacement(model.last_replacement)

@@ -14,7 +14,7 @@ the number of rows or columns.
 Imported by `on_gpu` alone, and only where it is used: Triton is optional.
 """
 
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false
 # The kernel language looks like Python but types as something else.
 
 import triton

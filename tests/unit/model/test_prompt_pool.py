@@ -1,12 +1,17 @@
 """Replacement against scipy on float64 distances, token by token."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
+from megatron_croc.errors import DataError
 from megatron_croc.model.prompt_pool import PromptPool
+from megatron_croc.ops.assignment import assign
 from megatron_croc.ops.patch_selection import select_replaced
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
@@ -75,7 +80,7 @@ def test_nearest_collapses_where_hungarian_spreads(pg_collection):
     """The reason for the default: with randn rows the shortest row is everyone's nearest."""
     pool, visual, replaced = build(pg_collection, "nearest")
     distinct_nearest = len(pool(visual, replaced).index[0].unique())
-    pool.assign_mode = "hungarian"
+    pool.matcher.assign_mode = "hungarian"
     assert len(pool(visual, replaced).index[0].unique()) == 12 > distinct_nearest
 
 
@@ -86,10 +91,10 @@ def test_the_pool_follows_the_dtype_of_the_visual_tokens(pg_collection):
 
 def test_matching_is_timed_and_an_image_kept_to_check_it(pg_collection, monkeypatch):
     pool, visual, replaced = build(pg_collection, "hungarian")
-    clock = iter([3.0, 3.75])
-    monkeypatch.setattr("megatron_croc.model.prompt_pool.time.perf_counter", lambda: next(clock))
+    clock = iter([3.0, 3.5, 10.0, 10.0, 10.25])
+    monkeypatch.setattr("megatron_croc.model.matching.time.perf_counter", lambda: next(clock))
     out = pool(visual, replaced)
-    assert out.seconds == 0.75
+    assert out.seconds == 0.75 and out.hidden_seconds == 0.0
     assert torch.equal(out.sample.index, out.index[0])
     taken = out.sample.cost.gather(1, out.index[0][:, None]).squeeze(1)
     assert torch.equal(taken, out.distance[0])
@@ -99,13 +104,45 @@ def test_matching_is_timed_and_an_image_kept_to_check_it(pg_collection, monkeypa
 def test_every_backend_gives_the_same_replacement(pg_collection, backend):
     pool, visual, replaced = build(pg_collection, "hungarian")
     expected = pool(visual, replaced)
-    pool.assign_backend = backend
+    pool.matcher.assign_backend = backend
     assert torch.equal(pool(visual, replaced).index, expected.index)
 
 
-def match_on_every_rank(sizes: dict, num_images: int) -> tuple:
+def test_begun_early_it_is_the_same_and_a_thread_searches(pg_collection, monkeypatch):
+    pool, visual, replaced = build(pg_collection, "hungarian")
+    now = pool(visual, replaced)
+    started, go = threading.Event(), threading.Event()
+
+    def held_back(*args, **options):
+        started.set()
+        assert threading.current_thread() is not threading.main_thread()
+        assert go.wait(timeout=60)
+        time.sleep(0.01)
+        return assign(*args, **options)
+
+    monkeypatch.setattr("megatron_croc.model.matching.assign", held_back)
+    begun = pool.begin(visual, replaced, ahead=True)  # returns although nothing is solved yet
+    assert started.wait(timeout=60)
+    go.set()
+    begun.matching.result()
+    early = pool(visual, replaced, begun)
+    assert torch.equal(early.embeddings, now.embeddings)
+    assert torch.equal(early.index, now.index) and torch.equal(early.distance, now.distance)
+    assert early.hidden_seconds > 0.005
+
+
+def test_an_error_of_the_thread_is_raised_where_its_result_is_used(pg_collection):
+    pool, visual, replaced = build(pg_collection, "hungarian")
+    with torch.no_grad():
+        pool.weight[3, 3] = float("nan")
+    begun = pool.begin(visual, replaced, ahead=True)
+    with pytest.raises(DataError, match="not finite"):
+        pool(visual, replaced, begun)
+
+
+def match_on_every_rank(sizes: dict, num_images: int, ahead: bool) -> tuple:
     """Index, distance and number of images solved here, of a pool drawn alike on all ranks."""
-    from megatron_croc.model import prompt_pool
+    from megatron_croc.model import matching, prompt_pool
     from megatron_croc.parallel.groups import start_distributed
 
     run = tiny_run(**sizes)
@@ -113,15 +150,15 @@ def match_on_every_rank(sizes: dict, num_images: int) -> tuple:
     generator = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(pool.weight, generator=generator)
     tokens = torch.randn(num_images, pool.num_replaced, 64, generator=generator)
-    solved, assign = [], prompt_pool.assign
+    solved, assign = [], matching.assign
 
     def watched(cost, **options):
         solved.append(len(cost))
         return assign(cost, **options)
 
-    prompt_pool.assign = watched
-    index, distance, _ = pool.match(tokens)
-    return index, distance, solved[0]
+    matching.assign = watched
+    matches = pool.matcher.finish(pool.matcher.begin(tokens, pool.weight, ahead=ahead))
+    return matches.index, matches.distance, solved[0]
 
 
 @pytest.mark.distributed
@@ -134,11 +171,11 @@ def match_on_every_rank(sizes: dict, num_images: int) -> tuple:
     ],
     ids=["tp2", "cp2", "tp2+cp2"],
 )
-@pytest.mark.parametrize("num_images", [1, 5])
-def test_images_shared_out_over_ranks_match_as_on_one(sizes, num_images):
-    ((index, distance, _),) = run_distributed(match_on_every_rank, 1, {}, num_images)
+@pytest.mark.parametrize(("num_images", "ahead"), [(1, False), (5, False), (5, True)])
+def test_images_shared_out_over_ranks_match_as_on_one(sizes, num_images, ahead):
+    ((index, distance, _),) = run_distributed(match_on_every_rank, 1, {}, num_images, False)
     world_size = 2 ** len(sizes)
-    ranks = run_distributed(match_on_every_rank, world_size, sizes, num_images)
+    ranks = run_distributed(match_on_every_rank, world_size, sizes, num_images, ahead)
     for other_index, other_distance, _ in ranks:
         assert torch.equal(other_index, index) and torch.equal(other_distance, distance)
     solved = [number for *_, number in ranks]
