@@ -124,8 +124,8 @@ class Reporter:
         row["matching_seconds_per_step"] = sum(seconds) / len(self.interval)
         row["matching_share"] = sum(seconds) / elapsed
         hidden = [step.matching_hidden_seconds or 0.0 for step in steps]
-        row["matching_hidden_seconds_per_step"] = sum(hidden) / len(self.interval)
-        row["matching_hidden_share"] = sum(hidden) / elapsed
+        row["hidden_matching_seconds_per_step"] = sum(hidden) / len(self.interval)
+        row["hidden_matching_share"] = sum(hidden) / elapsed
         sample = metrics.matching_sample
         if sample is not None and self.run.model.prompt_pool.assign_mode == "hungarian":
             row["matching_gap"] = optimality_gap(*sample)
@@ -198,7 +198,7 @@ _SHOWN = {
     "grad_norm": "grad norm {:.3f}",
     "pool_usage": "pool used {:.0%}",
     "matching_share": "matched {:.1%}",
-    "matching_hidden_share": "hidden {:.1%}",
+    "hidden_matching_share": "hidden {:.1%}",
     "samples_per_second": "{:.1f} samples/s",
     "tokens_per_second": "{:.0f} tokens/s",
     "mfu": "MFU {:.1%}",

@@ -12,7 +12,7 @@ def observe_backend(backend: str) -> RankObservation:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
 def test_the_loss_curve_is_that_of_scipy(backend: str) -> None:
     (ours,) = run_distributed(observe_backend, 1, backend)
     (scipys,) = run_distributed(observe_backend, 1, "scipy")

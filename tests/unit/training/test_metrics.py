@@ -37,7 +37,11 @@ def reduce_known_numbers(changes: dict) -> dict:
         for index in ([0, 1, 2], [2, 3, 4 + dp]):  # rank 1 uses row 5 where rank 0 uses 4
             totals.count_replacement(
                 Replacement(
-                    torch.empty(0), torch.tensor([index]), torch.full((1, 3), 2.0 + dp), 0.5 + dp
+                    torch.empty(0),
+                    torch.tensor([index]),
+                    torch.full((1, 3), 2.0 + dp),
+                    0.5 + dp,
+                    1.0,
                 )
             )
     metrics = totals.reduce(grad_norm=1.5)
@@ -76,6 +80,7 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["pool_counts"] == counts + (0,) * 26
         # Two micro-batches of half a second; on rank 1 of two replicas, one and a half.
         assert result["matching_seconds"] == pytest.approx({1: 1.0, 2: 2.0}[dp_size])
+        assert result["matching_hidden_seconds"] == pytest.approx(2.0)
         assert result["grad_norm"] == 1.5
         assert result["microbatches"] == 2 * dp_size
         assert result["flops"] > 0
@@ -95,6 +100,30 @@ def test_a_step_without_images_has_no_distance(pg_collection):
     assert other.reconstruction_loss is None and other.pool_usage is None
 
 
+def unsolved_on_one_rank() -> str:
+    """What every rank is told when only the last one met a cost that is not finite."""
+    from megatron_croc.errors import DataError
+    from megatron_croc.model.prompt_pool import Replacement
+    from megatron_croc.parallel.groups import start_distributed
+    from megatron_croc.training.metrics import StepTotals
+
+    run = tiny_run(tensor_model_parallel_size=2)
+    pg = start_distributed(run.parallel, seed=1)
+    totals = StepTotals(run, pg)
+    unsolved = torch.tensor(pg.tp.rank())
+    index, distance = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3)
+    totals.count_replacement(Replacement(torch.empty(0), index, distance, num_unsolved=unsolved))
+    with pytest.raises(DataError) as raised:
+        totals.reduce()
+    return str(raised.value)
+
+
+@pytest.mark.distributed
+def test_a_cost_that_is_not_finite_stops_every_rank():
+    for message in run_distributed(unsolved_on_one_rank, 2):
+        assert "cost of 1 image(s) of the step is not finite" in message
+
+
 def make_metrics(number: int, **changes):
     from megatron_croc.training.metrics import StepMetrics
 
@@ -109,6 +138,7 @@ def make_metrics(number: int, **changes):
         grad_norm=1.0 + number,
         matched_distance=8.0,
         matching_seconds=0.25,
+        matching_hidden_seconds=1.0,
         pool_counts=(3,) * 16 + (0,) * 16,
         learning_rates={"projector": 1e-3, "prompt_pool": 2e-3},
     )
@@ -189,6 +219,8 @@ def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkey
     assert row["pool_entropy"] == pytest.approx(-(shares * shares.log2()).sum().item() / 5)
     assert row["matching_seconds_per_step"] == pytest.approx(0.25)
     assert row["matching_share"] == pytest.approx(0.5 / 10)
+    assert row["hidden_matching_seconds_per_step"] == pytest.approx(1.0)
+    assert row["hidden_matching_share"] == pytest.approx(2.0 / 10)
     assert row["matching_gap"] == pytest.approx((5 - 3) / 3)
 
 
