@@ -1,16 +1,21 @@
-"""What matching costs: the released loop, scipy in threads, lapx and ours, side by side.
+"""What matching costs: the released loop, scipy in threads, lapx and every backend, side by side.
 
-    python benchmarks/assignment.py [--shapes 432x2048 547x2048] [--batches 1 4 16 64]
-                                    [--limit 60] [--out benchmarks/results]
+    python benchmarks/assignment.py                     # all of it, about ten minutes
+    python benchmarks/assignment.py --quick             # one shape, about a minute
+    python benchmarks/assignment.py --device cuda       # adds triton, on the GPU
 
-Times the solver alone and, once for all solvers, the distances it is given (`cost`); the released
-loop is both. Single-thread numbers are CPU seconds of one core, which other people's processes
-do not lengthen; numbers with threads are wall-clock. A cell that would take longer than --limit
-seconds, judged by the batch before it, is left out. lapx takes part if it is installed.
+Solvers take turns, image batch by image batch, so that another process on the machine slows all of
+them alike; the least of the turns is given, on the wall clock and in CPU seconds of the process.
+`threads` is the number of cores they may use. `cost` is what the distances take, once for all
+solvers; the released loop is both. Each cell has a budget of seconds (--budget); a solver that
+one image has shown to be too slow for a batch gets as many images as fit and the row says how
+many. Nothing is extrapolated. lapx takes part if it is installed, at one thread and the smaller
+shapes: at 2304x8192 it would take longer than all the rest.
 
 Distributions: `randn` and `unit` are the pool's two initial scales, under random tokens;
-`clustered` has tokens and pool around 16 common centres; `scenes` has tokens as correlated as an
-image's are (patches of the demo scenes through a random two-layer network) before a randn pool.
+`clustered` has tokens and pool around 16 common centres; `photos` has demo pictures through a
+vision tower (CLIP's shape, random weights) and projector before a randn pool, so that tokens are
+as correlated as an image's are.
 """
 
 import argparse
@@ -33,15 +38,18 @@ from torch import Tensor
 from torch.nn.functional import gelu, normalize
 
 from megatron_croc.data.demo.scenes import render_scene, sample_scene
-from megatron_croc.ops.assignment import assign, pairwise_cost
+from megatron_croc.ops.assignment import Backend, assign, on_gpu, pairwise_cost
 
 PATCH = 14
-DISTRIBUTIONS = ("randn", "unit", "clustered", "scenes")
+DISTRIBUTIONS = ("randn", "unit", "clustered", "photos")
+SHAPES = ("432x2048", "547x2048", "2304x8192")
+TURNS = 5
+LOOP = "scipy loop"
 Solver = Callable[[Tensor], Tensor]
 
 
 def draw(kind: str, num_images: int, shape: tuple[int, int], hidden_size: int) -> Iterator[Tensor]:
-    """The cost [1, n, P] of each image, one after the other: large ones need not all fit."""
+    """The cost [1, n, P] of each image, one after the other."""
     num_rows, num_columns = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -54,10 +62,10 @@ def draw(kind: str, num_images: int, shape: tuple[int, int], hidden_size: int) -
         pool = centres[near] + 0.3 * pool
     if kind in ("unit", "clustered"):
         pool = normalize(pool, dim=-1)
-    layers = randn(3 * PATCH**2, hidden_size) / 24, randn(hidden_size, hidden_size) / 64
+    see = tower(hidden_size) if kind == "photos" else None
     for image in range(num_images):
-        if kind == "scenes":
-            tokens = gelu(scene_patches(image, num_rows) @ layers[0]) @ layers[1]
+        if see is not None:
+            tokens = see(photo_patches(image, num_rows))
             tokens = tokens[torch.randperm(len(tokens), generator=generator)[:num_rows]]
         else:
             tokens = randn(num_rows, hidden_size)
@@ -67,14 +75,30 @@ def draw(kind: str, num_images: int, shape: tuple[int, int], hidden_size: int) -
         yield pairwise_cost(normalize(tokens, dim=-1).unsqueeze(0), pool)
 
 
-def scene_patches(number: int, at_least: int) -> Tensor:
-    """Patches [g * g, 588] of a demo scene, the smallest g of 24, 27, 48 that gives enough."""
+def tower(hidden_size: int) -> Callable[[Tensor], Tensor]:
+    """Patches [m, 588] -> [m, hidden_size]: two transformer layers of width 256, a projector."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        embed = torch.nn.Linear(3 * PATCH**2, 256)
+        layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, 0.0, gelu, batch_first=True)
+        layers = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        project = torch.nn.Linear(256, hidden_size)
+
+    @torch.no_grad()
+    def see(patches: Tensor) -> Tensor:
+        return project(gelu(layers(embed(patches).unsqueeze(0)).squeeze(0)))
+
+    return see
+
+
+def photo_patches(number: int, at_least: int) -> Tensor:
+    """Patches [g * g, 588] of a demo picture, the smallest g of 24, 27, 48 that gives enough."""
     grid = next(grid for grid in (24, 27, 48) if grid**2 >= at_least)
     with Image.open(io.BytesIO(render_scene(sample_scene(0, number)))) as file:
         image = file.convert("RGB").resize((grid * PATCH, grid * PATCH))
     pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1.0
     patches = pixels.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH)
-    return patches.reshape(grid * grid, -1)
+    return patches.permute(0, 1, 3, 4, 2).reshape(grid * grid, -1)
 
 
 def solve_released(cost: Tensor) -> Tensor:
@@ -83,19 +107,14 @@ def solve_released(cost: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(columns))
 
 
-def solve_ours(cost: Tensor) -> Tensor:
-    """`assign` as training calls it."""
-    return assign(cost, certify=False).index
+def backend_solver(backend: Backend, *, certify: bool = False) -> Solver:
+    """`assign` as training calls it, or with the proof of optimality."""
+    return lambda cost: assign(cost, backend=backend, certify=certify).index
 
 
-def solve_certified(cost: Tensor) -> Tensor:
-    """`assign` with the proof of optimality."""
-    return assign(cost).index
-
-
-def solvers(num_threads: int) -> dict[str, Solver]:
+def solvers(num_threads: int, device: str, *, is_large: bool) -> dict[str, Solver]:
     """What is compared, by name."""
-    found: dict[str, Solver] = {"ours": solve_ours, "ours, certified": solve_certified}
+    ours = {"cpu": backend_solver("cpu"), "cpu, certified": backend_solver("cpu", certify=True)}
     if num_threads > 1:
         pool = ThreadPoolExecutor(num_threads)
 
@@ -104,99 +123,147 @@ def solvers(num_threads: int) -> dict[str, Solver]:
             columns = [match[1] for match in pool.map(linear_sum_assignment, matrices)]
             return torch.from_numpy(np.stack(columns))
 
-        return {"scipy threads": in_threads, **found}
+        return {"scipy threads": in_threads, **ours}
+    found: dict[str, Solver] = {LOOP: solve_released, **ours}
+    if device == "cuda":
+        found["triton"] = backend_solver("triton")
+    if is_large:
+        return found
     try:
         import lap  # type: ignore[import-not-found]
     except ImportError:
-        return {"scipy loop": solve_released, **found}
+        return found
 
     def solve_lapx(cost: Tensor) -> Tensor:
         columns = [lap.lapjv(matrix.double().numpy(), extend_cost=True)[1] for matrix in cost]
         return torch.from_numpy(np.stack(columns)).long()
 
-    return {"scipy loop": solve_released, "lapx": solve_lapx, **found}
+    return {**found, "lapx": solve_lapx}
 
 
-def measure(solve: Solver, cost: Tensor, *, clock: Callable[[], float]) -> tuple[float, Tensor]:
-    """Least seconds of up to five calls that together take about a second; and the result."""
-    best, spent = float("inf"), 0.0
-    index = torch.empty(0)
-    for _ in range(5):
-        started = clock()
-        index = solve(cost)
-        elapsed = clock() - started
-        best, spent = min(best, elapsed), spent + elapsed
-        if spent > 1.0:
-            break
-    return best, index
+class Turns:
+    """Least wall and CPU seconds of a solver on one batch, over the turns it had."""
+
+    def __init__(self, solve: Solver, images: Tensor) -> None:
+        """Nothing measured yet; what the budget leaves of the batch."""
+        self.solve, self.images = solve, images
+        self.wall = self.cpu = float("inf")
+        self.spent = 0.0
+        self.index = torch.empty(0)
+
+    def take(self) -> None:
+        """One turn."""
+        wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.index = self.solve(self.images)
+        wait()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.wall, self.cpu = min(self.wall, wall), min(self.cpu, cpu)
+        self.spent += wall
+
+
+def wait() -> None:
+    """Until the GPU, if there is one, has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def run_cell(
     kind: str, shape: tuple[int, int], batches: list[int], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one distribution at one shape."""
-    cost = torch.cat(list(draw(kind, max(batches), shape, options.hidden_size)))
-    tokens = torch.randn(1, shape[0], options.hidden_size)
-    pool = torch.randn(shape[1], options.hidden_size)
-    started = time.thread_time()
-    pairwise_cost(tokens, pool)
-    seconds_of_cost = time.thread_time() - started
+    """Rows of one distribution at one shape; the batch before tells what an image takes."""
+    is_large = shape[0] * shape[1] > 4e6
+    most = [b for b in batches if b <= 4] if is_large else batches
+    cost = torch.cat(list(draw(kind, max(most), shape, options.hidden_size)))
+    seconds_of_cost = time_of_cost(shape, options.hidden_size)
     cores = os.sched_getaffinity(0)
     per_image: dict[tuple[int, str], float] = {}
-    for num_images in batches:
-        images = cost[:num_images]
-        optimum = None
+    for batch in most:
+        optima: dict[int, float] = {}
         for num_threads in sorted({1, len(cores)}):
             os.sched_setaffinity(0, sorted(cores)[:num_threads])
-            clock = time.thread_time if num_threads == 1 else time.perf_counter
-            for name, solve in solvers(num_threads).items():
-                expected = per_image.get((num_threads, name), 0.0) * num_images
-                if expected > options.limit:
+            turns = {}
+            known_solvers = solvers(num_threads, options.device, is_large=is_large)
+            for name, solve in known_solvers.items():
+                known = per_image.get((num_threads, name)) or per_image.get((1, name), 0.0)
+                fits = batch if known == 0.0 else int(options.budget / known)
+                if fits == 0 and batch > most[0]:
                     continue
-                seconds, index = measure(solve, images, clock=clock)
-                per_image[num_threads, name] = seconds / num_images
-                objective = images.gather(2, index.unsqueeze(2)).double().sum(dim=(1, 2))
-                optimum = objective if optimum is None else optimum  # scipy comes first
-                gap = float(((objective - optimum) / optimum).max())
+                images = cost[: max(1, min(batch, fits))]
+                images = images.to(options.device) if name == "triton" else images
+                turns[name] = Turns(solve, images)
+            for turn in range(TURNS):
+                for each in turns.values():
+                    if turn == 0 or each.spent + each.spent / turn <= options.budget:
+                        each.take()
+            os.sched_setaffinity(0, cores)
+            for name, each in turns.items():
+                num_images = len(each.images)
+                per_image[num_threads, name] = each.wall / num_images
+                index = each.index.cpu()
+                taken = cost[:num_images].gather(2, index.unsqueeze(2)).double().sum(dim=(1, 2))
+                for image, objective in enumerate(taken.tolist()):
+                    optima.setdefault(image, objective)  # scipy's comes first
+                gaps = [value / optima[image] - 1.0 for image, value in enumerate(taken.tolist())]
                 yield {
                     "distribution": kind,
                     "shape": f"{shape[0]}x{shape[1]}",
-                    "batch": num_images,
+                    "batch": batch,
+                    "images_measured": num_images,
                     "threads": num_threads,
                     "solver": name,
-                    "milliseconds_per_image": 1e3 * seconds / num_images,
-                    "cost_milliseconds_per_image": 1e3 * seconds_of_cost,
-                    "gap": gap,
+                    "wall_ms_per_image": 1e3 * each.wall / num_images,
+                    "cpu_ms_per_image": 1e3 * each.cpu / num_images,
+                    "cost_ms_per_image": 1e3 * seconds_of_cost,
+                    "gap": max(gaps),
                 }
-            os.sched_setaffinity(0, cores)
+
+
+def time_of_cost(shape: tuple[int, int], hidden_size: int) -> float:
+    """CPU seconds of one image's distances, least of three."""
+    tokens, pool = torch.randn(1, shape[0], hidden_size), torch.randn(shape[1], hidden_size)
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        pairwise_cost(tokens, pool)
+        seconds.append(time.process_time() - started)
+    return min(seconds)
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its speed over the scipy loop at one thread, alone and with the distances."""
-    loop = {
-        (row["distribution"], row["shape"], row["batch"]): row["milliseconds_per_image"]
-        for row in rows
-        if row["solver"] == "scipy loop"
-    }
+    """Each row with its speed over the scipy loop of the same batch, alone and with the cost.
+
+    Per image, of as many images as each row says. CPU seconds at one thread, else wall clock.
+    """
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["distribution"], row["shape"], row["batch"]
+
+    loop = {key(row): row for row in rows if row["solver"] == LOOP}
     for row in rows:
-        base = loop.get((row["distribution"], row["shape"], row["batch"]))
+        base = loop.get(key(row))
         if base is not None:
-            own, cost = row["milliseconds_per_image"], row["cost_milliseconds_per_image"]
-            row["ratio"] = base / own
-            row["ratio_with_cost"] = (base + cost) / (own + cost)
+            on_core = row["threads"] == 1 and row["solver"] != "triton"
+            clock = "cpu_ms_per_image" if on_core else "wall_ms_per_image"
+            row["ratio"] = base[clock] / row[clock]
+            if on_core:
+                cost = row["cost_ms_per_image"]
+                row["ratio_with_cost"] = (base[clock] + cost) / (row[clock] + cost)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| cost | n x P | images | threads | solver | ms / image | x loop | with cdist | gap |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| cost | n x P | batch | images | threads | solver | wall ms / image | CPU ms / image "
+        "| x loop | with cdist | gap |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    names = ("distribution", "shape", "batch", "images_measured", "threads", "solver")
     for row in rows:
         ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("ratio", "ratio_with_cost")]
-        cells = [row[key] for key in ("distribution", "shape", "batch", "threads", "solver")]
-        cells += [f"{row['milliseconds_per_image']:.1f}", *ratios, f"{row['gap']:.1e}"]
+        times = [f"{row[key]:.1f}" for key in ("wall_ms_per_image", "cpu_ms_per_image")]
+        cells = [*(row[key] for key in names), *times, *ratios, f"{row['gap']:.1e}"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -210,10 +277,11 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(5 * len(shapes), 3.5), squeeze=False)
+    names = [n for n in (LOOP, "lapx", "cpu", "triton") if n in {row["solver"] for row in rows}]
     for axis, shape in zip(axes[0], shapes, strict=True):
-        for offset, solver in enumerate(("scipy loop", "lapx", "ours", "ours, certified")):
+        for offset, solver in enumerate(names):
             found = {
-                row["distribution"]: row["milliseconds_per_image"]
+                row["distribution"]: row["wall_ms_per_image"]
                 for row in rows
                 if (row["shape"], row["threads"], row["solver"]) == (shape, 1, solver)
             }
@@ -231,13 +299,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shapes = ["432x2048", "547x2048", "2304x8192"]
-    parser.add_argument("--shapes", nargs="+", default=shapes, help="n x P")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="n x P")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of one measurement")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds of a solver in a cell")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="432x2048, batches of 1 and 4")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    if options.quick:
+        options.shapes, options.batches, options.budget = ["432x2048"], [1, 4], 0.5
+    if options.device == "cuda" and (reason := on_gpu.why_not(torch.device("cuda"))):
+        parser.error(f"--device cuda: {reason}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -246,10 +319,13 @@ def main() -> None:
         for kind in DISTRIBUTIONS:
             for row in run_cell(kind, (num_rows, num_columns), sorted(options.batches), options):
                 rows.append(row)
-                print(f"{row['milliseconds_per_image']:10.1f} ms", *list(row.values())[:5])
+                print(f"{row['wall_ms_per_image']:10.1f} ms", *list(row.values())[:6], flush=True)
     rows = with_ratios(rows)
+    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores"
+    if options.device == "cuda":
+        hardware += f", {torch.cuda.get_device_name()}"
     result = {
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores",
+        "hardware": hardware,
         "command": " ".join(["python", *sys.argv]),
         "hidden_size": options.hidden_size,
         "rows": rows,
