@@ -1,9 +1,10 @@
 """What one rank of each pipeline stage holds in memory: an estimate, from the configuration.
 
-It assumes samples as long as seq_length with one image each, an attention kernel that keeps no
-square of scores, float32 gradient buffers, and nothing lost to fragmentation, so keep a tenth
-free. Shapes of what a layer saves for backward follow Korthikanti et al. (arXiv 2205.05198),
-redone for SwiGLU.
+It assumes, unless told, samples as long as seq_length with one image each; the fused norm and
+attention kernels of a GPU (neither keeps a square of scores or a second copy); float32 gradient
+buffers; and nothing lost to fragmentation, so keep a tenth free. What a layer saves for backward
+was counted in the code that runs, as Korthikanti et al. (arXiv 2205.05198) do for theirs;
+tests/distributed/test_memory_estimate.py holds it against what is really allocated.
 """
 
 import math
@@ -34,17 +35,46 @@ class MemoryEstimate:
     """What all micro-batches in flight keep for their backward pass."""
 
     logits: float
-    """Logits, their float32 copy and gradient (last stage)."""
+    """The softmax of the logits, in float32, kept for backward (last stage)."""
+
+    workspace: float
+    """Short-lived tensors of the layer at work, or of the loss where those are larger."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(vars(self).values())
 
 
-def estimate_memory(run: RunConfig, world_size: int) -> list[MemoryEstimate]:
-    """The estimate for one rank of each pipeline stage."""
-    return [_estimate_stage(run, world_size, stage) for stage in range(_num_stages(run))]
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The largest packed row of a micro-batch, before context parallelism cuts it."""
+
+    tokens: float
+    """Visual tokens included."""
+
+    images: float
+    """Images in it."""
+
+
+def longest_row(run: RunConfig) -> Row:
+    """micro_batch_size samples of seq_length with an image each."""
+    samples = run.training.micro_batch_size
+    return Row(tokens=samples * run.data.seq_length, images=samples)
+
+
+def estimate_memory(
+    run: RunConfig, world_size: int, row: Row | None = None
+) -> list[MemoryEstimate]:
+    """The estimate for one rank of each pipeline stage.
+
+    Args:
+        run: the run.
+        world_size: processes.
+        row: what a micro-batch holds at most; default `longest_row`.
+    """
+    row = longest_row(run) if row is None else row
+    return [_estimate_stage(run, world_size, stage, row) for stage in range(_num_stages(run))]
 
 
 def _num_stages(run: RunConfig) -> int:
@@ -55,7 +85,7 @@ def _bytes(run: RunConfig) -> int:
     return 2 if run.training.bf16 else 4
 
 
-def _estimate_stage(run: RunConfig, world_size: int, stage: int) -> MemoryEstimate:
+def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> MemoryEstimate:
     parallel, element = run.parallel, _bytes(run)
     tp = parallel.tensor_model_parallel_size
     parts = stage_parameters(run)[stage]
@@ -66,27 +96,43 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int) -> MemoryEstima
     # The distributed optimizer also spreads over context-parallel ranks, which hold equal weights.
     spread = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     is_first, is_last = stage == 0, stage == _num_stages(run) - 1
-    activations = _decoder_activations(run, world_size, stage)
+    tokens = row.tokens / parallel.context_parallel_size
+    activations = 0.0
+    if _keeps_activations(run, stage):
+        activations += _decoder_activations(run, world_size, stage, tokens)
     if is_first:
-        activations += _vision_activations(run) * _micro_batches_in_flight(run, world_size, stage)
-    if is_last and run.reconstructs:
-        activations += _head_activations(run)
+        in_flight = micro_batches_in_flight(run, world_size, stage)
+        activations += _vision_activations(run, row.images) * in_flight
+    if is_last:
+        outside = tp if parallel.sequence_parallel else 1
+        # Input and output of the final norm.
+        activations += tokens * element * 2 * run.model.language_model.hidden_size / outside
+        if run.reconstructs:
+            activations += _head_activations(run, row)
+    columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
+    logits = tokens * columns * 4.0 if is_last else 0.0
+    copy = logits / 2 if run.training.bf16 else 0.0  # the bf16 logits, later their gradient
     return MemoryEstimate(
         weights=held * element,
         gradients=trained * 4,
         optimizer=trained * per_parameter / spread,
         activations=activations,
-        logits=_logits(run) if is_last else 0.0,
+        logits=logits,
+        workspace=max(tokens * element * _layer_workspace(run), copy),
     )
 
 
-def _tokens(run: RunConfig) -> float:
-    """Tokens of the longest possible micro-batch on one context-parallel rank."""
-    tokens = run.training.micro_batch_size * run.data.seq_length
-    return tokens / run.parallel.context_parallel_size
+def _keeps_activations(run: RunConfig, stage: int) -> bool:
+    """Whether anything before or in this stage's layers is trained, so that they have a backward.
+
+    The projector or the pool stands before the whole language model.
+    """
+    return bool(find_trained_parts(run) & {"vision_tower", "projector", "prompt_pool"}) or (
+        not run.training.freeze_LM
+    )
 
 
-def _micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:
+def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:
     """Forward passes a stage has done, at most, before its first backward pass."""
     pp = run.parallel.pipeline_model_parallel_size
     vpp = run.parallel.virtual_pipeline_model_parallel_size
@@ -98,60 +144,82 @@ def _micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> flo
     return min(passes / vpp, count)
 
 
-def _decoder_activations(run: RunConfig, world_size: int, stage: int) -> float:
-    training, config = run.training, run.model.language_model
-    layers = run.parallel.pipeline_layers(config.num_layers)[stage]
-    tp, element = run.parallel.tensor_model_parallel_size, _bytes(run)
-    outside = tp if run.parallel.sequence_parallel else 1
-    h = config.hidden_size
+def _layer_values(run: RunConfig) -> float:
+    """Values one layer saves for each token, on one tensor-parallel rank."""
+    config, parallel = run.model.language_model, run.parallel
+    tp = parallel.tensor_model_parallel_size
+    outside = tp if parallel.sequence_parallel else 1
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_query_groups * config.head_dim
-    # Inputs of both norms and of what follows them; queries, keys, values and the attention's
-    # output; gate, up and their product.
-    layer = 4 * h / outside + (2 * queries + 2 * keys + 3 * config.ffn_hidden_size) / tp
-    layer_input = h / outside
-    in_flight = _micro_batches_in_flight(run, world_size, stage)
+    # Inputs of both norms and of what follows them. The QKV product (values are a part of it),
+    # rotated queries and keys, the attention's output. Of SwiGLU: gate and up in one tensor, the
+    # activated gate, up once more (megatron adds an offset of 0), and their product.
+    cut = 3 * queries + 3 * keys + 5 * config.ffn_hidden_size
+    whole = 4 * config.hidden_size
+    rotary = 4 * config.head_dim  # sine and cosine, for queries and for keys
+    if run.training.freeze_LM:  # frozen weights need no inputs of their own
+        cut -= config.ffn_hidden_size
+        whole -= 2 * config.hidden_size
+    return whole / outside + cut / tp + rotary
+
+
+def _layer_workspace(run: RunConfig) -> float:
+    """Values per token that live for a moment in a layer's backward pass: those of SwiGLU."""
+    config, tp = run.model.language_model, run.parallel.tensor_model_parallel_size
+    return 4 * config.ffn_hidden_size / tp + 2 * config.hidden_size
+
+
+def _decoder_activations(run: RunConfig, world_size: int, stage: int, tokens: float) -> float:
+    training, config = run.training, run.model.language_model
+    layers = run.parallel.pipeline_layers(config.num_layers)[stage]
+    outside = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
+    layer, layer_input = _layer_values(run), config.hidden_size / outside
+    in_flight = micro_batches_in_flight(run, world_size, stage)
+    per_value = tokens * _bytes(run)
     if training.recompute_granularity == "full":
         n = min(training.recompute_num_layers, layers)
         if training.recompute_method == "uniform":
             kept, redone = math.ceil(layers / n) * layer_input, n * layer
         else:
             kept, redone = n * layer_input + (layers - n) * layer, layer
-        return _tokens(run) * element * (kept * in_flight + redone)
-    return _tokens(run) * element * layers * layer * in_flight
+        return per_value * (kept * in_flight + redone)
+    return per_value * layers * layer * in_flight
 
 
-def _vision_activations(run: RunConfig) -> float:
+def _vision_activations(run: RunConfig, images: float) -> float:
     """Vision tower and projector, for one micro-batch."""
     config, element = run.model.vision_tower, _bytes(run)
     tp = run.parallel.tensor_model_parallel_size
-    images = run.training.micro_batch_size
     tokens = images * (config.num_visual_tokens + (config.vision_model_type == "clip"))
     h = config.vision_hidden_size
-    layer = 4 * h + (4 * h + 2 * config.vision_ffn_hidden_size) / tp
+    # quick_gelu keeps its input and the sigmoid, gelu_tanh its input; both the output.
+    widths = 3 if config.vision_activation == "quick_gelu" else 2
+    layer = 4 * h + (4 * h + widths * config.vision_ffn_hidden_size) / tp
     if run.training.freeze_ViT:
-        tower = layer  # one layer at work at a time
+        tower = 0.0
     elif run.training.recompute_vision:
         tower = config.num_active_layers * h + layer
     else:
         tower = config.num_active_layers * layer
-    # Projector: its input, the hidden layer before and after GELU, its output, and the norm's.
+    # Projector: its input, the hidden layer before and after GELU, what the L2 norm divides.
     hidden = run.model.language_model.hidden_size
-    projector = h + 2 * hidden / tp + 2 * hidden
+    is_trained = not (run.training.freeze_projector and run.training.freeze_ViT)
+    projector = (h + 2 * hidden / tp + 2 * hidden) * is_trained
     return tokens * element * (tower + projector)
 
 
-def _head_activations(run: RunConfig) -> float:
-    """Reconstruction head and its loss, for one micro-batch."""
-    tokens = run.training.micro_batch_size * run.model.vision_tower.num_visual_tokens
-    is_bert = run.model.reconstruction.reconstruction_head == "bert"
-    widths = 20 if is_bert else 2  # of hidden_size: 12 in attention and norms, 8 in the 4h layers
-    loss = 3 * 4  # bytes: prediction, target and gradient in float32
+def _head_activations(run: RunConfig, row: Row) -> float:
+    """Reconstruction head and its loss, for one micro-batch (its share under CP)."""
+    images = math.ceil(row.images / run.parallel.context_parallel_size)
+    per_image, element = run.model.vision_tower.num_visual_tokens, _bytes(run)
     hidden_size = run.model.language_model.hidden_size
-    return tokens * hidden_size * (widths * _bytes(run) + loss)
-
-
-def _logits(run: RunConfig) -> float:
-    tp = run.parallel.tensor_model_parallel_size
-    columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
-    return _tokens(run) * columns * (_bytes(run) + 4 + 4)
+    config = run.model.reconstruction
+    values = 2.0 * per_image * hidden_size
+    if config.reconstruction_head == "bert":
+        # 12 widths in attention and norms, 8 in the feed-forward of 4; the weights of attention,
+        # which dropout keeps three times (SDPA without dropout keeps none).
+        values = 20.0 * per_image * hidden_size
+        if config.reconstruction_dropout:
+            values += 3 * per_image**2 * max(1, hidden_size // 64)
+    loss = 2 * 4 * per_image * hidden_size  # prediction and target in float32
+    return images * (values * element + loss)

@@ -1,0 +1,1 @@
+"""Which parallel layout fits, and which is fastest: an estimate without a GPU."""

@@ -1,0 +1,1 @@
+"""A grid of runs, from its plan to a fitted law of the held-out loss."""

@@ -1,0 +1,75 @@
+"""From finished runs to the points of a fit."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_croc.errors import ConfigError
+
+from .fit import Points
+from .grid import Grid, GridRun
+from .launch import final_validation, folder_of, read_metrics
+
+METRICS = ("valid_loss", "valid_text_loss", "valid_reconstruction_loss")
+"""What can be fitted, all on held-out samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run of the grid and what became of it."""
+
+    entry: GridRun
+    validation: dict | None
+    """The last step's validation row; None when the run is not finished."""
+
+    def loss(self, metric: str) -> float | None:
+        """The metric where it is a positive number."""
+        value = (self.validation or {}).get(metric)
+        is_usable = isinstance(value, int | float) and math.isfinite(value) and value > 0
+        return float(value) if is_usable else None
+
+    def why_left_out(self, metric: str) -> str | None:
+        """Why this run is not in the fit; None when it is."""
+        if self.loss(metric) is not None:
+            return None
+        if self.validation is None:
+            rows = read_metrics(folder_of(self.entry))
+            step = max((row.get("iteration", 0) for row in rows), default=0)
+            return f"not finished (step {step} of {self.entry.run.training.train_iters})"
+        return f"{metric} is {self.validation.get(metric)}"
+
+
+def collect(grid: Grid) -> list[Result]:
+    """Every run of the grid with its last validation."""
+    return [Result(entry=entry, validation=final_validation(entry)) for entry in grid.runs]
+
+
+def groups(results: Sequence[Result], metric: str) -> dict[str, list[Result]]:
+    """Usable results by the values of the further axes: each is fitted on its own.
+
+    Raises:
+        ConfigError: no run is usable.
+    """
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result.loss(metric) is not None:
+            label = ", ".join(f"{k} {v}" for k, v in result.entry.axes.items())
+            found.setdefault(label, []).append(result)
+    if not found:
+        reasons = sorted({str(r.why_left_out(metric)) for r in results})
+        raise ConfigError(
+            f"no run has a usable {metric} ({'; '.join(reasons[:3])}): run `launch` first"
+        )
+    return found
+
+
+def to_points(results: Sequence[Result], metric: str) -> Points:
+    """The points of one group."""
+    losses = [result.loss(metric) for result in results]
+    return Points(
+        parameters=np.array([r.entry.num_parameters for r in results], float),
+        samples=np.array([r.entry.num_samples for r in results], float),
+        losses=np.array(losses, float),
+    )

@@ -1,0 +1,36 @@
+"""The table of a grid's runs with what each costs, by the planner's estimate."""
+
+from layout_planner.gpus import get_gpu
+from layout_planner.step_time import estimate_step
+from layout_planner.workload import from_numbers
+
+from megatron_croc.model.memory import estimate_memory
+
+from .grid import Grid
+
+TEXT_TOKENS = 150.0
+"""Mean text tokens of a sample, for the price (a detailed caption and its question)."""
+
+
+def price_table(grid: Grid) -> str:
+    """Markdown: every run with its size, samples, steps, memory and GPU hours."""
+    gpu = get_gpu(grid.gpu)
+    lines = [
+        "| run | trained parameters | samples | steps | GiB on a GPU | GPU hours |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = 0.0
+    for entry in grid.runs:
+        run, steps = entry.run, entry.run.training.train_iters or 0
+        workload = from_numbers(run, text_tokens=TEXT_TOKENS)
+        step = estimate_step(run, grid.world_size, gpu, workload)
+        hours = step.total * steps * grid.world_size / 3600
+        total += hours
+        memory = estimate_memory(run, grid.world_size, workload.row(run))
+        worst = max(stage.total for stage in memory) / 2**30
+        lines.append(
+            f"| {entry.name} | {entry.num_parameters:,} | {entry.num_samples:,} | {steps:,} | "
+            f"{worst:.2f} | {hours:,.4g} |"
+        )
+    lines += ["", f"{len(grid.runs)} runs, {total:,.4g} GPU hours on {gpu.name} (an estimate)."]
+    return "\n".join(lines)
