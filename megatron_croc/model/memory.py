@@ -37,6 +37,9 @@ class MemoryEstimate:
     logits: float
     """The softmax of the logits, in float32, kept for backward (last stage)."""
 
+    recomputed: float
+    """Layers computed again, beyond what the loss has freed by then."""
+
     workspace: float
     """Short-lived tensors of the layer at work, or of the loss where those are larger."""
 
@@ -97,39 +100,35 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
     spread = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     is_first, is_last = stage == 0, stage == _num_stages(run) - 1
     tokens = row.tokens / parallel.context_parallel_size
-    activations = 0.0
-    if _keeps_activations(run, stage):
-        activations += _decoder_activations(run, world_size, stage, tokens)
+    activations = redone = after = 0.0
+    if _keeps_activations(run):
+        activations, redone = _decoder_activations(run, world_size, stage, tokens)
     if is_first:
         in_flight = micro_batches_in_flight(run, world_size, stage)
         activations += _vision_activations(run, row.images) * in_flight
+    columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
+    logits = tokens * columns * 4.0 if is_last else 0.0
     if is_last:
         outside = tp if parallel.sequence_parallel else 1
         # Input and output of the final norm.
-        activations += tokens * element * 2 * run.model.language_model.hidden_size / outside
+        after = tokens * element * 2 * run.model.language_model.hidden_size / outside
         if run.reconstructs:
-            activations += _head_activations(run, row)
-    columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
-    logits = tokens * columns * 4.0 if is_last else 0.0
+            after += _head_activations(run, row)
     copy = logits / 2 if run.training.bf16 else 0.0  # the bf16 logits, later their gradient
     return MemoryEstimate(
         weights=held * element,
         gradients=trained * 4,
         optimizer=trained * per_parameter / spread,
-        activations=activations,
+        activations=activations + after,
         logits=logits,
+        recomputed=max(0.0, redone - after - logits),
         workspace=max(tokens * element * _layer_workspace(run), copy),
     )
 
 
-def _keeps_activations(run: RunConfig, stage: int) -> bool:
-    """Whether anything before or in this stage's layers is trained, so that they have a backward.
-
-    The projector or the pool stands before the whole language model.
-    """
-    return bool(find_trained_parts(run) & {"vision_tower", "projector", "prompt_pool"}) or (
-        not run.training.freeze_LM
-    )
+def _keeps_activations(run: RunConfig) -> bool:
+    """Whether the layers have a backward pass: they, or what feeds them, are trained."""
+    return bool(find_trained_parts(run) - {"reconstruction_head"})
 
 
 def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:
@@ -169,21 +168,24 @@ def _layer_workspace(run: RunConfig) -> float:
     return 4 * config.ffn_hidden_size / tp + 2 * config.hidden_size
 
 
-def _decoder_activations(run: RunConfig, world_size: int, stage: int, tokens: float) -> float:
+def _decoder_activations(
+    run: RunConfig, world_size: int, stage: int, tokens: float
+) -> tuple[float, float]:
+    """What all micro-batches in flight keep, and what is computed again in one of them."""
     training, config = run.training, run.model.language_model
     layers = run.parallel.pipeline_layers(config.num_layers)[stage]
     outside = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
     layer, layer_input = _layer_values(run), config.hidden_size / outside
-    in_flight = micro_batches_in_flight(run, world_size, stage)
-    per_value = tokens * _bytes(run)
+    kept, redone = layers * layer, 0.0
     if training.recompute_granularity == "full":
         n = min(training.recompute_num_layers, layers)
         if training.recompute_method == "uniform":
             kept, redone = math.ceil(layers / n) * layer_input, n * layer
         else:
-            kept, redone = n * layer_input + (layers - n) * layer, layer
-        return per_value * (kept * in_flight + redone)
-    return per_value * layers * layer * in_flight
+            # The layers that are not redone come later, so backward has freed them by then.
+            kept, redone = n * layer_input + (layers - n) * layer, layer * (n == layers)
+    per_value = tokens * _bytes(run)
+    return per_value * kept * micro_batches_in_flight(run, world_size, stage), per_value * redone
 
 
 def _vision_activations(run: RunConfig, images: float) -> float:

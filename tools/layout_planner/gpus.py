@@ -39,12 +39,12 @@ BUS_SHARE = 0.8
 
 _LLM_FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md at 061f2c7"
 
-_HOPPER_EFFICIENCY = 0.53
+_HOPPER_EFFICIENCY = 0.48
 _HOPPER_SOURCE = (
     f"fitted to {_LLM_FOUNDRY}, H100 80GB BF16: MPT-7b, 13b without recomputation (46.4 %, 39.8 % "
     "MFU) and with it (70b on 64: 56.8 % HFU)"
 )
-_AMPERE_EFFICIENCY = 0.66
+_AMPERE_EFFICIENCY = 0.64
 _AMPERE_SOURCE = f"fitted to {_LLM_FOUNDRY}, A100 80GB: MPT-7b, 13b (64.2 %, 59.6 % MFU)"
 
 

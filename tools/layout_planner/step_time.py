@@ -21,6 +21,9 @@ from .workload import Workload
 MATCHING_SECONDS = 0.01
 """Of one image's one-to-one match. An assumption of the order of scipy's time on one CPU core."""
 
+LATENCY = 2e-5
+"""Seconds every collective of a layer takes beyond its bytes (assumption)."""
+
 HIDDEN_BACKWARD = 0.5
 """Share of tensor-parallel traffic of the backward pass that hides behind compute (assumption)."""
 
@@ -164,6 +167,7 @@ def _tensor_traffic(run: RunConfig, tokens: float, gpu: Gpu) -> float:
     # A gather or a scatter-reduce; an all-reduce is one of each. Two of each forward and backward;
     # with sequence parallelism inputs are gathered again for the weights' gradients.
     one = tokens * run.model.language_model.hidden_size * _element(run) * (tp - 1) / tp / rate
+    one += LATENCY
     again = 4 if run.training.recompute_granularity == "full" else 0
     backward = 6 if run.parallel.sequence_parallel else 4
     return one * (4 + again + backward * (1 - HIDDEN_BACKWARD))
@@ -183,7 +187,7 @@ def _context_traffic(run: RunConfig, tokens: float, gpu: Gpu) -> float:
     else:  # keys and values are gathered
         values = 2 * keys / tp * (cp - 1)
     passes = 4 if run.training.recompute_granularity == "full" else 3
-    return passes * tokens * values * _element(run) / rate
+    return passes * (tokens * values * _element(run) / rate + 4 * LATENCY)
 
 
 def _data_traffic(run: RunConfig, world_size: int, gpu: Gpu, *, backward: float) -> float:

@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import pytest
+from scaling_runs.collect import collect
+from scaling_runs.grid import read_grid
+from scaling_runs.launch import final_validation, folder_of, prepare, write_slurm
+from scaling_runs.report import fit_groups, write_json, write_report
+
+from megatron_croc.errors import ConfigError
+
+GRID = """
+recipe: tiny/pretrain_croc
+settings: {training: {global_batch_size: 16}, data: {valid_data_path: [nowhere]}}
+sizes:
+  a: {model: {language_model: {hidden_size: 64}}}
+  b: {model: {language_model: {hidden_size: 128}}}
+  c: {model: {language_model: {hidden_size: 256}}}
+samples: [100, 320, 1000]
+axes: {pool_size: [128, 256]}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID)
+    return read_grid(path, tmp_path / "out")
+
+
+def finish(grid, loss=lambda e: 1 + 50 / e.num_parameters**0.4 + 9 / e.num_samples**0.5):
+    prepare(grid)
+    for entry in grid.runs:
+        row = {"iteration": entry.run.training.train_iters, "valid_loss": loss(entry)}
+        (folder_of(entry) / "metrics.jsonl").write_text(json.dumps(row) + "\n{torn")
+
+
+def test_runs_are_resolved(grid):
+    assert len(grid.runs) == 18
+    first = grid.runs[0]
+    assert first.name == "a_100_pool_size-128"
+    assert first.num_samples == 96 and first.run.training.train_iters == 6
+    assert first.run.model.prompt_pool.pool_size == 128
+    sizes = {run.size: run.num_parameters for run in grid.runs}
+    assert sizes["a"] < sizes["b"] < sizes["c"]
+
+
+def test_every_fault_is_told_before_anything_starts(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID.replace("pool_size: [128, 256]", "pool_size: [128, 9], pool_sise: [1]"))
+    with pytest.raises(ConfigError, match="unknown setting pool_sise"):
+        read_grid(path, tmp_path)
+    path.write_text(GRID.replace("128, 256]", "128, 9]"))
+    with pytest.raises(ConfigError, match="a_100_pool_size-9: pool_size=9"):
+        read_grid(path, tmp_path)
+
+
+def test_finished_runs_are_skipped_and_changed_ones_are_not(grid):
+    assert len(prepare(grid)) == 18
+    finish(grid)
+    assert prepare(grid) == []
+    grid.runs[3].run.optimizer.lr = 1e-3
+    assert [entry.name for entry in prepare(grid)] == [grid.runs[3].name]
+    assert final_validation(grid.runs[3]) is None  # its old log is gone
+
+
+def test_slurm_array_has_a_line_per_run(grid, tmp_path):
+    out = tmp_path / "out"
+    script = write_slurm(grid, out, hours=2, at_once=3, extra=["--partition=big"]).read_text()
+    assert "#SBATCH --array=0-17%3\n" in script and "#SBATCH --time=120\n" in script
+    assert "#SBATCH --partition=big\n" in script
+    assert len((out / "runs.txt").read_text().splitlines()) == 18
+
+
+def test_report_leaves_out_nan_and_hides_paths(grid, tmp_path):
+    def loss(entry):
+        usual = 1 + 50 / entry.num_parameters**0.4 + 9 / entry.num_samples**0.5
+        return float("nan") if entry.name == "b_320_pool_size-128" else usual
+
+    finish(grid, loss)
+    assert sum(result.loss("valid_loss") is None for result in collect(grid)) == 1
+    fits = fit_groups(grid, "valid_loss", resamples=5)
+    assert [fit.label for fit in fits] == ["pool_size 128", "pool_size 256"]
+    assert fits[0].left_out == {"b_320_pool_size-128": "valid_loss is nan"}
+    write_json(tmp_path / "fit.json", fits, [1e6])
+    write_report(tmp_path, fits, [1e6])
+    text = (tmp_path / "report.md").read_text() + (tmp_path / "fit.json").read_text()
+    assert str(tmp_path) not in text and "beyond the data" in text
+    assert (tmp_path / "scaling_1.png").stat().st_size > 5000
