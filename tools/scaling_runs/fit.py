@@ -105,11 +105,26 @@ class Fit:
         return self.interval([float(law.predict(parameters, samples)) for law in self.resampled])
 
 
-def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    terms = [np.broadcast_to(theta[0], np.broadcast(n, d).shape), theta[1] - theta[2] * np.log(d)]
+def _terms(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Logs of the law's two or three terms, stacked."""
+    terms = [theta[0] + 0 * n * d, theta[1] - theta[2] * np.log(d)]
     if len(theta) == 5:
         terms.append(theta[3] - theta[4] * np.log(n))
-    return np.logaddexp.reduce(np.broadcast_arrays(*terms))
+    return np.stack(np.broadcast_arrays(*terms))
+
+
+def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.logaddexp.reduce(_terms(theta, n, d))
+
+
+def _jacobian(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Of `_log_loss`: [points, parameters]."""
+    terms = _terms(theta, n, d)
+    shares = np.exp(terms - np.logaddexp.reduce(terms))
+    columns = [shares[0], shares[1], -shares[1] * np.log(d)]
+    if len(theta) == 5:
+        columns += [shares[2], -shares[2] * np.log(n)]
+    return np.stack(columns, axis=1)
 
 
 def fit_law(points: Points, *, resamples: int = 200, seed: int = 0) -> Fit:
@@ -177,10 +192,11 @@ def _fit(points: Points, *, near: Law | None = None) -> Law:
         result = least_squares(
             lambda theta: _log_loss(theta, n, d) - target,
             np.clip(start, np.add(low, 1e-6), np.subtract(high, 1e-6)),
+            jac=lambda theta: _jacobian(theta, n, d),
             bounds=(low, high),
             loss="huber",
             f_scale=HUBER_DELTA,
-            max_nfev=400,
+            max_nfev=100 if near is None else 50,
         )
         if best is None or result.cost < best.cost:
             best = result
@@ -201,8 +217,7 @@ def _starts(lowest: float, has_sizes: bool) -> Iterator[list[float]]:
 
 def _near(law: Law) -> Iterator[np.ndarray]:
     yield law.theta
-    yield law.theta + np.resize([-0.5, 0.3, 0.2], len(law.theta))
-    yield law.theta + np.resize([0.2, -0.3, -0.1], len(law.theta))
+    yield law.theta + np.resize([-0.3, 0.2, 0.1], len(law.theta))
 
 
 def _held_out_error(points: Points) -> float | None:
