@@ -34,6 +34,7 @@ def test_weights_and_optimizer_by_hand():
 )
 def test_what_is_done_to_save_activations_saves_them(saves: dict[str, object]):
     run = get_recipe("croc_7b/pretrain_croc")
+    run.training.micro_batch_size = 2
     before = largest(run).activations
     for name, value in saves.items():
         setattr(run.training, name, value)
