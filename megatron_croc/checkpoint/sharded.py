@@ -1,41 +1,35 @@
-"""Save, resume, and take weights from another stage, at any parallel layout.
+"""What a checkpoint holds; resume from one, or take weights from another stage's, at any layout.
 
-<save>/iter_0000100/      weights and optimizer (torch_dist), train_state.json, run.yaml
+<save>/iter_0000100/      weights and optimizer (torch_dist), train_state.json, run.yaml,
+                          manifest.json (written last: digests of all the others)
 <save>/latest_checkpointed_iteration.txt      moved into place last, atomically
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointError
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_croc.checkpoint.state import (
-    LATEST_FILE,
-    TrainState,
-    iteration_folder,
-    latest_checkpoint,
-)
-from megatron_croc.checkpoint.writer import write_in_this_process
-from megatron_croc.config.base import to_yaml
+from megatron_croc.checkpoint.choosing import open_for_resume, open_for_start
+from megatron_croc.checkpoint.safe_reading import load_state, read_index
+from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import CheckpointError
-from megatron_croc.log import get_logger, log_on_rank_zero, rank
+from megatron_croc.errors import CheckpointError, first_line
+from megatron_croc.log import get_logger, log_on_rank_zero
 
 logger = get_logger(__name__)
 
@@ -70,58 +64,14 @@ def _unwrap(chunk: nn.Module) -> nn.Module:
     return chunk.module if hasattr(chunk, "ddp_config") else chunk  # type: ignore[return-value]
 
 
-def save_checkpoint(
-    run: RunConfig,
-    state: TrainState,
-    chunks: Sequence[nn.Module],
-    optimizer: MegatronOptimizer,
-    pg_collection: ProcessGroupCollection,
-) -> Path:
-    """Write a complete checkpoint and make it the latest; every rank must call it.
-
-    Returns:
-        the checkpoint's folder.
-    """
-    assert run.checkpoint.save is not None
-    root = Path(run.checkpoint.save)
-    final = iteration_folder(root, state.iteration)
-    staged = final.with_name(final.name + ".incomplete")
-    if rank() == 0:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    dist.barrier()
-    for chunk in chunks:
-        if run.optimizer.overlap_param_gather:
-            # Otherwise the weights saved are those of the step before.
-            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+def checkpoint_content(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, pg_collection: ProcessGroupCollection
+) -> dict[str, Any]:
+    """megatron's sharded state of weights and optimizer; every rank must ask for it."""
     metadata = _metadata(pg_collection)
     model_state = _model_state(chunks, metadata)
-    content = {
-        **model_state,
-        "optimizer": optimizer.sharded_state_dict(_flat(model_state), metadata=metadata),
-    }
-    write_in_this_process()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(content, str(staged), strategy)
-    for chunk in chunks:
-        if run.optimizer.overlap_param_gather:
-            chunk.enable_forward_pre_hook()  # type: ignore[operator]
-    if rank() == 0:
-        (staged / "run.yaml").write_text(to_yaml(run))
-        state.save(staged)
-        _publish(staged, final, root)
-    dist.barrier()
-    log_on_rank_zero(logger, 20, "saved %s", final)
-    return final
-
-
-def _publish(staged: Path, final: Path, root: Path) -> None:
-    """Give a finished checkpoint its name, then point `latest` at it; each move is atomic."""
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staged, final)
-    tracker = root / (LATEST_FILE + ".incomplete")
-    tracker.write_text(f"{int(final.name.removeprefix('iter_'))}\n")
-    os.replace(tracker, root / LATEST_FILE)
+    optimizer_state = optimizer.sharded_state_dict(_flat(model_state), metadata=metadata)
+    return {**model_state, "optimizer": optimizer_state}
 
 
 def load_checkpoint(
@@ -135,8 +85,19 @@ def load_checkpoint(
     Raises:
         CheckpointError: a checkpoint of another stage or model, or a damaged one.
     """
-    if run.checkpoint.load is None or (folder := latest_checkpoint(run.checkpoint.load)) is None:
+    if run.checkpoint.load is None:
         return None
+    with open_for_resume(run.checkpoint) as folder:
+        return None if folder is None else _resume(folder, run, chunks, optimizer, pg_collection)
+
+
+def _resume(
+    folder: Path,
+    run: RunConfig,
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer,
+    pg_collection: ProcessGroupCollection,
+) -> TrainState:
     state = TrainState.load(folder)
     if state.stage != run.stage:
         raise CheckpointError(
@@ -160,19 +121,32 @@ def load_checkpoint(
 
 
 def load_weights(
-    root: str | Path, chunks: Sequence[nn.Module], pg_collection: ProcessGroupCollection
+    root: str | Path,
+    chunks: Sequence[nn.Module],
+    pg_collection: ProcessGroupCollection,
+    *,
+    verify: bool = True,
 ) -> Path:
     """Take weights only, from the stage before; the pool and head may be missing there.
 
+    Args:
+        root: a checkpoint, or a folder whose latest is meant.
+        chunks: this rank's model.
+        pg_collection: process groups.
+        verify: compare every file with its digest first.
+
     Raises:
-        CheckpointError: nothing there, or a checkpoint of another architecture (names the key).
+        CheckpointError: nothing there, damaged, or a checkpoint of another architecture (names
+            the key).
     """
-    folder = latest_checkpoint(root)
-    if folder is None:
-        raise CheckpointError(
-            f"--pretrained-checkpoint {root}: no checkpoint there (neither {LATEST_FILE} nor a "
-            "train_state.json)"
-        )
+    with open_for_start(root, verify=verify) as folder:
+        _take_weights(folder, chunks, pg_collection)
+    return folder
+
+
+def _take_weights(
+    folder: Path, chunks: Sequence[nn.Module], pg_collection: ProcessGroupCollection
+) -> None:
     model_state = _model_state(chunks, _metadata(pg_collection))
     missing = _check_fit(folder, model_state, fresh=FRESH_PARTS)
     for entries in model_state.values():
@@ -188,17 +162,26 @@ def load_weights(
         folder,
         f"; fresh: {', '.join(fresh)}" if fresh else "",
     )
-    return folder
 
 
 def _load(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    _forget_objects(content)
     try:
-        return dist_checkpointing.load(content, str(folder))  # type: ignore[return-value]
+        return load_state(content, folder)
+    except CheckpointError:
+        raise
     except (CheckpointingException, KeyError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        raise CheckpointError(f"{folder} cannot be read: {first_line(error)}") from error
     except TorchCheckpointError as error:  # a BaseException; the same one on every rank
-        causes = {f"{type(e).__name__}: {e}".split("\n")[0] for e, _ in error.failures.values()}
+        causes = {f"{type(e).__name__}: {first_line(e)}" for e, _ in error.failures.values()}
         raise CheckpointError(f"{folder} cannot be read: {'; '.join(sorted(causes))}") from error
+
+
+def _forget_objects(content: dict[str, Any]) -> None:
+    """Take no stored object: megatron's extra states are all None, and objects are pickles."""
+    for entries in content.values():
+        for name in [n for n, entry in entries.items() if isinstance(entry, ShardedObject)]:
+            entries[name] = LocalNonpersistentObject(None)
 
 
 def _load_chunks(
@@ -214,11 +197,8 @@ def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]
     Returns:
         keys of this model that the checkpoint lacks; all of them in the parts named by `fresh`.
     """
-    try:
-        stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    except (CheckpointingException, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
-    shapes = {entry.key: tuple(entry.global_shape) for entry in stored.values()}
+    stored = read_index(folder).state_dict_metadata
+    shapes = {k: tuple(t.size) for k, t in stored.items() if isinstance(t, TensorStorageMetadata)}
     wanted: dict[str, tuple[int, ...]] = {}
     padded: set[str] = set()
     for entry in nested_values(model_state):

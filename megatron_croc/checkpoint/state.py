@@ -45,6 +45,29 @@ def iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int | None:
+    """The iteration in a folder's name; None when it is no checkpoint's name."""
+    digits = folder.name.removeprefix("iter_")
+    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+
+
+def resume_candidates(root: str | Path) -> list[Path]:
+    """Checkpoints a run may resume from, best first: the latest, then older ones.
+
+    A folder that is a checkpoint itself is the only candidate. Without a tracker file (a run that
+    was killed while it published its first checkpoint), every checkpoint is one.
+    """
+    root = Path(root)
+    if (root / STATE_FILE).exists():
+        return [root]
+    there = {n: folder for folder in root.glob("iter_*") if (n := iteration_of(folder)) is not None}
+    folders = [there[n] for n in sorted(there, reverse=True)]
+    if (latest := _tracked(root)) is None:
+        return folders
+    last = iteration_of(latest)
+    return [latest, *(f for f in folders if last is None or iteration_of(f) < last)]  # type: ignore[operator]
+
+
 def latest_checkpoint(root: str | Path) -> Path | None:
     """The checkpoint that `root` names: itself, or the latest in it; None when there is none.
 
@@ -54,14 +77,18 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     root = Path(root)
     if (root / STATE_FILE).exists():
         return root
+    folder = _tracked(root)
+    if folder is not None and not (folder / STATE_FILE).exists():
+        raise CheckpointError(
+            f"{root / LATEST_FILE} names {folder.name}, which is not a complete checkpoint; "
+            f"write the name of one that is into {LATEST_FILE}"
+        )
+    return folder
+
+
+def _tracked(root: Path) -> Path | None:
     tracker = root / LATEST_FILE
     if not tracker.exists():
         return None
     word = tracker.read_text().strip()
-    folder = root / word if not word.isdigit() else iteration_folder(root, int(word))
-    if not (folder / STATE_FILE).exists():
-        raise CheckpointError(
-            f"{tracker} names {folder.name}, which is not a complete checkpoint; "
-            f"write the name of one that is into {tracker.name}"
-        )
-    return folder
+    return root / word if not word.isdigit() else iteration_folder(root, int(word))

@@ -56,6 +56,8 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         "eval_iters": training.eval_iters,
         "log_interval": run.logging.log_interval,
         "save_interval": run.checkpoint.save_interval,
+        "keep_last": run.checkpoint.keep_last,
+        "keep_every": run.checkpoint.keep_every,
         "prefetch_factor": run.data.prefetch_factor,
     }.items():
         if value is not None and value <= 0:
@@ -200,6 +202,11 @@ def _checkpoint_faults(run: RunConfig) -> Iterator[str]:
         yield (
             f"save={save} is the folder of pretrained_checkpoint: this run would overwrite the "
             "weights it starts from; save elsewhere, or use load to resume"
+        )
+    if run.checkpoint.keep_every is not None and run.checkpoint.keep_last is None:
+        yield (
+            f"keep_every={run.checkpoint.keep_every} without keep_last: nothing is ever removed; "
+            "set keep_last too, or leave both out"
         )
 
 

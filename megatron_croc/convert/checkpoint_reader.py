@@ -1,7 +1,6 @@
 """Read a megatron-core checkpoint (torch_dist) tensor by tensor, whatever layout wrote it.
 
-No model, no process group. The checkpoint's index is a pickle: only the classes such an index is
-made of are built from it, so a file from elsewhere cannot run code here.
+No model, no process group, and nothing that a file could make run (checkpoint/safe_reading.py).
 """
 
 import io
@@ -14,39 +13,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_croc.checkpoint.safe_reading import read_index
 from megatron_croc.errors import CheckpointError, first_line
-
-_INDEX_CLASSES = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "torch": {"Size"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    # megatron keeps the ranks' plans beside the tensors.
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.serialization": {"_get_layout"},
-}
-"""What an index may be made of, by module; dtypes of torch too."""
 
 
 class CheckpointReader:
@@ -59,7 +32,7 @@ class CheckpointReader:
             CheckpointError: there is none, or it is damaged.
         """
         self.folder = folder
-        self._metadata = _read_index(folder / ".metadata")
+        self._metadata = read_index(folder)
         self._reader = dcp.FileSystemReader(folder)
         self._reader.set_up_storage_reader(self._metadata, True)
         self.tensors = {
@@ -134,31 +107,3 @@ class _Planner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """It was copied into the whole itself."""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds an index's own classes and nothing else."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        """The class of that name, where an index may hold it."""
-        allowed = global_name in _INDEX_CLASSES.get(module_name, ())
-        if not allowed and not (module_name == "torch" and _is_dtype(global_name)):
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} does not belong there")
-        return super().find_class(module_name, global_name)
-
-
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; {path.parent} is not a checkpoint") from error
-    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not isinstance(index, Metadata):
-        raise CheckpointError(f"{path}: damaged: holds a {type(index).__name__}")
-    return index

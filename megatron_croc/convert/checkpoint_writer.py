@@ -32,17 +32,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE
 from megatron_croc.errors import CheckpointError
 
 MAX_FILE_BYTES = 256 * 2**20
 """A file is closed before it would grow beyond this; one larger tensor has a file of its own."""
-
-_BACKENDS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +115,7 @@ def write_checkpoint(
             raise cause from error
         raise CheckpointError(f"{folder}: cannot be written: {cause}") from error
     torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(_BACKENDS))
+    (folder / BACKENDS_FILE).write_text(json.dumps(BACKENDS))
 
 
 class _Planner(SavePlanner):

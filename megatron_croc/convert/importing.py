@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from tqdm import tqdm
 
+from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState
 from megatron_croc.config.base import to_yaml
 from megatron_croc.config.run import RunConfig
@@ -90,6 +91,7 @@ def import_huggingface(
         run.stage = "finetune" if source.is_whole else "pretrain_mlp"
         (staged / "run.yaml").write_text(to_yaml(run))
         TrainState(stage=RELEASE).save(staged)
+        write_manifest(staged)
     write_atomically(tracker, f"{RELEASE}\n".encode())
     return ImportReport(
         folder=final,

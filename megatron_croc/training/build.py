@@ -126,7 +126,7 @@ def build_trainer(
             for model in models:
                 fill_weights(model, weights)
         elif start is not None:
-            load_weights(start, chunks, pg_collection)
+            load_weights(start, chunks, pg_collection, verify=run.checkpoint.verify_checkpoint)
         if start is not None:
             optimizer.reload_model_params()  # the fp32 main weights were copied from fresh ones
     scheduler.step(increment=state.consumed_samples)

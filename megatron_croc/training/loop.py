@@ -2,7 +2,7 @@
 
 import time
 
-from megatron_croc.checkpoint.sharded import save_checkpoint
+from megatron_croc.checkpoint.saving import CheckpointSaver
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import world_size
@@ -30,6 +30,9 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
     def due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
+    saver = None
+    if run.checkpoint.save:
+        saver = CheckpointSaver(run, trainer.chunks, trainer.optimizer, pg)
     position = {"consumed_samples": state.consumed_samples}
     with open_feeder(run, pg, build_train_loader, **position) as feeder:
         while state.iteration < last:
@@ -45,8 +48,12 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
             if due(run.training.eval_interval):
                 reporter.add_validation(state.iteration, evaluate(trainer))
                 reporter.restart_clock()
-            if run.checkpoint.save and due(run.checkpoint.save_interval):
-                save_checkpoint(run, state, trainer.chunks, trainer.optimizer, pg)
-                reporter.restart_clock()
+            if saver is not None:
+                saver.poll()
+                if due(run.checkpoint.save_interval):
+                    saver.save(state)
+                    reporter.restart_clock()
     reporter.close()
+    if saver is not None:
+        saver.close()
     return trainer

@@ -13,7 +13,7 @@ IMAGES = (1, 0, 2, 1)
 
 def train_from(changes: dict, first: int, last: int, save: str | None, load: str | None) -> dict:
     """Train steps first..last; losses, and a digest of this rank's weights and moments."""
-    from megatron_croc.checkpoint.sharded import save_checkpoint
+    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_trainer
 
@@ -81,7 +81,7 @@ def test_resume_at_another_layout(tmp_path: Path) -> None:
 
 def start_stage(stage: str, changes: dict, pretrained: str, save: str | None) -> dict:
     """Start a stage from another one's checkpoint; whole tensors by name (one process)."""
-    from megatron_croc.checkpoint.sharded import save_checkpoint
+    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.model.sharded_weights import iter_shards
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_trainer

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_croc.checkpoint.manifest import MANIFEST_FILE, find_damage
+from megatron_croc.checkpoint.retention import being_read
 from megatron_croc.checkpoint.state import (
     LATEST_FILE,
     STATE_FILE,
@@ -85,7 +87,7 @@ def trainer_of(run, pg_collection):
 
 
 def save(trainer, pg_collection, iteration: int) -> Path:
-    from megatron_croc.checkpoint.sharded import save_checkpoint
+    from megatron_croc.checkpoint.saving import save_checkpoint
 
     trainer.state.iteration = iteration
     trainer.state.consumed_samples = 8 * iteration
@@ -118,55 +120,12 @@ def saved(pg_collection, tmp_path: Path):
 def test_what_a_save_leaves_behind(saved):
     _, root = saved
     assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
+    assert find_damage(root / "iter_0000003") == []
     assert (root / LATEST_FILE).read_text() == "3\n"
     folder = root / "iter_0000003"
     assert json.loads((folder / STATE_FILE).read_text())["stage"] == "finetune"
     assert "finetune" in (folder / "run.yaml").read_text()
     assert (folder / "metadata.json").exists()  # torch_dist, as Megatron reads it
-
-
-def test_a_half_written_checkpoint_is_never_taken(saved, pg_collection, monkeypatch):
-    from megatron.core import dist_checkpointing
-
-    trainer, root = saved
-    before = first_weight(trainer)
-    shift_weights(trainer)
-    real = dist_checkpointing.save
-
-    def die_after_writing(content, folder, strategy):
-        real(content, folder, strategy)
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dist_checkpointing, "save", die_after_writing)
-        with pytest.raises(OSError, match="no space"):
-            save(trainer, pg_collection, 4)
-    assert (root / "iter_0000004.incomplete").exists()
-    assert latest_checkpoint(root) == root / "iter_0000003"
-    resumed = trainer_of(trainer.run, pg_collection)
-    assert resumed.state.iteration == 3 and first_weight(resumed) == before
-    # The next attempt clears what the failed one left.
-    save(trainer, pg_collection, 4)
-    assert sorted(os.listdir(root)) == ["iter_0000003", "iter_0000004", LATEST_FILE]
-    assert first_weight(trainer_of(trainer.run, pg_collection)) == first_weight(trainer) != before
-
-
-def test_a_death_between_the_two_moves_keeps_the_old_one(saved, pg_collection, monkeypatch):
-    trainer, root = saved
-    real = os.replace
-
-    def die_at_the_tracker(source, target):
-        if Path(target).name == LATEST_FILE:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("megatron_croc.checkpoint.sharded.os.replace", die_at_the_tracker)
-        with pytest.raises(KeyboardInterrupt):
-            save(trainer, pg_collection, 4)
-    assert latest_checkpoint(root) == root / "iter_0000003"
-    save(trainer, pg_collection, 4)
-    assert latest_checkpoint(root) == root / "iter_0000004"
 
 
 def test_another_stage_is_refused_with_the_way_out(saved, pg_collection):
@@ -205,21 +164,106 @@ def test_a_folder_without_a_checkpoint_is_not_the_stage_before(pg_collection, tm
 
 
 @pytest.mark.parametrize("name", ["load", "pretrained_checkpoint"])
-@pytest.mark.parametrize("damage", ["no weights", "no metadata", "torn", "lost file"])
+@pytest.mark.parametrize("damage", ["no weights", "no metadata", "torn", "lost file", "flipped"])
 def test_a_damaged_checkpoint_is_named(saved, pg_collection, name, damage):
+    """With the digests, and where they are not looked at: all but a flipped bit still shows."""
     _, root = saved
     folder = root / "iter_0000003"
     (shard,) = folder.glob("*.distcp")
     if damage == "no weights":
         for path in folder.iterdir():
-            if path.name != STATE_FILE:
+            if path.name not in (STATE_FILE, MANIFEST_FILE):
                 path.unlink()
     elif damage == "no metadata":
         (folder / ".metadata").unlink()
     elif damage == "torn":
         shard.write_bytes(shard.read_bytes()[:1000])
+    elif damage == "flipped":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
     else:
         shard.unlink()
-    with pytest.raises(CheckpointError, match="iter_0000003") as error:
-        trainer_of(tiny_run("finetune", **{name: str(root)}), pg_collection)
-    assert len(str(error.value).splitlines()) == 1
+    for verify in (True, False):
+        run = tiny_run("finetune", verify_checkpoint=verify, **{name: str(root)})
+        if damage == "flipped" and not verify:
+            continue
+        with pytest.raises(CheckpointError, match="iter_0000003") as error:
+            trainer_of(run, pg_collection)
+        message = str(error.value)
+        assert len(message.splitlines()) == 1
+        assert ("is damaged: " in message and "--no-verify-checkpoint" in message) == verify
+
+
+def test_a_checkpoint_without_digests_is_not_taken_unasked(saved, pg_collection):
+    _, root = saved
+    (root / "iter_0000003" / MANIFEST_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing.*never finished"):
+        trainer_of(tiny_run("finetune", load=str(root)), pg_collection)
+    run = tiny_run("finetune", load=str(root), verify_checkpoint=False)
+    assert trainer_of(run, pg_collection).state.iteration == 3
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, pg_collection, caplog):
+    trainer, root = saved
+    before = first_weight(trainer)
+    shift_weights(trainer)
+    for iteration in (4, 5):
+        save(trainer, pg_collection, iteration)
+    (root / "iter_0000005" / ".metadata").write_bytes(b"")
+    (root / "iter_0000004" / "run.yaml").unlink()
+    run = tiny_run("finetune", load=str(root))
+    with caplog.at_level("WARNING", logger="megatron_croc"):
+        resumed = trainer_of(run, pg_collection)
+    assert resumed.state.iteration == 3 and first_weight(resumed) == before
+    (line,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    for word in (".metadata has 0 bytes", "run.yaml is missing", "taking", "iter_0000003 instead"):
+        assert word in line
+    # Strictly, or for a start from its weights, no other is taken.
+    for changes in (
+        dict(load=str(root), strict_resume=True),
+        dict(pretrained_checkpoint=str(root)),
+    ):
+        with pytest.raises(CheckpointError, match="iter_0000005 is damaged"):
+            trainer_of(tiny_run("finetune", **changes), pg_collection)
+    (root / "iter_0000003" / "common.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"0000005 is .*0000004 is .*0000003 is .*no other"):
+        trainer_of(run, pg_collection)
+
+
+def test_a_run_killed_before_its_first_tracker_is_resumed(saved, pg_collection):
+    _, root = saved
+    (root / LATEST_FILE).unlink()
+    assert trainer_of(tiny_run("finetune", load=str(root)), pg_collection).state.iteration == 3
+
+
+def test_a_tracker_ahead_of_its_checkpoint_falls_back(saved, pg_collection):
+    _, root = saved
+    (root / LATEST_FILE).write_text("9\n")
+    assert trainer_of(tiny_run("finetune", load=str(root)), pg_collection).state.iteration == 3
+
+
+def test_retention_through_saves(saved, pg_collection):
+    trainer, root = saved
+    trainer.run.checkpoint.keep_last = 2
+    trainer.run.checkpoint.keep_every = 4
+    for iteration in (4, 5, 6):
+        save(trainer, pg_collection, iteration)
+    names = ["iter_0000004", "iter_0000005", "iter_0000006", LATEST_FILE]
+    assert sorted(os.listdir(root)) == names
+    # One that somebody reads stays until nobody does.
+    with being_read(root / "iter_0000005"):
+        save(trainer, pg_collection, 7)
+        assert (root / "iter_0000005" / MANIFEST_FILE).exists()
+    save(trainer, pg_collection, 8)
+    names = ["iter_0000004", "iter_0000007", "iter_0000008", LATEST_FILE]
+    assert sorted(os.listdir(root)) == names
+    assert trainer_of(trainer.run, pg_collection).state.iteration == 8
+
+
+def test_the_same_iteration_can_be_saved_again(saved, pg_collection):
+    trainer, root = saved
+    shift_weights(trainer)
+    save(trainer, pg_collection, 3)
+    assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
+    assert first_weight(trainer_of(trainer.run, pg_collection)) == first_weight(trainer)

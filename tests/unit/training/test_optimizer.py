@@ -92,7 +92,7 @@ def test_steps_before_and_after_a_resume_are_torchs(pg_collection, tmp_path: Pat
     megatron's own loading gives all parameters one step tensor, which then counts as many steps
     as there are parameters: the weights after the resume would differ by percents of a rate.
     """
-    from megatron_croc.checkpoint.sharded import save_checkpoint
+    from megatron_croc.checkpoint.saving import save_checkpoint
 
     constant = dict(lr_decay_style="constant", lr_warmup_fraction=0.0, weight_decay=DECAY)
     save = str(tmp_path / "checkpoints")
@@ -122,7 +122,7 @@ def test_steps_before_and_after_a_resume_are_torchs(pg_collection, tmp_path: Pat
 
 
 def test_a_run_can_be_saved_before_its_first_step(pg_collection, tmp_path: Path):
-    from megatron_croc.checkpoint.sharded import save_checkpoint
+    from megatron_croc.checkpoint.saving import save_checkpoint
 
     save = str(tmp_path / "checkpoints")
     run = tiny_run(**SETTINGS, save=save, load=save)

@@ -1,0 +1,91 @@
+"""Find the checkpoint to read, and know that it is whole before anything is loaded from it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_croc.checkpoint.manifest import find_damage
+from megatron_croc.checkpoint.retention import being_read
+from megatron_croc.checkpoint.state import LATEST_FILE, latest_checkpoint, resume_candidates
+from megatron_croc.config.checkpoint import CheckpointConfig
+from megatron_croc.errors import CheckpointError
+from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
+
+logger = get_logger(__name__)
+
+WAY_OUT = "--no-verify-checkpoint loads it all the same"
+
+
+@contextmanager
+def open_for_resume(checkpoint: CheckpointConfig) -> Iterator[Path | None]:
+    """The newest undamaged checkpoint of `load`, the same on every rank; None: there is none.
+
+    It cannot be removed by another run while the block lasts.
+
+    Raises:
+        CheckpointError: every one is damaged, or the latest one is and `strict_resume` is set.
+    """
+    assert checkpoint.load is not None
+    folders = _from_rank_zero(resume_candidates(checkpoint.load) if rank() == 0 else [])
+    passed: list[str] = []
+    for folder in folders:
+        with being_read(folder):
+            damage = agreed_damage(folder) if checkpoint.verify_checkpoint else []
+            if not damage:
+                if passed:
+                    log_on_rank_zero(
+                        logger, logging.WARNING, "%s; taking %s instead", "; ".join(passed), folder
+                    )
+                yield folder
+                return
+        passed.append(f"{folder} is damaged: {_brief(damage)}")
+        if checkpoint.strict_resume:
+            break
+    if not passed:
+        yield None
+        return
+    ways = ["write the name of a good one into " + LATEST_FILE, WAY_OUT]
+    if checkpoint.strict_resume and len(folders) > 1:
+        ways.insert(0, f"without --strict-resume {folders[1]} is tried")
+    raise CheckpointError(f"{'; '.join(passed)}; no other is taken ({', or '.join(ways)})")
+
+
+@contextmanager
+def open_for_start(root: str | Path, *, verify: bool) -> Iterator[Path]:
+    """The checkpoint that another run starts from; never a different one than was asked for.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = latest_checkpoint(root)
+    if folder is None:
+        raise CheckpointError(
+            f"--pretrained-checkpoint {root}: no checkpoint there (neither {LATEST_FILE} nor a "
+            "train_state.json)"
+        )
+    with being_read(folder):
+        if verify and (damage := agreed_damage(folder)):
+            raise CheckpointError(f"{folder} is damaged: {_brief(damage)}; {WAY_OUT}")
+        yield folder
+
+
+def agreed_damage(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint; every rank reads its share and hears of all."""
+    mine = find_damage(folder, share=rank(), shares=world_size())
+    everyone: list[list[str]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(everyone, mine)
+    return sorted({line for lines in everyone for line in lines})
+
+
+def _brief(damage: list[str]) -> str:
+    return damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
+
+
+def _from_rank_zero(folders: list[Path]) -> list[Path]:
+    """What rank 0 sees: ranks that look a moment apart must not choose differently."""
+    box = [folders]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,108 @@
+"""Which checkpoints stay, and how one is removed so that nobody ever reads half of it."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_croc.checkpoint.manifest import MANIFEST_FILE, is_finished
+from megatron_croc.checkpoint.state import iteration_of
+from megatron_croc.log import get_logger
+
+logger = get_logger(__name__)
+
+STAGED = ".incomplete"
+"""Ends the name of a checkpoint that is being written."""
+
+REMOVED = ".removed"
+"""Ends the name of a checkpoint that is being deleted."""
+
+
+@contextmanager
+def being_read(folder: Path) -> Iterator[None]:
+    """Keep other runs from removing a checkpoint while it is read (where the disk has locks)."""
+    try:
+        handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
+    except OSError:
+        yield  # not there or not readable: for the reader to say
+        return
+    try:
+        _lock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep(root: Path) -> None:
+    """Delete what killed runs left behind: half-written and half-deleted checkpoints."""
+    for ending in (STAGED, REMOVED):
+        for left in root.glob(f"iter_*{ending}"):
+            if iteration_of(left.with_suffix("")) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def retire(folder: Path) -> Path | None:
+    """Take a checkpoint's name away in one move.
+
+    Returns:
+        the folder to delete, under its new name; None when somebody reads the checkpoint.
+    """
+    away = folder.with_name(folder.name + REMOVED)
+    shutil.rmtree(away, ignore_errors=True)
+    try:
+        handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        os.replace(folder, away)
+        return away
+    try:
+        if not _lock(handle, fcntl.LOCK_EX):
+            return None
+        os.replace(folder, away)
+    finally:
+        os.close(handle)
+    return away
+
+
+def _lock(handle: int, kind: int) -> bool:
+    """Whether the lock was got; a disk without locks gives every one."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
+    return True
+
+
+def superfluous(latest: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Checkpoints beside `latest` that may go, oldest first.
+
+    Never the latest, never a later one (somebody set the run back), never one without a manifest:
+    it is no checkpoint, so it does not count as one of those kept either.
+    """
+    now = iteration_of(latest)
+    if keep_last is None or now is None:
+        return []
+    older = {
+        n: folder
+        for folder in latest.parent.glob("iter_*")
+        if (n := iteration_of(folder)) is not None and n < now and is_finished(folder)
+    }
+    newest = sorted(older, reverse=True)[: keep_last - 1]
+    return [
+        older[n]
+        for n in sorted(older)
+        if n not in newest and not (keep_every is not None and n % keep_every == 0)
+    ]
+
+
+def prune(latest: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Retire superfluous checkpoints; their folders, still to be deleted."""
+    gone = []
+    for folder in superfluous(latest, keep_last=keep_last, keep_every=keep_every):
+        if (away := retire(folder)) is None:
+            logger.info("kept %s: somebody is reading it", folder)
+        else:
+            gone.append(away)
+    return gone

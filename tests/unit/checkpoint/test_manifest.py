@@ -1,0 +1,95 @@
+"""Digests: every kind of damage is found and named, whoever reads which share."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_croc.checkpoint import manifest
+from megatron_croc.checkpoint.manifest import (
+    MANIFEST_FILE,
+    FileDigest,
+    digest_file,
+    find_damage,
+    is_finished,
+    read_manifest,
+    write_manifest,
+)
+from megatron_croc.errors import CheckpointError
+
+CONTENT = {"a.bin": bytes(range(256)) * 5, "b.bin": b"", "c.bin": b"x" * 300}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setattr(manifest, "PIECE_BYTES", 100)
+    for name, content in CONTENT.items():
+        (tmp_path / name).write_bytes(content)
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_digests_are_sha256_of_pieces(folder: Path):
+    for name, content in CONTENT.items():
+        pieces = [content[start : start + 100] for start in range(0, len(content), 100)]
+        expected = [hashlib.sha256(piece).hexdigest() for piece in pieces]
+        assert digest_file(folder / name) == FileDigest(num_bytes=len(content), sha256=expected)
+    assert read_manifest(folder).keys() == CONTENT.keys()
+    assert is_finished(folder) and find_damage(folder) == []
+
+
+@pytest.mark.parametrize("shares", [1, 3, 50])
+@pytest.mark.parametrize("place", [0, 99, 100, 1279])
+def test_one_flipped_bit_is_found_by_exactly_one_share(folder: Path, shares: int, place: int):
+    content = bytearray(CONTENT["a.bin"])
+    content[place] ^= 0x10
+    (folder / "a.bin").write_bytes(content)
+    found = [find_damage(folder, share=n, shares=shares) for n in range(shares)]
+    start = place // 100 * 100
+    expected = f"a.bin is not what was written (in bytes {start}..{min(start + 100, 1280)})"
+    (line,) = [line for lines in found for line in lines]
+    assert line.endswith(expected)
+
+
+def test_lost_torn_and_grown_files_are_named(folder: Path):
+    (folder / "a.bin").unlink()
+    (folder / "b.bin").write_bytes(b"!")
+    (folder / "c.bin").write_bytes(b"x" * 299)
+    assert find_damage(folder) == [
+        f"{folder}/a.bin is missing",
+        f"{folder}/b.bin has 1 bytes, 0 were written",
+        f"{folder}/c.bin has 299 bytes, 300 were written",
+    ]
+
+
+def test_digests_known_from_writing_are_not_read_again(folder: Path):
+    known = {"a.bin": FileDigest(num_bytes=1280, sha256=["0" * 64] * 13)}
+    write_manifest(folder, known)
+    assert read_manifest(folder)["a.bin"] == known["a.bin"]
+    assert len(find_damage(folder)) == 13
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "manifest.json is missing: the checkpoint was never finished"),
+        (b"", "manifest.json is damaged"),
+        (b"[]", "manifest.json is damaged"),
+        (b'{"piece_bytes": 5, "files": {}}', "piece_bytes is 5, not 100"),
+        (
+            json.dumps(
+                {"piece_bytes": 100, "files": {"../x": {"bytes": 1, "sha256": ["0"]}}}
+            ).encode(),
+            "names '../x', which is not in its folder",
+        ),
+    ],
+)
+def test_a_folder_without_a_good_manifest_was_never_finished(folder: Path, content, words):
+    (folder / MANIFEST_FILE).unlink()
+    if content is not None:
+        (folder / MANIFEST_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_manifest(folder)
+    (line,) = find_damage(folder)
+    assert words in line
