@@ -41,7 +41,7 @@ def open_for_resume(checkpoint: CheckpointConfig) -> Iterator[Path | None]:
                     )
                 yield folder
                 return
-        passed.append(f"{folder} is damaged: {_brief(damage)}")
+        passed.append(_line(folder, damage))
         if checkpoint.strict_resume:
             break
     if not passed:
@@ -68,7 +68,7 @@ def open_for_start(root: str | Path, *, verify: bool) -> Iterator[Path]:
         )
     with being_read(folder):
         if verify and (damage := agreed_damage(folder)):
-            raise CheckpointError(f"{folder} is damaged: {_brief(damage)}; {WAY_OUT}")
+            raise CheckpointError(f"{_line(folder, damage)}; {WAY_OUT}")
         yield folder
 
 
@@ -80,8 +80,9 @@ def agreed_damage(folder: Path) -> list[str]:
     return sorted({line for lines in everyone for line in lines})
 
 
-def _brief(damage: list[str]) -> str:
-    return damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
+def _line(folder: Path, damage: list[str]) -> str:
+    more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+    return f"{folder} is damaged: {damage[0].removeprefix(f'{folder}/')}{more}"
 
 
 def _from_rank_zero(folders: list[Path]) -> list[Path]:

@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_croc.training.build", "megatron_croc.training.evaluate"])
+context = mp.get_context("forkserver")
+context.set_forkserver_preload(["megatron_croc.training.build", "megatron_croc.training.evaluate"])
 
 TIMEOUT = 300
 """Seconds after which a hanging job fails."""
@@ -21,12 +21,10 @@ TIMEOUT = 300
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """function(*args) on every rank; its results in rank order, or the first rank's error."""
-    queue: mp.Queue = _context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    queue: mp.Queue = context.Queue()
+    port = free_port()
     processes = [
-        _context.Process(target=_entry, args=(queue, rank, world_size, port, function, args))
+        context.Process(target=entry, args=(queue, rank, world_size, port, function, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -45,9 +43,17 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     return [results[rank] for rank in range(world_size)]
 
 
-def _entry(
+def free_port() -> int:
+    """A port for one job's rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def entry(
     queue: mp.Queue, rank: int, world_size: int, port: int, function: Callable, args: tuple
 ) -> None:
+    """One rank: run, and answer through the queue."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

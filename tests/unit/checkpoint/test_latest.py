@@ -216,8 +216,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, pg_collection, 
     with caplog.at_level("WARNING", logger="megatron_croc"):
         resumed = trainer_of(run, pg_collection)
     assert resumed.state.iteration == 3 and first_weight(resumed) == before
-    (line,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
-    for word in (".metadata has 0 bytes", "run.yaml is missing", "taking", "iter_0000003 instead"):
+    (line,) = {r.getMessage() for r in caplog.records if " is damaged: " in r.getMessage()}
+    for word in (
+        "5 is damaged: .metadata has 0 bytes",
+        "run.yaml is missing",
+        "iter_0000003 instead",
+    ):
         assert word in line
     # Strictly, or for a start from its weights, no other is taken.
     for changes in (
