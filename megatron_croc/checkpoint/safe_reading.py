@@ -134,7 +134,7 @@ def load_state(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     merge(state, local)
     sharded, _ = extract_sharded_base(sharded)
     merge(state, torch_strategies.TorchDistLoadShardedStrategy().load(sharded, folder))
-    return apply_factory_merges(state, factories)
+    return apply_factory_merges(state, factories)  # type: ignore[arg-type]
 
 
 def _read_common(path: Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class CheckpointSaver:
         """Tensors that the next step changes in place."""
         tensors: list[Tensor] = []
         for chunk in self.chunks:
-            tensors += [*chunk.parameters(), *chunk.buffers()]
+            tensors += [*chunk.parameters(), *nn.Module.buffers(chunk)]  # DDP has its own `buffers`
         for optimizer in self.optimizer.chained_optimizers:  # type: ignore[attr-defined]
             for group in optimizer.param_groups:
                 tensors += group["params"]
@@ -232,7 +232,8 @@ class _Pending:
         done = self.share.written is not None
         answer = torch.tensor([int(done)], device=current_device())
         work = dist.all_reduce(answer, op=dist.ReduceOp.MIN, async_op=True)
-        self._question = (work, answer)
+        assert work is not None
+        self._question = (work, answer)  # type: ignore[assignment]
         return False
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_croc.checkpoint.manifest import find_damage
 from megatron_croc.checkpoint.state import TrainState, latest_checkpoint
 from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults, read_yaml
 from megatron_croc.config.run import RunConfig
@@ -104,6 +105,8 @@ def export_huggingface(
             exists, or the disk is full; nothing is left under the final name.
     """
     checkpoint = find_checkpoint(checkpoint)
+    if damage := find_damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(damage[:3])}")
     run, state = read_run(checkpoint), TrainState.load(checkpoint)
     reader = CheckpointReader(checkpoint)
     names = _names(run, layout)

@@ -2,10 +2,12 @@
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,15 +26,15 @@ IMAGES = (1, 0, 2, 1)
 # Killed at every file operation of a save: a save small enough to be done for each of them.
 
 
-def save_small(root: str, iteration: int, die_at: int | None) -> int:
-    """Save one tensor; SIGKILL before file operation `die_at`. Returns their number."""
+def save_small(roots: list[str], iteration: int, die_at: int | None) -> int:
+    """Save one tensor in each folder; SIGKILL before file operation `die_at`, or their number."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from megatron_croc.checkpoint import saving
     from megatron_croc.checkpoint.state import TrainState
     from megatron_croc.parallel.groups import start_distributed
 
-    run = tiny_run(save=root, keep_last=1)
+    run = tiny_run(keep_last=1)
     pg = start_distributed(run.parallel, seed=1)
     tensor = torch.full((64, 64), float(iteration))
     saving.checkpoint_content = lambda *_: {  # type: ignore[assignment]
@@ -43,17 +45,18 @@ def save_small(root: str, iteration: int, die_at: int | None) -> int:
     def watch(event: str, args: tuple) -> None:
         nonlocal count
         if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
-            if not str(args[0]).startswith(root):
+            if not str(args[0]).startswith(roots[0]):
                 return
             if count == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             count += 1
 
-    saver = saving.CheckpointSaver(run, [], None, pg)  # type: ignore[arg-type]
-    saver._live = list  # type: ignore[method-assign]
     sys.addaudithook(watch)
-    saver.save(TrainState(iteration=iteration, stage=run.stage))
-    saver.close()
+    for root in roots:
+        run.checkpoint.save = root
+        saver = saving.CheckpointSaver(run, [], None, pg)  # type: ignore[arg-type]
+        saver.save(TrainState(iteration=iteration, stage=run.stage))
+        saver.close()
     return count
 
 
@@ -74,22 +77,25 @@ def run_and_die(function, world_size: int, *args) -> list[int | None]:
 
 @pytest.mark.distributed
 def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
-    root = tmp_path / "counted"
-    run_distributed(save_small, 1, str(root), 1, None)
-    (operations,) = run_distributed(save_small, 1, str(root), 2, None)
+    base = tmp_path / "base"
+    run_distributed(save_small, 1, [str(base)], 1, None)
+    shutil.copytree(base, tmp_path / "counted")
+    (operations,) = run_distributed(save_small, 1, [str(tmp_path / "counted")], 2, None)
     assert operations > 25
-    taken = set()
-    for die_at in range(operations):
-        root = tmp_path / str(die_at)
-        run_distributed(save_small, 1, str(root), 1, None)
-        assert run_and_die(save_small, 1, str(root), 2, die_at) == [-signal.SIGKILL]
-        latest, *_ = resume_candidates(root)
-        assert find_damage(latest) == [], die_at
-        taken.add(latest.name)
-        # The next save clears what was left, and what need not be kept.
-        run_distributed(save_small, 1, str(root), 3, None)
-        assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE], die_at
-    assert taken == {"iter_0000001", "iter_0000002"}
+    roots = [shutil.copytree(base, tmp_path / f"killed{n:02}") for n in range(operations)]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [([str(root)], 2, number) for number, root in enumerate(roots)]
+        codes = list(pool.map(lambda job: run_and_die(save_small, 1, *job), jobs))
+    assert codes == [[-signal.SIGKILL]] * operations
+    latest = [resume_candidates(root)[0] for root in roots]
+    assert [find_damage(folder) for folder in latest] == [[]] * operations
+    iterations = [folder.name for folder in latest]
+    assert iterations == sorted(iterations)  # the old one until the tracker moves, then the new
+    assert {*iterations} == {"iter_0000001", "iter_0000002"}
+    # The next save clears what was left, and what need not be kept.
+    run_distributed(save_small, 1, [*map(str, roots)], 3, None)
+    for root in roots:
+        assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
 
 
 # A model on two ranks.
@@ -276,7 +282,7 @@ def save_in_the_background(root: str) -> list[list[str]]:
         return sorted(os.listdir(root + "/async"))
 
     Share.write = write  # type: ignore[method-assign]
-    saver, plain = saver_of(trainer), saver_of(trainer)
+    saver = saver_of(trainer)
     seen = []
     step(trainer)
     saver.save(trainer.state)
@@ -305,7 +311,6 @@ def save_in_the_background(root: str) -> list[list[str]]:
     trainer.run.checkpoint.save = root + "/sync"
     trainer.run.checkpoint.async_save = False
     trainer.run.checkpoint.load = None
-    del plain
     again = trainer_of(trainer.run, trainer.pg_collection)
     saver = saver_of(again)
     step(again)
