@@ -82,7 +82,7 @@ def agreed_damage(folder: Path) -> list[str]:
 
 def _line(folder: Path, damage: list[str]) -> str:
     more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-    return f"{folder} is damaged: {damage[0].removeprefix(f'{folder}/')}{more}"
+    return f"{folder} is damaged: {damage[0]}{more}"
 
 
 def _from_rank_zero(folders: list[Path]) -> list[Path]:

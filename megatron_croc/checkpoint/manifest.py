@@ -97,7 +97,7 @@ def find_damage(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
     try:
         files = read_manifest(folder)
     except CheckpointError as error:
-        return [str(error)]
+        return [str(error).removeprefix(f"{folder}/")]
     pieces = [
         (name, start)
         for name, digest in sorted(files.items())
@@ -114,17 +114,17 @@ def _check_piece(path: Path, written: FileDigest, start: int) -> str | None:
     try:
         num_bytes = path.stat().st_size
         if num_bytes != written.num_bytes:
-            return f"{path} has {num_bytes} bytes, {written.num_bytes} were written"
+            return f"{path.name} has {num_bytes} bytes, {written.num_bytes} were written"
         number = start // PIECE_BYTES
         if written.sha256[number : number + 1] != (
             [_digest_piece(path, start)] if num_bytes else []
         ):
             end = min(start + PIECE_BYTES, num_bytes)
-            return f"{path} is not what was written (in bytes {start}..{end})"
+            return f"{path.name} is not what was written (in bytes {start}..{end})"
     except FileNotFoundError:
-        return f"{path} is missing"
+        return f"{path.name} is missing"
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
+        return f"{path.name} cannot be read ({error.strerror})"
     return None
 
 

@@ -57,9 +57,9 @@ def test_lost_torn_and_grown_files_are_named(folder: Path):
     (folder / "b.bin").write_bytes(b"!")
     (folder / "c.bin").write_bytes(b"x" * 299)
     assert find_damage(folder) == [
-        f"{folder}/a.bin is missing",
-        f"{folder}/b.bin has 1 bytes, 0 were written",
-        f"{folder}/c.bin has 299 bytes, 300 were written",
+        "a.bin is missing",
+        "b.bin has 1 bytes, 0 were written",
+        "c.bin has 299 bytes, 300 were written",
     ]
 
 
