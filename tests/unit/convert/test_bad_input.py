@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.errors import CheckpointError
 from tests.unit.convert.families import read_all, save_family
 
@@ -195,6 +196,7 @@ def test_a_checkpoint_that_lacks_a_file_or_belongs_to_another_model(start, tmp_p
     other = Path(shutil.copytree(start, tmp_path / "other"))
     config = other / "release" / "run.yaml"
     config.write_text(config.read_text().replace("add_qkv_bias: false", "add_qkv_bias: true"))
+    write_manifest(other / "release")
     with pytest.raises(CheckpointError, match=r"linear_qkv\.bias is missing"):
         export_huggingface(other, tmp_path / "out")
     with pytest.raises(CheckpointError, match="no checkpoint there"):
