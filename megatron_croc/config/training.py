@@ -30,6 +30,9 @@ class TrainingConfig:
     """Layers of language model and vision tower: Transformer Engine's (norms fused into linear
     layers, fp8), or megatron-core's own; auto: Transformer Engine where it runs."""
 
+    bias_swiglu_fusion: bool = True
+    """On a GPU, compute SwiGLU in one compiled kernel, which keeps less for the backward pass."""
+
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Matrix products of the language model in fp8 (needs Transformer Engine): e4m3 throughout,
     hybrid: e5m2 for gradients; None: bf16."""

@@ -151,9 +151,10 @@ def _layer_values(run: RunConfig) -> float:
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_query_groups * config.head_dim
     # Inputs of both norms and of what follows them. The QKV product (values are a part of it),
-    # rotated queries and keys, the attention's output. Of SwiGLU: gate and up in one tensor, the
-    # activated gate, up once more (megatron adds an offset of 0), and their product.
-    cut = 3 * queries + 3 * keys + 5 * config.ffn_hidden_size
+    # rotated queries and keys, the attention's output. Of SwiGLU: gate and up in one tensor and
+    # their product; unfused also the activated gate, and up once more (megatron adds 0 to it).
+    swiglu = 3 if run.training.bias_swiglu_fusion else 5
+    cut = 3 * queries + 3 * keys + swiglu * config.ffn_hidden_size
     whole = 4 * config.hidden_size
     rotary = 4 * config.head_dim  # sine and cosine, for queries and for keys
     if run.training.freeze_LM:  # frozen weights need no inputs of their own

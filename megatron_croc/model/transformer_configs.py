@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.model.transformer_engine import fp8_settings
+from megatron_croc.parallel.device import has_cuda
 
 
 def params_dtype(run: RunConfig) -> torch.dtype:
@@ -61,6 +62,7 @@ def language_model_config(run: RunConfig) -> TransformerConfig:
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=functional.silu,
+        bias_activation_fusion=training.bias_swiglu_fusion and has_cuda(),
         add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

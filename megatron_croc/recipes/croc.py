@@ -19,7 +19,7 @@ def croc_7b(stage: Stage) -> RunConfig:
         return run
     run.parallel.tensor_model_parallel_size = 2
     run.parallel.sequence_parallel = True
-    run.training.micro_batch_size = 1 if stage == "pretrain_croc" else 2
+    run.training.micro_batch_size = 2 if stage == "pretrain_croc" else 4
     return run
 
 

@@ -57,6 +57,7 @@ def build_run(name: str) -> tuple[RunConfig, int]:
     llm.hidden_size, llm.ffn_hidden_size, llm.num_layers, llm.vocab_size = 64, 192, 4, 512
     llm.num_attention_heads = llm.num_query_groups = 4
     run.model.attention_backend = "flip"
+    run.training.bias_swiglu_fusion = False  # as it runs here
     run.data.seq_length = 96
     run.training.micro_batch_size, run.training.global_batch_size = 2, 4
     paths = {setting.name: setting.path for setting in settings_of(RunConfig)}
