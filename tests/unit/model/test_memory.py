@@ -19,7 +19,7 @@ def test_weights_and_optimizer_by_hand():
     assert memory.weights == 2 * (trained + 290_909_184)
     assert memory.gradients == 4 * trained
     assert memory.optimizer == 12 * trained / 8
-    # One layer keeps 4 h (norms), 6 h (attention), 3 ffn (fused) and the rotary tables, of 2 bytes each.
+    # One layer keeps 4 h (norms), 6 h (attention), 3 ffn (fused), rotary tables; 2 bytes each.
     decoder = 32 * 4096 * 2 * (10 * 4096 + 3 * 11008 + 4 * 128)
     assert decoder < memory.activations < 1.05 * decoder
 
