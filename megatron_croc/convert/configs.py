@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults
+from megatron_croc.config.data import DataConfig
 from megatron_croc.config.model import CrocModelConfig, LanguageModelConfig, VisionTowerConfig
 from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.tensor_files import read_json
@@ -43,6 +44,9 @@ EXPORT = "croc"
 
 SETTINGS = "croc_settings"
 """Key in an export's config.json under which our own model settings stand."""
+
+CONVERSATION = "croc_conversation"
+"""Key in an export's config.json: how prompts and images are made ready (fields of DataConfig)."""
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -195,15 +199,23 @@ def read_release(folder: Path, vision_folder: Path | None) -> CrocModelConfig:
 
 def read_export(folder: Path) -> CrocModelConfig:
     """A whole model that this program exported: our own settings stand in its config.json."""
+    return _read_settings(folder, SETTINGS, "model").model
+
+
+def read_conversation(folder: Path) -> DataConfig:
+    """Template, tokenizer type and image handling of an export; the rest is as by default."""
+    return _read_settings(folder, CONVERSATION, "data").data
+
+
+def _read_settings(folder: Path, key: str, section: str) -> RunConfig:
     path = folder / "config.json"
-    config = read_json(path)
+    tree = read_json(path).get(key)
     run, faults = RunConfig(), []
-    tree = config.get(SETTINGS)
     if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: has no {SETTINGS}; export it again, or import the compat")
-    apply_changes(run, changes_from_tree(RunConfig, {"model": tree}, faults, source=str(path)))
+        raise CheckpointError(f"{path}: has no {key}; export the checkpoint again")
+    apply_changes(run, changes_from_tree(RunConfig, {section: tree}, faults, source=str(path)))
     raise_faults(faults)
-    return run.model
+    return run
 
 
 def _family(config: dict[str, Any], known: dict[str, str], path: Path) -> str:

@@ -124,8 +124,8 @@ def export_huggingface(
         if layout == "croc":
             groups.append(_identity_norm(run, written))
             _write_code(staged)
-            config = croc_config(run.model, written, image.id)
-            for file, content in processor_configs(run.model.vision_tower).items():
+            config = croc_config(run, written, image.id)
+            for file, content in processor_configs(run).items():
                 _write_json(staged / file, content)
         else:
             config = release_config(run.model, written, _tower_name(run))

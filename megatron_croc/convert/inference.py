@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from megatron_croc.checkpoint.sharded import load_weights
 from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.config.run import RunConfig
+from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.exporting import read_run
 from megatron_croc.convert.importing import one_process
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.image_transform import ImageTransform
-from megatron_croc.errors import CheckpointError
 from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.ops.mixed_mask import MixedMask
@@ -96,37 +95,6 @@ def observe_megatron(checkpoint: Path, prompt: Prompt, dtype: torch.dtype) -> Ob
         logits=output.logits.float()[..., :vocab_size].reshape(-1, vocab_size),
         visual_embeddings=seen[0].float(),
     )
-
-
-def load_export(folder: Path, dtype: torch.dtype) -> Any:
-    """Our export as a transformers model; the code beside the weights is compared, never run.
-
-    Raises:
-        CheckpointError: transformers is not installed, the code differs from ours, or weights are
-            missing or extra (named).
-    """
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise CheckpointError(
-            "transformers is needed for this: pip install transformers"
-        ) from error
-    from megatron_croc.convert.remote_code import configuration_croc, modeling_croc
-
-    for module in (configuration_croc, modeling_croc):
-        ours = Path(str(module.__file__))
-        theirs = folder / ours.name
-        if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
-            raise CheckpointError(f"{theirs}: is not the code this program exports; export again")
-    logging.disable_progress_bar()
-    loaded: Any = modeling_croc.CrocForConditionalGeneration.from_pretrained(
-        folder, torch_dtype=dtype, output_loading_info=True
-    )
-    model, info = loaded
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[fault]:
-            raise CheckpointError(f"{folder}: {fault}: {', '.join(map(str, sorted(info[fault])))}")
-    return model.eval()
 
 
 @torch.no_grad()

@@ -150,9 +150,17 @@ def render_conversation(
     return TEMPLATES[template].render(rounds)
 
 
-def render_prompt(template: TemplateName, question: str) -> list[Part]:
-    """The parts before a first answer: what generation starts from."""
-    return TEMPLATES[template].render([(question, "")])
+def render_prompt(
+    template: TemplateName, question: str, *, history: Sequence[tuple[str, str]] = ()
+) -> list[Part]:
+    """The parts before an answer: what generation starts from.
+
+    Args:
+        template: its name.
+        question: what is to be answered.
+        history: questions and answers before it; `plain` has none, and its question is dropped.
+    """
+    return TEMPLATES[template].render([*history, (question, "")])
 
 
 def parts_as_text(parts: Sequence[Part], *, bos: str = "<s>", eos: str = "</s>") -> str:

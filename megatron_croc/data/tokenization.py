@@ -22,6 +22,7 @@ from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from megatron_croc.data.conversation import (
     BOS,
     EOS,
+    IM_END,
     TEMPLATES,
     Image,
     Part,
@@ -184,7 +185,9 @@ def _build_hf(path: Path, legacy: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        wrapper = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        wrapper = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
         backend = wrapper.backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
@@ -254,10 +257,33 @@ def tokenize_conversation(
     return _tokenize_parts(tokenizer, template, parts, sample_id)
 
 
-def tokenize_prompt(tokenizer: Tokenizer, template: TemplateName, question: str) -> np.ndarray:
-    """Ids a reply to `question` starts from, int64 [L]; IMAGE_TOKEN_INDEX once per image."""
-    parts = render_prompt(template, question)
+def tokenize_prompt(
+    tokenizer: Tokenizer,
+    template: TemplateName,
+    question: str,
+    *,
+    history: Sequence[tuple[str, str]] = (),
+) -> np.ndarray:
+    """Ids a reply to `question` starts from, int64 [L]; IMAGE_TOKEN_INDEX once per image.
+
+    They are the first L ids of a training sample with the same history, question and any answer.
+    """
+    parts = render_prompt(template, question, history=history)
     return _tokenize_parts(tokenizer, template, parts, "prompt").input_ids
+
+
+def stop_ids(tokenizer: Tokenizer, template: TemplateName) -> tuple[int, ...]:
+    """Ids that end an answer: what training puts behind it, and the tokenizer's own end.
+
+    Raises:
+        DataError: the tokenizer has none of them.
+    """
+    found = [tokenizer.special_ids[n] for n in (IM_END, EOS) if n in tokenizer.special_ids]
+    if template == "plain" and len(line_end := tokenizer.encode("\n", follows="text")) == 1:
+        found += line_end
+    if not found:
+        raise DataError(f"tokenizer {tokenizer.name} has no token that ends an answer")
+    return tuple(dict.fromkeys(found))
 
 
 def _tokenize_parts(

@@ -26,13 +26,15 @@ MIXTURES = (
 )
 
 Messages = list[dict[str, str]]
+Round = tuple[str, str, str]
+"""Question, answer, type of the question."""
 
 
 def short_caption(scene: Scene, rng: random.Random) -> Messages:
     """For pretrain_mlp: the objects by colour and shape."""
     names = [f"a {item.name}" for item in scene.objects]
     caption = f"{', '.join(names[:-1])} and {names[-1]}"
-    return _as_messages([(_with_mark(rng.choice(SHORT_REQUESTS), rng), caption)])
+    return _as_messages([(_with_mark(rng.choice(SHORT_REQUESTS), rng), caption, "caption")])
 
 
 def detailed_caption(scene: Scene, rng: random.Random) -> Messages:
@@ -41,14 +43,15 @@ def detailed_caption(scene: Scene, rng: random.Random) -> Messages:
     for item in scene.objects:
         sentences.append(f"A {item.size} {item.name} is {_where(item)}.")
     sentences.append(f"The background is {scene.background}.")
-    return _as_messages([(_with_mark(rng.choice(CAPTION_REQUESTS), rng), " ".join(sentences))])
+    request = _with_mark(rng.choice(CAPTION_REQUESTS), rng)
+    return _as_messages([(request, " ".join(sentences), "caption")])
 
 
 def questions(scene: Scene, rng: random.Random) -> Messages:
     """For finetune: two to four questions about one image."""
     kinds = rng.sample((_count_all, _count_shape, _colour, _position, _exists), rng.randint(2, 4))
     rounds = [kind(scene, rng) for kind in kinds]
-    rounds[0] = (_with_mark(rounds[0][0], rng), rounds[0][1])
+    rounds[0] = (_with_mark(rounds[0][0], rng), *rounds[0][1:])
     return _as_messages(rounds)
 
 
@@ -61,10 +64,11 @@ def comparison(first: Scene, second: Scene, rng: random.Random) -> Messages:
     item = rng.choice((first, second)[chosen].objects)
     return _as_messages(
         [
-            (f"{marks}Which picture has more objects?", more),
+            (f"{marks}Which picture has more objects?", more, "more of two"),
             (
                 f"Where is the {item.name} in the {_which(bool(chosen))} picture?",
                 _where(item),
+                "position in one of two",
             ),
         ]
     )
@@ -76,15 +80,16 @@ def text_only(rng: random.Random) -> Messages:
     for kind in rng.sample(range(3), 2):
         if kind == 0:
             number = rng.randrange(len(NUMBERS) - 1)
-            rounds.append((f"Which number follows {NUMBERS[number]}?", NUMBERS[number + 1]))
+            question = f"Which number follows {NUMBERS[number]}?"
+            rounds.append((question, NUMBERS[number + 1], "text: next number"))
         elif kind == 1:
             a, b, mixture = rng.choice(MIXTURES)
             a, b = rng.sample((a, b), 2)
-            rounds.append((f"Which colour do {a} and {b} make?", mixture))
+            rounds.append((f"Which colour do {a} and {b} make?", mixture, "text: mixture"))
         else:
             a, b = rng.sample(range(len(NUMBERS)), 2)
             question = f"Which number is larger, {NUMBERS[a]} or {NUMBERS[b]}?"
-            rounds.append((question, NUMBERS[max(a, b)]))
+            rounds.append((question, NUMBERS[max(a, b)], "text: larger number"))
     return _as_messages(rounds)
 
 
@@ -96,11 +101,15 @@ def _which(is_second: bool) -> str:
     return "second" if is_second else "first"
 
 
-def _as_messages(rounds: Sequence[tuple[str, str]]) -> Messages:
+def _as_messages(rounds: Sequence[Round]) -> Messages:
+    """LLaVA's messages; the question's type stands beside it, for reports."""
     return [
-        {"from": role, "value": value}
-        for question_and_answer in rounds
-        for role, value in zip(("human", "gpt"), question_and_answer, strict=True)
+        message
+        for question, answer, kind in rounds
+        for message in (
+            {"from": "human", "value": question, "type": kind},
+            {"from": "gpt", "value": answer},
+        )
     ]
 
 
@@ -111,29 +120,33 @@ def _with_mark(question: str, rng: random.Random) -> str:
     return f"{question}\n{IMAGE_MARK}"
 
 
-def _count_all(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    return "How many objects are there?", NUMBERS[len(scene.objects)]
+def _count_all(scene: Scene, rng: random.Random) -> Round:
+    return "How many objects are there?", NUMBERS[len(scene.objects)], "count"
 
 
-def _count_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _count_shape(scene: Scene, rng: random.Random) -> Round:
     shape = rng.choice(SHAPES)
     count = sum(item.shape == shape for item in scene.objects)
-    return f"How many of the objects have the shape of a {shape}?", NUMBERS[count]
+    return (
+        f"How many of the objects have the shape of a {shape}?",
+        NUMBERS[count],
+        "count of a shape",
+    )
 
 
-def _colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _colour(scene: Scene, rng: random.Random) -> Round:
     item = rng.choice(scene.objects)
-    return f"What colour is the object {_where(item)}?", item.colour
+    return f"What colour is the object {_where(item)}?", item.colour, "colour"
 
 
-def _position(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _position(scene: Scene, rng: random.Random) -> Round:
     item = rng.choice(scene.objects)
-    return f"Where is the {item.name}?", _where(item)
+    return f"Where is the {item.name}?", _where(item), "position"
 
 
-def _exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _exists(scene: Scene, rng: random.Random) -> Round:
     names = [item.name for item in scene.objects]
     absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in names]
     is_there = rng.random() < 0.5
     name = rng.choice(names if is_there else absent)
-    return f"Is there a {name}?", "yes" if is_there else "no"
+    return f"Is there a {name}?", "yes" if is_there else "no", "existence"

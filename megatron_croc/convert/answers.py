@@ -1,0 +1,123 @@
+"""How many answers are right, by type of question, and how many a model would get without looking.
+
+Right is an exact match, but for case, spaces and a full stop at the end. Chance is the best a model
+can do that only knows the type of the question: it always gives the type's most common answer. That
+answer is counted in the training data where it is given, else in the questions asked.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_croc.convert.generation import Answer
+from megatron_croc.convert.questions import Question
+from megatron_croc.data.shard_writer import write_atomically
+
+TOTAL = "all"
+"""Name of the last row: every question; its chance is that of knowing the type."""
+
+UNTYPED = "untyped"
+"""Name of the questions without a type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """One type of question."""
+
+    kind: str
+    num_questions: int
+    num_right: int
+    num_by_chance: int
+    """Questions whose true answer is the most common one."""
+
+    most_common: str | None
+    """That answer; None in the row of all types."""
+
+    counted_in: str
+    """`training` or `questions`: where the most common answer was counted."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.num_right / self.num_questions
+
+    @property
+    def chance(self) -> float:
+        """Share the most common answer would get."""
+        return self.num_by_chance / self.num_questions
+
+
+def normalise(text: str) -> str:
+    """What is compared."""
+    return " ".join(text.lower().split()).removesuffix(".").strip()
+
+
+def accuracy_by_type(
+    answers: Iterable[Answer], training: Sequence[Question] | None = None
+) -> list[Accuracy]:
+    """One row per type in alphabetical order, then one for all.
+
+    Args:
+        answers: those without a true answer are not counted.
+        training: questions with the answers that were trained on.
+    """
+    judged: dict[str, list[tuple[str, str]]] = {}
+    for answer in answers:
+        if answer.question.expected is not None:
+            pair = normalise(answer.question.expected), normalise(answer.text)
+            judged.setdefault(answer.question.kind or UNTYPED, []).append(pair)
+    counts: dict[str, Counter[str]] = {}
+    for question in training or ():
+        if question.expected is not None:
+            kind = question.kind or UNTYPED
+            counts.setdefault(kind, Counter())[normalise(question.expected)] += 1
+    rows = []
+    for kind, pairs in sorted(judged.items()):
+        known = counts.get(kind)
+        true = Counter(expected for expected, _ in pairs)
+        ((most_common, _),) = (known or true).most_common(1)
+        rows.append(
+            Accuracy(
+                kind=kind,
+                num_questions=len(pairs),
+                num_right=sum(expected == said for expected, said in pairs),
+                num_by_chance=true[most_common],
+                most_common=most_common,
+                counted_in="training" if known else "questions",
+            )
+        )
+    places = {row.counted_in for row in rows}
+    total = Accuracy(
+        kind=TOTAL,
+        num_questions=sum(row.num_questions for row in rows),
+        num_right=sum(row.num_right for row in rows),
+        num_by_chance=sum(row.num_by_chance for row in rows),
+        most_common=None,
+        counted_in=places.pop() if len(places) == 1 else "both",
+    )
+    return [*rows, total]
+
+
+def as_table(rows: Sequence[Accuracy]) -> Iterator[str]:
+    """For people."""
+    width = max(len("type"), *(len(row.kind) for row in rows))
+    yield f"{'type':<{width}}  questions   right  chance  most common answer"
+    for row in rows:
+        yield (
+            f"{row.kind:<{width}}  {row.num_questions:>9}  {row.accuracy:>6.1%}  {row.chance:>6.1%}"
+            f"  {row.most_common or ''}"
+        ).rstrip()
+    where = {
+        "training": "in the training data",
+        "questions": "in these very questions",
+        "both": "in the training data where it has the type, else in these very questions",
+    }[rows[-1].counted_in]
+    yield f"right: exact match. chance: always the type's most common answer, counted {where}"
+
+
+def write_report(path: Path, rows: Sequence[Accuracy]) -> None:
+    """A JSON list, a row each."""
+    records = [asdict(row) | {"accuracy": row.accuracy, "chance": row.chance} for row in rows]
+    write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())

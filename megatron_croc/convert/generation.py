@@ -1,0 +1,302 @@
+"""Answers from a trained model: an export in transformers, from an export or any checkpoint.
+
+    checkpoint --export--> temporary folder --+
+    export ------------------------------------+--> Generator.answer(questions) -> Answer, ...
+
+Prompts are made by the code that makes training samples, so a prompt's ids are the first ids of the
+sample it would be in training. Rows of a batch are padded on the left and do not see each other.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_croc.config.data import DataConfig
+from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
+from megatron_croc.convert.export_loader import load_export
+from megatron_croc.convert.questions import Question
+from megatron_croc.convert.tensor_files import read_json
+from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
+from megatron_croc.data.image_transform import ImageError, ImageTransform
+from megatron_croc.data.tokenization import (
+    Tokenizer,
+    build_tokenizer,
+    check_tokenizer,
+    stop_ids,
+    tokenize_prompt,
+)
+from megatron_croc.errors import CheckpointError, ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0: the most likely token."""
+
+    top_p: float = 1.0
+    """Choose among the most likely tokens that together have this probability."""
+
+    top_k: int = 0
+    """Choose among this many tokens; 0: all."""
+
+    seed: int = 1234
+    use_cache: bool = True
+    """Keep keys and values of earlier tokens; without it every token is computed again."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        faults = {
+            f"max_new_tokens={self.max_new_tokens}: must be positive": self.max_new_tokens < 1,
+            f"temperature={self.temperature}: must not be negative": not self.temperature >= 0,
+            f"top_p={self.top_p}: must be above 0 and at most 1": not 0 < self.top_p <= 1,
+            f"top_k={self.top_k}: must not be negative": self.top_k < 0,
+            "top_p and top_k need a temperature above 0; it is 0, which takes the most likely "
+            "token": self.temperature == 0 and (self.top_p < 1 or self.top_k > 0),
+        }
+        for fault, is_true in faults.items():
+            if is_true:
+                raise ConfigError(fault)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said."""
+
+    question: Question
+    text: str
+    ids: tuple[int, ...]
+    """Generated ids, the one that ended the answer included."""
+
+    is_finished: bool
+    """False: cut off at max_new_tokens."""
+
+
+class Generator:
+    """A loaded model with its tokenizer and image processing."""
+
+    def __init__(
+        self, model: Any, folder: Path, data: DataConfig, tokenizer: Tokenizer, device: torch.device
+    ) -> None:
+        """Args: model: load_export(folder). data: how prompts are made. device: to compute on."""
+        from transformers import GenerationConfig
+
+        self.model = model.to(device)
+        self.model.generation_config = GenerationConfig()
+        self.device, self.tokenizer, self.template = (
+            device,
+            tokenizer,
+            data.conversation_template,
+        )
+        settings = read_export(folder)
+        self.vision, llm = settings.vision_tower, settings.language_model
+        self.max_length = int(llm.max_position_embeddings * llm.rope_scaling_factor)
+        check_tokenizer(tokenizer, self.template, self._num_rows())
+        self.transform = ImageTransform.build(self.vision, data.image_aspect_ratio)
+        self.stop_ids = stop_ids(tokenizer, self.template)
+        # Rows of the table that are no words, and the mark of an image, are never answers.
+        no_words = range(min(tokenizer.size, llm.vocab_size), self._num_rows())
+        self.no_words = sorted({*no_words, model.config.image_token_id})
+
+    def _num_rows(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def prompt_ids(self, question: Question) -> np.ndarray:
+        """int64 [L], IMAGE_TOKEN_INDEX at every visual token.
+
+        Raises:
+            DataError: longer than the model's context.
+        """
+        if self.template == "plain" and question.history:
+            raise DataError(
+                f"question {question.question_id}: the model was trained with template plain, "
+                "which has captions of one round only"
+            )
+        ids = tokenize_prompt(
+            self.tokenizer, self.template, question.text, history=question.history
+        )
+        repeats = np.where(ids == IMAGE_TOKEN_INDEX, self.vision.num_visual_tokens, 1)
+        return np.repeat(ids, repeats)
+
+    def check(self, questions: Sequence[Question], sampling: Sampling) -> None:
+        """Refuse questions that do not fit the model's context, before any is answered.
+
+        Raises:
+            DataError: names the first.
+        """
+        for question in questions:
+            length = len(self.prompt_ids(question)) + sampling.max_new_tokens
+            if length > self.max_length:
+                raise DataError(
+                    f"question {question.question_id}: its prompt and max_new_tokens="
+                    f"{sampling.max_new_tokens} are {length} tokens, the model's context has "
+                    f"{self.max_length}: shorten one of them"
+                )
+
+    def answer(
+        self, questions: Sequence[Question], sampling: Sampling, *, batch_size: int = 1
+    ) -> Iterator[Answer]:
+        """Answer in order, a batch at a time.
+
+        Draws depend on seed and place of the batch alone; another batch size draws other tokens.
+
+        Raises:
+            DataError: an image does not decode.
+        """
+        for first in range(0, len(questions), batch_size):
+            yield from self._batch(questions[first : first + batch_size], sampling, first)
+
+    @torch.no_grad()
+    def _batch(self, questions: Sequence[Question], sampling: Sampling, first: int) -> list[Answer]:
+        inputs = self.inputs(questions)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(sampling.seed + first)
+            rows = self.model.generate(**inputs, generation_config=self._config(sampling))
+        new = rows[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._answer(q, row) for q, row in zip(questions, new, strict=True)]
+
+    def inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """input_ids and attention_mask int64 [B, L], padded on the left, and pixel_values."""
+        prompts = [self.prompt_ids(question) for question in questions]
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), self.stop_ids[0], dtype=torch.int64)
+        seen = torch.zeros_like(ids)
+        for row, mask, prompt in zip(ids, seen, prompts, strict=True):
+            row[length - len(prompt) :] = torch.from_numpy(prompt)
+            mask[length - len(prompt) :] = 1
+        ids[ids == IMAGE_TOKEN_INDEX] = self.model.config.image_token_id
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": seen.to(self.device)}
+        pixels = [self._decode(q, path) for q in questions for path in q.images]
+        if pixels:
+            mean, std = (
+                torch.tensor(values).view(3, 1, 1)
+                for values in (self.vision.image_mean, self.vision.image_std)
+            )
+            normal = (torch.stack(pixels).float() / 255.0 - mean) / std
+            inputs["pixel_values"] = normal.to(self.device, self.model.dtype)
+        return inputs
+
+    def _decode(self, question: Question, path: Path) -> Tensor:
+        try:
+            return self.transform.decode_with_pil(path.read_bytes())
+        except (OSError, ImageError) as error:
+            raise DataError(
+                f"question {question.question_id}: image {path} does not decode: {error}"
+            ) from error
+
+    def _config(self, sampling: Sampling) -> Any:
+        """All of it from `sampling`; the folder's own defaults were dropped in __init__."""
+        from transformers import GenerationConfig
+
+        chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            chosen |= dict(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+            )
+        return GenerationConfig(
+            **chosen,
+            max_new_tokens=sampling.max_new_tokens,
+            use_cache=sampling.use_cache,
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.stop_ids[0],
+            suppress_tokens=self.no_words,
+        )
+
+    def _answer(self, question: Question, row: list[int]) -> Answer:
+        """Cut off what stands behind the end of the answer."""
+        end = next((place for place, token in enumerate(row) if token in self.stop_ids), None)
+        ids = row if end is None else row[: end + 1]
+        said = row if end is None else row[:end]
+        return Answer(
+            question=question,
+            text=self.tokenizer.decode(said).strip(),
+            ids=tuple(ids),
+            is_finished=end is not None,
+        )
+
+
+@contextmanager
+def open_generator(
+    folder: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[Generator]:
+    """Load a model to ask.
+
+    Args:
+        folder: an export, a checkpoint, or a folder of checkpoints (the latest is taken).
+        tokenizer: SentencePiece file or Hugging Face directory; None: the export's own, or the one
+            the run was trained with.
+        dtype: to compute in; None: as stored.
+        device: None: the accelerator, where there is one.
+        trust_remote_code: run the code beside an export's weights although it is not ours.
+
+    Raises:
+        CheckpointError: nothing that can be asked is there.
+        DataError: no tokenizer.
+    """
+    place = torch.device(device) if device is not None else _default_device()
+    with _as_export(folder, tokenizer) as export:
+        data = read_conversation(export)
+        words = _open_tokenizer(export, data, tokenizer)
+        model = load_export(export, dtype, trust_remote_code=trust_remote_code)
+        generator = Generator(model, export, data, words, place)
+    yield generator
+
+
+def _default_device() -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+@contextmanager
+def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
+    """The folder itself, or an export of the checkpoint in it that is removed again."""
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind == EXPORT:
+            yield folder
+            return
+        what = "a release" if kind in RELEASES else f"model_type {kind!r}"
+        raise CheckpointError(
+            f"{folder}: is {what}, not an export of this program; import it first: "
+            f"python -m megatron_croc.cli.convert import --from-hf {folder} --save START"
+        )
+    from megatron_croc.convert.exporting import export_huggingface, find_checkpoint, read_run
+
+    checkpoint = find_checkpoint(folder)
+    if tokenizer is None:
+        named = read_run(checkpoint).data.tokenizer_model
+        if named is None or not Path(named).exists():
+            raise DataError(
+                f"{checkpoint}: its tokenizer ({named}) is not there; say where it is with "
+                "--tokenizer"
+            )
+        tokenizer = Path(named)
+    with tempfile.TemporaryDirectory(prefix="croc-export-") as temporary:
+        export = Path(temporary) / "hf"
+        export_huggingface(checkpoint, export, tokenizer=tokenizer)
+        yield export
+
+
+def _open_tokenizer(export: Path, data: DataConfig, given: Path | None) -> Tokenizer:
+    """The tokenizer training used, from where it was given or from the export."""
+    source = export if given is None else given
+    if data.tokenizer_type == "SentencePieceTokenizer" and source.is_dir():
+        source = source / "tokenizer.model"
+    if not source.exists():
+        raise DataError(f"{export}: has no tokenizer; give one with --tokenizer")
+    return build_tokenizer(data.tokenizer_type, str(source))

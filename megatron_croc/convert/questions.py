@@ -1,0 +1,166 @@
+"""Questions to put to a model: from the command line, a questions file or LLaVA's training JSON.
+
+    {"question_id": 7, "image": "a.jpg", "text": "What is this?"}                  a JSON line
+    {"id": "a", "image": ["a.jpg", "b.jpg"], "conversations": [human, gpt, ...]}    LLaVA's record
+
+A record of several rounds becomes as many questions; each has the true answers before it as its
+history, as in training. "type" beside a text (or in the record) says what kind of question it is.
+Every fault is found before a model is loaded.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.conversation import IMAGE_MARK, check_conversation
+from megatron_croc.data.image_transform import ImageError, read_header
+from megatron_croc.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question, and what is known about it."""
+
+    question_id: str | int
+    text: str
+    """With one IMAGE_MARK per image that no earlier round has."""
+
+    images: tuple[Path, ...] = ()
+    """Of the whole conversation, in the order of their marks."""
+
+    history: tuple[tuple[str, str], ...] = ()
+    """Questions and answers before it."""
+
+    expected: str | None = None
+    """The true answer, where the input has one."""
+
+    kind: str | None = None
+    """Its "type"."""
+
+
+def ask(text: str, images: list[Path], *, question_id: str | int = 0) -> Question:
+    """A question about some images; without marks in the text they stand before it.
+
+    Raises:
+        DataError: another number of marks than images, or an image that cannot be read.
+    """
+    for image in images:
+        _check_image(image, question_id)
+    return _place(text, images, question_id)
+
+
+def _place(text: str, images: list[Path], question_id: str | int) -> Question:
+    marks = text.count(IMAGE_MARK)
+    if marks == 0:
+        text = f"{IMAGE_MARK}\n" * len(images) + text
+    elif marks != len(images):
+        raise DataError(
+            f"question {question_id}: {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)"
+        )
+    return Question(question_id=question_id, text=text, images=tuple(images))
+
+
+def read_questions(
+    path: Path, image_folder: Path | None = None, *, opens_images: bool = True
+) -> list[Question]:
+    """Read a file of questions.
+
+    Args:
+        path: JSON lines of questions, or a JSON list of records.
+        image_folder: where image names are looked up; None: beside the file.
+        opens_images: see that every image is there and is one; without it nothing is asked.
+
+    Raises:
+        DataError: names the line or record that cannot be asked, and what is wrong with it.
+    """
+    folder = path.parent if image_folder is None else image_folder
+    questions: list[Question] = []
+    for place, record in _records(path):
+        try:
+            asked = list(_questions(record, folder, place))
+            for image in dict.fromkeys(i for q in asked for i in q.images if opens_images):
+                _check_image(image, asked[0].question_id)
+            questions += asked
+        except BadSampleError as error:
+            raise DataError(f"{path}, {place}: {error.reason}") from error
+        except DataError as error:
+            raise DataError(f"{path}, {place}: {error}") from error
+    if not questions:
+        raise DataError(f"{path}: has no question")
+    return questions
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a JSON list or of JSON lines."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise DataError(f"questions {path} cannot be read: {reason}") from error
+    if content.lstrip().startswith("["):
+        try:
+            records = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from error
+        yield from ((f"record {number}", record) for number, record in enumerate(records))
+        return
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: is not valid JSON: {error}") from error
+
+
+def _questions(record: Any, folder: Path, place: str) -> Iterator[Question]:
+    if not isinstance(record, dict):
+        raise DataError(f"must be a JSON object, got {record!r:.60}")
+    image = record.get("image") or []
+    names = [image] if isinstance(image, str) else image
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f'"image" must be a name or names, got {image!r:.60}')
+    images = [folder / name for name in names]
+    name = record.get("question_id", record.get("id"))
+    name = name if isinstance(name, str | int) else place
+    if "conversations" in record:
+        yield from _rounds(record, images, name)
+        return
+    if not isinstance(record.get("text"), str) or not record["text"].strip():
+        raise DataError('has neither "text" nor "conversations"')
+    question = _place(record["text"], images, name)
+    known = {"expected": record.get("answer"), "kind": record.get("type")}
+    yield Question(**{**vars(question), **known})
+
+
+def _rounds(record: dict, images: list[Path], name: str | int) -> Iterator[Question]:
+    """One question per round, and the rounds before it."""
+    messages = record["conversations"]
+    check_conversation(messages, num_images=len(images), sample_id=str(name))
+    rounds = [
+        (human["value"], gpt["value"], human.get("type", record.get("type")))
+        for human, gpt in zip(messages[::2], messages[1::2], strict=True)
+    ]
+    seen = 0
+    for number, (text, answer, kind) in enumerate(rounds):
+        seen += text.count(IMAGE_MARK)
+        yield Question(
+            question_id=f"{name}/{number}" if len(rounds) > 1 else name,
+            text=text,
+            images=tuple(images[:seen]),
+            history=tuple((before, its_answer) for before, its_answer, _ in rounds[:number]),
+            expected=answer,
+            kind=kind,
+        )
+
+
+def _check_image(image: Path, name: str | int) -> None:
+    try:
+        read_header(image.read_bytes())
+    except OSError as error:
+        raise DataError(f"question {name}: image {image}: {error.strerror}") from error
+    except ImageError as error:
+        raise DataError(f"question {name}: image {image}: {error}") from error
