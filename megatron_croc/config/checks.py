@@ -64,6 +64,7 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
             yield f"{name}={value}: must be positive"
     for name, value in {
         "eval_interval": training.eval_interval,
+        "eval_answers_iters": training.eval_answers_iters,
         "num_workers": run.data.num_workers,
     }.items():
         if value < 0:
@@ -72,6 +73,16 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         yield (
             f"eval_interval={training.eval_interval} without valid_data_path: "
             "give shards to validate on, or set eval_interval to 0"
+        )
+    if training.eval_answers_iters > 0 and training.eval_interval == 0:
+        yield (
+            f"eval_answers_iters={training.eval_answers_iters} without validation: set "
+            "eval_interval, or eval_answers_iters to 0"
+        )
+    if training.eval_answers_iters > 0 and run.reconstructs:
+        yield (
+            f"eval_answers_iters={training.eval_answers_iters} with stage={run.stage}, whose model "
+            "replaces visual tokens: check answers in finetune, or with megatron_croc.cli.generate"
         )
     stages = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     if (
@@ -217,6 +228,7 @@ def _missing_inputs(run: RunConfig) -> Iterator[str]:
     for name, folders in {
         "data_path": data.data_path,
         "valid_data_path": data.valid_data_path,
+        "eval_answers_data_path": data.eval_answers_data_path,
     }.items():
         for folder in folders:
             if not Path(folder).is_dir():

@@ -16,6 +16,9 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = ()
     """Folders of shards the validation loss is computed on; empty: no validation."""
 
+    eval_answers_data_path: tuple[str, ...] = ()
+    """Folders of shards with the answers to check; empty: those of valid_data_path."""
+
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = (
         "SentencePieceTokenizer"
     )

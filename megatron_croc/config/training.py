@@ -75,6 +75,10 @@ class TrainingConfig:
     eval_iters: int = 10
     """Global batches of one validation; always the same samples."""
 
+    eval_answers_iters: int = 0
+    """Global batches whose answers are checked at each validation: how many would the model give
+    word for word (most likely token, causal mask, as an export does); 0: none."""
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:

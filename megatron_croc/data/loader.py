@@ -174,6 +174,8 @@ def check_data(run: RunConfig) -> None:
     folders = [run.data.data_path]
     if run.training.eval_interval:
         folders.append(run.data.valid_data_path)
+        if run.data.eval_answers_data_path:
+            folders.append(run.data.eval_answers_data_path)
     for data_path in folders:
         BatchBuilder(
             run=run,

@@ -1,8 +1,9 @@
 """Validation: the same held-out samples every time, without dropout or update."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from megatron_croc.data.loader import build_valid_loader
+from megatron_croc.training.answers import check_answers
 from megatron_croc.training.build import Trainer
 from megatron_croc.training.feeder import open_feeder
 from megatron_croc.training.metrics import StepMetrics
@@ -11,13 +12,19 @@ _AVERAGED = ("text_loss", "reconstruction_loss", "loss")
 
 
 def evaluate(trainer: Trainer) -> StepMetrics:
-    """Mean of `eval_iters` global batches' losses; counts are summed."""
+    """Mean of `eval_iters` global batches' losses, counts summed; and the answers, if asked for."""
     run = trainer.run
     steps: list[StepMetrics] = []
     with open_feeder(run, trainer.pg_collection, build_valid_loader) as feeder:
         for _ in range(run.training.eval_iters):
             steps.append(trainer.stepper.evaluate(feeder.next_step()))
-    return _combine(steps)
+    metrics = _combine(steps)
+    if run.training.eval_answers_iters:
+        counts = check_answers(trainer)
+        metrics = replace(
+            metrics, num_answers=counts.num_answers, num_answers_right=counts.num_right
+        )
+    return metrics
 
 
 def _combine(steps: list[StepMetrics]) -> StepMetrics:

@@ -64,6 +64,12 @@ class StepMetrics:
     matching_sample: MatchingSample | None = field(default=None, repr=False, compare=False)
     """An image this rank matched in this step, if any; the only field that differs by rank."""
 
+    num_answers: int | None = None
+    """Held-out answers that were checked; None where none were."""
+
+    num_answers_right: int | None = None
+    """Those the model would give word for word."""
+
     grad_norm: float | None = None
     """Norm of the whole gradient before clipping; None in validation."""
 

@@ -80,6 +80,9 @@ class Reporter:
             "valid_text_loss": metrics.text_loss,
             "valid_reconstruction_loss": metrics.reconstruction_loss,
         }
+        if metrics.num_answers and metrics.num_answers_right is not None:
+            row["valid_answers_right"] = metrics.num_answers_right / metrics.num_answers
+            row["valid_num_answers"] = metrics.num_answers
         self._write(iteration, row)
 
     def restart_clock(self) -> None:
@@ -195,6 +198,7 @@ _SHOWN = {
     "valid_loss": "validation: loss {:.4f}",
     "valid_text_loss": "text {:.4f}",
     "valid_reconstruction_loss": "reconstruction {:.5f}",
+    "valid_answers_right": "answers right {:.1%}",
     "grad_norm": "grad norm {:.3f}",
     "pool_usage": "pool used {:.0%}",
     "matching_share": "matched {:.1%}",

@@ -1,0 +1,164 @@
+"""Which held-out answers would the model give by itself? One forward pass tells, at any layout.
+
+Generation that always takes the most likely token gives an answer word for word exactly when, with
+the true answer as input, the most likely token is the right one at each of its positions: the first
+token depends on the prompt alone, the second on the prompt and a right first one, and so on. So
+nothing is generated here, and every round of a conversation is checked at once.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.answer_spans import AnswerFinder
+from megatron_croc.data.batch import Batch
+from megatron_croc.data.batch_builder import row_multiple
+from megatron_croc.data.loader import MicroBatchLoader
+from megatron_croc.data.tokenization import build_tokenizer
+from megatron_croc.model.croc_model import ModelInputs, ModelOutput
+from megatron_croc.parallel.context import gather_sequence
+from megatron_croc.parallel.device import current_device
+from megatron_croc.training.build import Trainer
+from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.step import to_model_inputs
+
+Spans = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerCounts:
+    """Over all ranks; equal on each."""
+
+    num_answers: int
+    num_right: int
+
+
+def check_answers(trainer: Trainer) -> AnswerCounts:
+    """Check the answers of `eval_answers_iters` global batches, always the same ones."""
+    run, pg = _as_at_inference(trainer.run), trainer.pg_collection
+    tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
+    finder = AnswerFinder(tokenizer, run.data.conversation_template)
+    counts = torch.zeros(2, dtype=torch.float64, device=current_device())
+    for chunk in trainer.chunks:
+        chunk.eval()
+    with open_feeder(run, pg, _build_loader) as feeder:
+        for _ in range(run.training.eval_answers_iters):
+            batches = feeder.next_step()
+            counts += _count(trainer, batches, finder, tokenizer.size)
+    if pg.tp.rank() or pg.cp.rank():
+        counts.zero_()  # every rank of a replica's last stage has counted the same answers
+    dist.all_reduce(counts)
+    num_answers, num_right = (int(count) for count in counts.tolist())
+    return AnswerCounts(num_answers=num_answers, num_right=num_right)
+
+
+def _as_at_inference(run: RunConfig) -> RunConfig:
+    """Causal, as every export is."""
+    run = copy.deepcopy(run)
+    run.model.attention_mask_type = "causal"
+    return run
+
+
+def _build_loader(run: RunConfig, *, dp_rank: int, dp_size: int) -> MicroBatchLoader:
+    """Always from the first sample, in stored order."""
+    return MicroBatchLoader(
+        run=run,
+        data_path=run.data.eval_answers_data_path or run.data.valid_data_path,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        consumed_samples=0,
+        pad_to_multiple_of=row_multiple(run.parallel),
+        seed=run.training.seed,
+        shuffle=False,
+    )
+
+
+@torch.no_grad()
+def _count(trainer: Trainer, batches: list[Batch], finder: AnswerFinder, num_words: int) -> Tensor:
+    """[answers, right ones] of a global batch; zeros except on the last stage."""
+    step = partial(_forward_step, finder=finder, num_words=num_words, pg=trainer.pg_collection)
+    iterators = [iter(batches) for _ in trainer.chunks]
+    schedule = get_forward_backward_func()
+    counted = schedule(
+        forward_step_func=step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=trainer.chunks if len(trainer.chunks) > 1 else trainer.chunks[0],
+        num_microbatches=len(batches),
+        seq_length=trainer.run.data.seq_length,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    start = torch.zeros(2, dtype=torch.float64, device=current_device())
+    return sum((part["counts"] for part in counted), start=start)
+
+
+def _forward_step(
+    iterator: Iterator[Batch],
+    chunk: nn.Module,
+    *,
+    finder: AnswerFinder,
+    num_words: int,
+    pg: ProcessGroupCollection,
+) -> tuple[Tensor | ModelOutput, partial]:
+    """What megatron's schedule calls; without labels the last stage returns logits."""
+    batch = next(iterator)
+    inputs = to_model_inputs(batch)
+    output = chunk(ModelInputs(**{**vars(inputs), "labels": None}))
+    return output, partial(_judge, batch=batch, finder=finder, num_words=num_words, pg=pg)
+
+
+def _judge(
+    output: ModelOutput,
+    *,
+    batch: Batch,
+    finder: AnswerFinder,
+    num_words: int,
+    pg: ProcessGroupCollection,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A loss of nothing, as the schedule wants one, and the counts."""
+    assert output.logits is not None
+    likely = gather_sequence(most_likely(output.logits, num_words, pg.tp), pg.cp)
+    is_right = (likely.cpu() == batch.labels).numpy()
+    spans = finder.find(
+        batch.input_ids.numpy(), batch.labels.numpy(), batch.mixed_mask.cu_seqlens.numpy()
+    )
+    right = sum(bool(is_right[begin:end].all()) for begin, end in spans)
+    counts = torch.tensor([len(spans), right], dtype=torch.float64, device=current_device())
+    nothing = torch.zeros((), device=current_device())
+    return nothing, torch.zeros((), dtype=torch.int), {"counts": counts}
+
+
+def most_likely(logits: Tensor, num_words: int, tp: dist.ProcessGroup) -> Tensor:
+    """The id with the largest logit, the lowest of equals.
+
+    Args:
+        logits: [T, V / TP], this rank's part of the vocabulary.
+        num_words: ids from here on are no words of the tokenizer, and never chosen.
+        tp: tensor-parallel group.
+
+    Returns:
+        int64 [T], the same on every rank.
+    """
+    first = tp.rank() * logits.shape[-1]
+    logits = logits.float()
+    if num_words < first + logits.shape[-1]:
+        logits = logits.clone()
+        logits[:, max(num_words - first, 0) :] = -torch.inf
+    value, index = logits.max(dim=-1)
+    values = [torch.empty_like(value) for _ in range(tp.size())]
+    indices = [torch.empty_like(index) for _ in range(tp.size())]
+    dist.all_gather(values, value, group=tp)
+    dist.all_gather(indices, index + first, group=tp)
+    best, chosen = values[0], indices[0]
+    for value, index in zip(values[1:], indices[1:], strict=True):
+        chosen = torch.where(value > best, index, chosen)
+        best = torch.maximum(value, best)
+    return chosen

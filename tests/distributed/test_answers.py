@@ -1,0 +1,129 @@
+"""Answers checked while training are those the export gives, at every layout; and who says so.
+
+A small model learns a few answers by heart and others not. What it then generates in transformers,
+token by token, is the truth that one forward pass of the live model must agree with.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.demo import write_demo
+from tests.support.distributed import run_distributed
+from tests.support.synthetic import tiny_run
+
+NUM_SAMPLES = 16
+STEPS = 80
+LAYOUTS = {
+    "tp2": (2, dict(tensor_model_parallel_size=2)),
+    "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp2": (2, dict(pipeline_model_parallel_size=2)),
+    "pp2 vpp2": (
+        2,
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
+    "cp2": (2, dict(context_parallel_size=2)),
+    "dp2": (2, {}),
+    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
+def run_of(demo: Path, save: Path, **changes: object):
+    return tiny_run(
+        "finetune",
+        vocab_size=520,  # more than the tokenizer's 512, and no multiple of anything large
+        data_path=(str(demo / "finetune"),),
+        valid_data_path=(str(demo / "finetune"),),
+        tokenizer_model=str(demo / "tokenizer.model"),
+        image_decoder="pil",
+        num_workers=0,
+        seq_length=512,
+        train_iters=STEPS,
+        global_batch_size=8,
+        micro_batch_size=4,
+        lr=5e-3,
+        projector_lr=5e-3,
+        eval_interval=STEPS,
+        eval_iters=1,
+        eval_answers_iters=NUM_SAMPLES // 8,
+        save=str(save),
+        save_interval=STEPS,
+        log_interval=STEPS,
+        **changes,
+    )
+
+
+def train_small(demo: Path, save: Path, changes: dict) -> None:
+    from megatron_croc.training.loop import train
+
+    train(run_of(demo, save, **changes))
+
+
+def count_answers(demo: Path, checkpoint: Path, changes: dict) -> tuple[int, int]:
+    """(answers, right) as validation counts them, on every rank."""
+    from megatron_croc.parallel.groups import start_distributed
+    from megatron_croc.training.answers import check_answers
+    from megatron_croc.training.build import build_trainer
+
+    run = run_of(demo, checkpoint, **changes)
+    run.checkpoint.save, run.checkpoint.pretrained_checkpoint = None, str(checkpoint)
+    pg = start_distributed(run.parallel, seed=1)
+    counts = check_answers(build_trainer(run, pg, train_iters=1))
+    return counts.num_answers, counts.num_right
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    return write_demo(tmp_path_factory.mktemp("demo"), ("finetune",))
+
+
+@pytest.fixture(scope="module")
+def trained(demo: Path, tmp_path_factory) -> Path:
+    """Trained and saved at tensor parallel 2."""
+    save = tmp_path_factory.mktemp("run") / "save"
+    run_distributed(train_small, 2, demo, save, dict(tensor_model_parallel_size=2))
+    return save
+
+
+@pytest.fixture(scope="module")
+def generated(demo: Path, trained: Path) -> list:
+    """Answers of transformers to the first samples' questions."""
+    from megatron_croc.convert.generation import Sampling, open_generator
+    from megatron_croc.convert.questions import read_questions
+
+    questions = read_questions(demo / "finetune.json", demo / "images")
+    wanted = {f"finetune-{index}" for index in range(NUM_SAMPLES)}
+    questions = [q for q in questions if str(q.question_id).split("/")[0] in wanted]
+    with open_generator(trained) as generator:
+        return list(generator.answer(questions, Sampling(max_new_tokens=24), batch_size=8))
+
+
+def as_trained(demo: Path, answer) -> tuple[int, ...]:
+    """The ids training has for the true answer, its end included."""
+    from megatron_croc.data.tokenization import build_tokenizer
+
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(demo / "tokenizer.model"))
+    assert tokenizer.eos_id is not None
+    said = tokenizer.encode(" " + answer.question.expected, follows="text")
+    return (*said, tokenizer.eos_id)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_validation_agrees_with_generation(layout, demo: Path, trained: Path, generated: list):
+    right = sum(answer.ids == as_trained(demo, answer) for answer in generated)
+    assert 0 < right < len(generated), "the test says nothing"
+    world_size, changes = LAYOUTS[layout]
+    seen = run_distributed(count_answers, world_size, demo, trained, changes)
+    assert seen == [(len(generated), right)] * world_size
+
+
+@pytest.mark.distributed
+def test_training_logs_them(trained: Path, demo: Path, generated: list):
+    import json
+
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "valid_loss" in row]
+    right = sum(answer.ids == as_trained(demo, answer) for answer in generated)
+    assert row["valid_num_answers"] == len(generated)
+    assert row["valid_answers_right"] == right / len(generated)
