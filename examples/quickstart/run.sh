@@ -33,5 +33,11 @@ train pretrain_croc --train-iters 100 --tensor-model-parallel-size 2 \
 train finetune --train-iters 100 --pipeline-model-parallel-size 2 \
     --pretrained-checkpoint "$OUT/pretrain_croc"
 
-# 3. What happened, in pictures.
+# 3. What it answers to held-out questions, by type, and what mere guessing would get.
+python -m megatron_croc.cli.generate --model "$OUT/finetune" --tokenizer "$DEMO/tokenizer.model" \
+    --input "$DEMO/valid_finetune.json" --image-folder "$DEMO/images" --batch-size 32 \
+    --max-new-tokens 16 --output "$OUT/finetune/answers.jsonl" \
+    --report "$OUT/finetune/accuracy.json" --baseline "$DEMO/finetune.json"
+
+# 4. What happened, in pictures.
 python tools/report.py "$OUT"

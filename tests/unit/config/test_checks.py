@@ -93,6 +93,8 @@ IMPOSSIBLE = [
     ("--optimizer-offload-fraction 0", 1, "optimizer_offload_fraction=0.0"),
     ("--no-use-distributed-optimizer", 1, "use_distributed_optimizer=False"),
     ("--eval-interval 5", 1, "eval_interval=5 without valid_data_path"),
+    ("--eval-answers-iters 2", 1, "eval_answers_iters=2 without validation"),
+    ("--eval-answers-iters 2", 1, "eval_answers_iters=2 with stage=pretrain_croc"),
     ("--train-iters 0", 1, "train_iters=0"),
     ("--train-epochs 0", 1, "train_epochs=0.0"),
     ("--num-workers -1", 1, "num_workers=-1"),

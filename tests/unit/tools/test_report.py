@@ -102,6 +102,19 @@ def test_curves_are_drawn_and_the_page_stands_on_its_own(report: ModuleType, tmp
     assert "http" not in content.replace("data:image/png;base64", "").split("<img")[0]
 
 
+def test_accuracy_is_shown_where_questions_were_asked(report: ModuleType, tmp_path: Path):
+    folder = write_stage(tmp_path, "finetune")
+    stage = report.load_stage(tmp_path, "finetune")
+    assert report.answer_sections([stage]) == []
+    row = {"kind": "colour", "num_questions": 4, "accuracy": 0.5, "chance": 0.25}
+    (folder / "accuracy.json").write_text(json.dumps([row | {"most_common": "red"}]))
+    (section,) = report.answer_sections([stage])
+    assert section.tables[0][1] == ["colour", "4", "50.0%", "25.0%", "red"]
+    (folder / "accuracy.json").write_text("[{}]")
+    with pytest.raises(DataError, match="no report of accuracy"):
+        report.answer_sections([stage])
+
+
 def test_parts_with_one_learning_rate_share_a_line(report: ModuleType, tmp_path: Path):
     write_stage(tmp_path, "pretrain_croc")
     stage = report.load_stage(tmp_path, "pretrain_croc")

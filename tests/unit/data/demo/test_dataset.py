@@ -128,6 +128,15 @@ def test_answers_follow_from_the_scene():
                 assert answer["value"] == colour
 
 
+def test_every_question_says_what_kind_it_is():
+    scene = sample_scene(1, 0)
+    messages = demo_text.questions(scene, random.Random(0))
+    messages += demo_text.comparison(scene, scene, random.Random(0))
+    messages += demo_text.text_only(random.Random(0))
+    assert all(message["type"] for message in messages[::2])
+    assert not any("type" in message for message in messages[1::2])
+
+
 def test_too_few_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="num_images = 3"):
         list(write_images(tmp_path, 3, seed=1, num_workers=1))
