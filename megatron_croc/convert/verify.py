@@ -18,8 +18,13 @@ from megatron_croc.data.conversation import IMAGE_MARK
 from megatron_croc.data.tokenization import build_tokenizer, tokenize_prompt
 from megatron_croc.errors import CheckpointError
 
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.5}
-"""Largest difference of a logit taken for rounding; in bf16 the most likely tokens say more."""
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+"""Largest difference of a logit taken for rounding, in standard deviations of the logits.
+
+Measured on 25 random models, four small ones of each family in tests/unit/convert/families.py and
+one of 16 layers of 512: at most 5e-6 in float32, and 0.06 to 0.12 in bfloat16, where transformers'
+own bfloat16 is 0.06 to 0.15 from its float32. The bound in bfloat16 is twice the largest.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class VerifyReport:
 
     num_positions: int
     bound: float
+    """For largest_difference: that of BOUNDS times the logits' standard deviation."""
 
     @property
     def passed(self) -> bool:
@@ -58,7 +64,7 @@ class VerifyReport:
         yield f"length of visual tokens          megatron-core {low:.6f} .. {high:.6f}"
         yield f"                                 transformers  {their_low:.6f} .. {their_high:.6f}"
         verdict = "PASSED" if self.passed else "FAILED"
-        yield f"{verdict}: the bound is {self.bound:g}"
+        yield f"{verdict}: the bound is {self.bound:.3g}"
 
 
 def verify_export(
@@ -106,7 +112,7 @@ def verify_export(
         embedding_difference=float(moved.abs().max()),
         visual_norms=(low, high, their_low, their_high),
         num_positions=len(agree),
-        bound=BOUNDS[dtype],
+        bound=BOUNDS[dtype] * float(theirs.logits.std()),
     )
 
 

@@ -49,6 +49,8 @@ def test_logits_and_visual_tokens_agree(family, exported):
         ("vicuna + clip", "text_config", dict(rms_norm_eps=1e-3)),
         ("vicuna + clip", "vision_config", dict(hidden_act="gelu")),
         ("qwen2 + siglip", "vision_config", dict(layer_norm_eps=1e-2)),
+        ("qwen2 + siglip", "vision_config", dict(hidden_act="gelu")),
+        ("vicuna + clip", "text_config", dict(hidden_act="gelu_pytorch_tanh")),
         ("vicuna + clip", None, dict(vision_feature_layer=-2)),
         ("vicuna + clip", None, dict(projector_hidden_act="relu")),
     ],
@@ -64,6 +66,24 @@ def test_a_wrong_export_is_found_out(family, section, change, exported, tmp_path
     (config if section is None else config[section]).update(change)
     (bad / "config.json").write_text(json.dumps(config))
     assert not verify_export(start, bad).passed
+
+
+@pytest.mark.parametrize("family", ["vicuna + clip", "qwen2 + siglip"])
+def test_bfloat16_rounds_and_a_wrong_export_does_more(family, exported, tmp_path):
+    import shutil
+
+    import torch
+
+    from megatron_croc.convert.verify import verify_export
+
+    start, good = exported(family)
+    report = verify_export(start, good, dtype=torch.bfloat16)
+    assert report.passed and report.largest_difference > 0.01  # bfloat16 it was
+    bad = Path(shutil.copytree(good, tmp_path / "bad"))
+    config = json.loads((bad / "config.json").read_text())
+    config["text_config"]["rope_theta"] = 100.0
+    (bad / "config.json").write_text(json.dumps(config))
+    assert not verify_export(start, bad, dtype=torch.bfloat16).passed
 
 
 def test_code_beside_the_weights_is_compared_and_not_run(exported, tmp_path):

@@ -1,0 +1,150 @@
+"""What an export must say so that no loader computes something else without a word."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.unit.convert.families import VOCABULARY, read_all, save_family
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(checkpoint, export with a tokenizer) of a family."""
+    from megatron_croc.convert.exporting import export_huggingface
+    from megatron_croc.convert.importing import import_huggingface
+
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def export(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("family")
+            llm, vision = save_family(folder, name)
+            import_huggingface(llm, folder / "start", vision_folder=vision)
+            write_words(folder / "words")
+            export_huggingface(folder / "start", folder / "hf", tokenizer=folder / "words")
+            made[name] = folder / "start", folder / "hf"
+        return made[name]
+
+    return export
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer of just as many words as the model has rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>"])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["vicuna + clip", "qwen2 + siglip"])
+def test_no_loader_takes_it_for_stock_llava(family, exported):
+    """Stock LLaVA loads these weights too, and lacks the norm: its answer is another one."""
+    import transformers
+
+    from megatron_croc.convert.export_loader import load_export
+
+    _, export = exported(family)
+    config = config_of(export)
+    assert config["model_type"] == "croc"
+    assert config["architectures"] == ["CrocForConditionalGeneration"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"} <= config["auto_map"].keys()
+
+    ours = load_export(export, torch.float32)
+    stock = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(**{**ours.config.to_dict(), "model_type": "llava"})
+    ).eval()
+    stock.load_state_dict(ours.state_dict())
+    ids = torch.tensor([[3, *[ours.config.image_token_id] * 16, 4]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 56, 56)}
+    with torch.no_grad():
+        assert (ours(**inputs).logits - stock(**inputs).logits).abs().max() > 0.01
+
+
+def test_rope_is_written_as_every_version_reads_it(exported):
+    for family, theta in (("qwen2 + siglip", 1e6), ("llama3 rope + clip", 5e5)):
+        text = config_of(exported(family)[1])["text_config"]
+        assert text["rope_theta"] == theta and "rope_parameters" not in text
+    assert text["rope_scaling"]["rope_type"] == "llama3"
+
+
+def test_rows_of_new_tokens_are_the_mean_and_are_never_said(exported):
+    _, export = exported("vicuna + clip")
+    image = config_of(export)["image_token_index"]
+    assert image == VOCABULARY  # no row of the model's own
+    tensors = read_all(export)
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        table = tensors[name]
+        assert len(table) > image
+        mean = table[:VOCABULARY].mean(dim=0)
+        torch.testing.assert_close(table[VOCABULARY:], mean.expand(len(table) - VOCABULARY, -1))
+    generation = json.loads((export / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == list(range(VOCABULARY, len(table)))
+    assert json.loads((export / "tokenizer_config.json").read_text())["padding_side"] == "left"
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (56, 56)])
+@pytest.mark.parametrize("family", ["vicuna + clip", "qwen2 + siglip"])
+def test_the_exported_processor_makes_the_pixels_of_training(family, size, exported):
+    from transformers import AutoImageProcessor
+
+    from megatron_croc.convert.configs import read_conversation, read_export
+    from megatron_croc.data.image_transform import ImageTransform
+
+    _, export = exported(family)
+    picture = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    check_pixels(
+        picture,
+        ImageTransform.build(
+            read_export(export).vision_tower, read_conversation(export).image_aspect_ratio
+        ),
+        AutoImageProcessor.from_pretrained(export, backend="pil"),
+        read_export(export).vision_tower,
+    )
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90)])
+def test_a_run_that_crops_exports_a_processor_that_crops(size, tmp_path):
+    from transformers import AutoImageProcessor
+
+    from megatron_croc.config.run import RunConfig
+    from megatron_croc.convert.export_config import processor_configs
+    from megatron_croc.data.image_transform import ImageTransform
+
+    run = RunConfig()
+    run.data.image_aspect_ratio = "square"
+    run.model.vision_tower.img_size = 56
+    for file, content in processor_configs(run).items():
+        (tmp_path / file).write_text(json.dumps(content))
+    picture = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    check_pixels(
+        picture,
+        ImageTransform.build(run.model.vision_tower, "square"),
+        AutoImageProcessor.from_pretrained(tmp_path, backend="pil"),
+        run.model.vision_tower,
+    )
+
+
+def check_pixels(picture, transform, processor, vision) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    ours = transform.decode_with_pil(stream.getvalue()).float() / 255.0
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (vision.image_mean, vision.image_std))
+    theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+    # One level of 256 is what two roundings of a resize may differ by.
+    assert float(((ours - mean) / std - theirs).abs().max()) <= 1.01 / 255 / float(std.min())
