@@ -30,10 +30,11 @@ train() {
 train pretrain_mlp --train-iters 50                                       # data parallel 2
 train pretrain_croc --train-iters 100 --tensor-model-parallel-size 2 \
     --pretrained-checkpoint "$OUT/pretrain_mlp"
-train finetune --train-iters 100 --pipeline-model-parallel-size 2 \
+train finetune --train-iters 100 --pipeline-model-parallel-size 2 --eval-answers-iters 2 \
     --pretrained-checkpoint "$OUT/pretrain_croc"
 
-# 3. What it answers to held-out questions, by type, and what mere guessing would get.
+# 3. What it answers to held-out questions, by type, and what mere guessing would get. A hundred
+#    steps from random weights teach it to answer in the right words, hardly yet to look.
 python -m megatron_croc.cli.generate --model "$OUT/finetune" --tokenizer "$DEMO/tokenizer.model" \
     --input "$DEMO/valid_finetune.json" --image-folder "$DEMO/images" --batch-size 32 \
     --max-new-tokens 16 --output "$OUT/finetune/answers.jsonl" \

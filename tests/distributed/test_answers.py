@@ -15,7 +15,6 @@ from tests.support.synthetic import tiny_run
 NUM_SAMPLES = 16
 STEPS = 80
 LAYOUTS = {
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_model_parallel_size=2)),
     "pp2 vpp2": (
@@ -24,7 +23,6 @@ LAYOUTS = {
     ),
     "cp2": (2, dict(context_parallel_size=2)),
     "dp2": (2, {}),
-    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 
 
