@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 BOUND = 1e-5
 """Largest difference of a float32 logit: another version may order its sums otherwise."""
@@ -80,7 +81,8 @@ def observe(export: Path) -> dict:
     import torch
     import transformers
 
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+    load: Any = transformers.AutoModelForImageTextToText.from_pretrained
+    model, info = load(
         export, trust_remote_code=True, output_loading_info=True, torch_dtype=torch.float32
     )
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_croc.config.data import DataConfig
+from megatron_croc.config.data import DataConfig, TemplateName
 from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
 from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.questions import Question
@@ -92,11 +92,8 @@ class Generator:
 
         self.model = model.to(device)
         self.model.generation_config = GenerationConfig()
-        self.device, self.tokenizer, self.template = (
-            device,
-            tokenizer,
-            data.conversation_template,
-        )
+        self.device, self.tokenizer = device, tokenizer
+        self.template: TemplateName = data.conversation_template
         settings = read_export(folder)
         self.vision, llm = settings.vision_tower, settings.language_model
         self.max_length = int(llm.max_position_embeddings * llm.rope_scaling_factor)

@@ -48,7 +48,7 @@ class AnswerFinder:
         """Positions in one sample that predict the first token of an answer."""
         if self._marker is None:
             is_answer = labels != IGNORE_INDEX
-            yield from np.flatnonzero(is_answer & ~np.insert(is_answer, 0, False)[:-1])
+            yield from np.flatnonzero(is_answer & ~np.insert(is_answer, 0, False)[:-1]).tolist()
             return
         width = len(self._marker)
         for place in range(len(input_ids) - width + 1):
