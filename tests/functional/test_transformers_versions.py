@@ -29,7 +29,7 @@ def export(tmp_path_factory) -> Path:
 
 def check(export: Path, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(TOOL), str(export), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_the_other_version_computes_the_same(export: Path):
