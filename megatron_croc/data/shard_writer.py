@@ -3,6 +3,7 @@
     samples --ShardWriter--> shard-000000.tar       000000-000000.json, 000000-000000.0.jpg, ...
                              shard-000000.idx.npy   int64 rows (sample, offset, length), per member
     all shards ------------> manifest.json          counts, sizes, sha256 digests
+    (lengths.py adds         lengths-*.npy          int32 [samples, 2]: text tokens, images)
 
 A file appears under its name only when it is complete, and the manifest only when all shards are.
 Equal samples give equal bytes: members carry no time, owner or path of the machine.
@@ -49,6 +50,17 @@ class ShardInfo:
     tar_sha256: str
     idx_bytes: int
     idx_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthsInfo:
+    """One table of sample lengths in the manifest: by which tokenizer and template it was made."""
+
+    file: str
+    sha256: str
+    tokenizer_sha256: str
+    tokenizer_model: str
+    conversation_template: str
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -154,4 +166,13 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -
         **extra,
         "shards": [asdict(shard) for shard in shards],
     }
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def add_lengths(folder: Path, info: LengthsInfo) -> None:
+    """Enter a table of lengths into a finished dataset's manifest; one of the same name goes."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    others = [entry for entry in manifest.get("lengths", ()) if entry["file"] != info.file]
+    shards = manifest.pop("shards")  # stays last: it is long
+    manifest |= {"lengths": [*others, asdict(info)], "shards": shards}
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

@@ -2,6 +2,9 @@
 
     number --manifest.json--> shard, row --idx.npy--> offsets --pread--> JSON and image bytes
 
+An index is memory-mapped when its shard is first read, so a dataset of 10^9 samples opens as fast
+as its manifest is read.
+
 Files are opened by the manifest's own names; keys and names inside a tar are never used as paths.
 What was written how is told in shard_writer.py.
 """
@@ -14,9 +17,10 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -25,6 +29,7 @@ from megatron_croc.data.shard_writer import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST,
+    LengthsInfo,
     ShardInfo,
     sample_key,
     sha256_of,
@@ -34,6 +39,13 @@ from megatron_croc.errors import DataError
 
 MAX_OPEN_FILES = 64
 """Tars held open at once by one dataset."""
+
+MAX_OPEN_INDEXES = 1024
+"""Indexes mapped into memory at once by one dataset."""
+
+CHECKED_AT_ONCE = 1024
+"""Shards up to which a dataset is checked when it is opened; larger ones shard by shard, at the
+first sample read from each."""
 
 _AGAIN = "run tools/preprocess_data.py for it again"
 
@@ -61,6 +73,7 @@ class Manifest:
     num_images: int
     num_text_only: int
     shards: tuple[ShardInfo, ...]
+    lengths: tuple[LengthsInfo, ...] = ()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -99,6 +112,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             num_images=content["num_images"],
             num_text_only=content["num_text_only"],
             shards=shards,
+            lengths=tuple(LengthsInfo(**entry) for entry in content.get("lengths", ())),
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} lacks or misuses the key {error}; {_AGAIN}") from error
@@ -117,7 +131,7 @@ class ShardedDataset:
     """Samples of one or several dataset folders, one after the other. Threads may share it."""
 
     def __init__(self, data_path: Sequence[str | Path] | str | Path) -> None:
-        """Open the folders; checks every index and the size of every tar.
+        """Open the folders; checks every index and the size of every tar, unless they are many.
 
         Raises:
             DataError: a folder is unfinished, or an index or tar is not the one written.
@@ -134,7 +148,11 @@ class ShardedDataset:
         ]
         counts = (shard.num_samples for shard in self._shards)
         self._starts = list(itertools.accumulate(counts, initial=0))
-        self._files = _FileCache(MAX_OPEN_FILES)
+        self._files = _Recent(_File, MAX_OPEN_FILES)
+        self._indexes = _Recent(_Index, MAX_OPEN_INDEXES)
+        if len(self._shards) <= CHECKED_AT_ONCE:
+            for shard in self._shards:
+                shard.check()
 
     def __len__(self) -> int:
         """Samples in all folders."""
@@ -148,22 +166,41 @@ class ShardedDataset:
             DataError: its tar ends early.
             OSError: the file system failed; the same call may succeed later.
         """
+        shard, sample_id, members = self._locate(index)
+        file = self._files.open(shard.tar_path)
+        text, *images = (file.read(offset, length, sample_id) for offset, length in members)
+        conversations = _parse(text, shard, sample_id)
+        return RawSample(sample_id=sample_id, conversations=conversations, image_bytes=images)
+
+    def read_conversations(self, index: int) -> tuple[str, object, int]:
+        """Sample id, stored messages and number of images; the images are not read.
+
+        Raises:
+            The same as `read`.
+        """
+        shard, sample_id, members = self._locate(index)
+        offset, length = members[0]
+        text = self._files.open(shard.tar_path).read(offset, length, sample_id)
+        return sample_id, _parse(text, shard, sample_id), len(members) - 1
+
+    def _locate(self, index: int) -> tuple["_Shard", str, list[tuple[int, int]]]:
+        """A sample's shard, id, and the (offset, length) of its members."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         position = bisect.bisect_right(self._starts, index) - 1
         shard, row = self._shards[position], index - self._starts[position]
-        sample_id = shard.id_prefix + sample_key(shard.number, row)
-        file = self._files.open(shard.tar_path)
-        text, *images = (
-            file.read(offset, length, sample_id) for offset, length in shard.members(row)
-        )
-        try:
-            conversations = json.loads(text)["conversations"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadSampleError(
-                sample_id, "record", f"{shard.tar_path} stores no valid JSON for it: {error!r}"
-            ) from error
-        return RawSample(sample_id=sample_id, conversations=conversations, image_bytes=images)
+        shard.check()
+        members = self._indexes.open(shard.index_path).members(row)
+        return shard, shard.id_prefix + sample_key(shard.number, row), members
+
+
+def _parse(text: bytes, shard: "_Shard", sample_id: str) -> object:
+    try:
+        return json.loads(text)["conversations"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSampleError(
+            sample_id, "record", f"{shard.tar_path} stores no valid JSON for it: {error!r}"
+        ) from error
 
 
 def verify_shards(folder: str | Path) -> None:
@@ -178,6 +215,10 @@ def verify_shards(folder: str | Path) -> None:
             path = manifest.folder / f"{info.name}{suffix}"
             if not path.is_file() or sha256_of(path) != digest:
                 raise DataError(f"{path} is not the file that was written; {_AGAIN}")
+    for lengths in manifest.lengths:
+        path = manifest.folder / lengths.file
+        if not path.is_file() or sha256_of(path) != lengths.sha256:
+            raise DataError(f"{path} is not the file that was written; run tools/index_lengths.py")
 
 
 def _distinct_names(folders: list[Path]) -> list[str]:
@@ -191,35 +232,51 @@ def _distinct_names(folders: list[Path]) -> list[str]:
 
 
 class _Shard:
-    """One tar and its index."""
+    """One tar and its index, by name."""
 
     def __init__(self, folder: Path, number: int, info: ShardInfo, id_prefix: str) -> None:
         self.number = number
         self.num_samples = info.num_samples
         self.tar_path = folder / f"{info.name}.tar"
+        self.index_path = folder / f"{info.name}.idx.npy"
         self.id_prefix = id_prefix
-        index_path = folder / f"{info.name}.idx.npy"
+        self._info: ShardInfo | None = info
+
+    def check(self) -> None:
+        """Compare index and tar with the manifest, once."""
+        info = self._info
+        if info is None:
+            return
         try:
-            stored = index_path.read_bytes()
+            stored = self.index_path.read_bytes()
             tar_bytes = self.tar_path.stat().st_size
         except OSError as error:
             raise DataError(f"shard file missing: {error}; {_AGAIN}") from error
         if hashlib.sha256(stored).hexdigest() != info.idx_sha256:
-            raise DataError(f"{index_path} is not the index that was written; {_AGAIN}")
-        rows = np.load(io.BytesIO(stored), allow_pickle=False)
-        # Members of sample r are the rows _first[r] .. _first[r + 1] - 1; its JSON comes first.
-        self._first = np.searchsorted(rows[:, 0], np.arange(info.num_samples + 1))
-        self._places = rows[:, 1:]
-        end = int(self._places.sum(axis=1).max(initial=0))
+            raise DataError(f"{self.index_path} is not the index that was written; {_AGAIN}")
+        places = np.load(io.BytesIO(stored), allow_pickle=False)[:, 1:]
+        end = int(places.sum(axis=1).max(initial=0))
         if tar_bytes != info.tar_bytes or end > tar_bytes:
             raise DataError(
                 f"{self.tar_path} has {tar_bytes} bytes, its manifest says {info.tar_bytes} and "
                 f"its index reaches to {end}; {_AGAIN}"
             )
+        self._info = None
+
+
+class _Index:
+    """A shard's index, mapped into memory: int64 rows (sample, offset, length)."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
 
     def members(self, row: int) -> list[tuple[int, int]]:
-        """(offset, length) of a sample's JSON and images."""
-        return [(int(o), int(n)) for o, n in self._places[self._first[row] : self._first[row + 1]]]
+        """(offset, length) of a sample's JSON, which comes first, and its images."""
+        first, last = (
+            bisect.bisect_left(range(len(self._rows)), r, key=lambda i: self._rows[i, 0])
+            for r in (row, row + 1)
+        )
+        return [(int(offset), int(length)) for _, offset, length in self._rows[first:last]]
 
 
 class _File:
@@ -245,18 +302,22 @@ class _File:
             os.close(self._descriptor)
 
 
-class _FileCache:
-    """The most recently used files, open. An evicted file stays open for those still reading."""
+_Opened = TypeVar("_Opened", "_File", "_Index")
 
-    def __init__(self, max_open: int) -> None:
+
+class _Recent(Generic[_Opened]):
+    """The most recently used files, open. An evicted one stays open for those still reading."""
+
+    def __init__(self, opener: Callable[[Path], _Opened], max_open: int) -> None:
+        self._opener = opener
         self._max_open = max_open
-        self._files: OrderedDict[Path, _File] = OrderedDict()
+        self._files: OrderedDict[Path, _Opened] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, path: Path) -> _File:
+    def open(self, path: Path) -> _Opened:
         with self._lock:
             if path not in self._files:
-                self._files[path] = _File(path)
+                self._files[path] = self._opener(path)
                 if len(self._files) > self._max_open:
                     self._files.popitem(last=False)
             self._files.move_to_end(path)
