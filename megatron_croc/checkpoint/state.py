@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_croc.data.row_plan import OrderState
 from megatron_croc.errors import CheckpointError
 
 STATE_FILE = "train_state.json"
@@ -12,16 +13,33 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Position of a run. The data order is a pure function of it and the seed."""
+    """Position of a run."""
 
     iteration: int = 0
     """Optimizer steps done."""
 
     consumed_samples: int = 0
-    """Samples done, over all epochs; the next one is the next in order."""
+    """Samples done, over all sources and epochs."""
 
     stage: str = ""
     """Training stage that wrote the checkpoint."""
+
+    order: OrderState | None = None
+    """Where the run stands in its order of samples; None before its first step."""
+
+    def resume_point(self) -> OrderState | None:
+        """Where the order of samples goes on; None at the start of a run.
+
+        Raises:
+            CheckpointError: the checkpoint does not say.
+        """
+        if self.iteration and self.order is None:
+            raise CheckpointError(
+                f"the checkpoint of iteration {self.iteration} does not say which samples are done "
+                f'(no "order" in {STATE_FILE}): start a new run from it with '
+                "--pretrained-checkpoint"
+            )
+        return self.order
 
     def save(self, folder: Path) -> None:
         """Write it beside the weights."""
@@ -32,8 +50,11 @@ class TrainState:
         """Read it back; CheckpointError when it is not there or not readable."""
         path = folder / STATE_FILE
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, TypeError, ValueError) as error:
+            tree = json.loads(path.read_text())
+            if tree.get("order") is not None:
+                tree["order"] = OrderState.from_tree(tree["order"])
+            return cls(**tree)
+        except (AttributeError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not readable as a training state ({error}); "
                 "point --load at a folder that this program wrote"

@@ -6,18 +6,16 @@ Prints the resolved run, its batch arithmetic, parameters by part and rank, a me
 operations per step; or every fault at once, and exits 1. Neither torch nor megatron is imported.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import ConfigError
+from megatron_croc.errors import ConfigError, DataError
 from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.memory import estimate_memory
 from megatron_croc.model.parameters import (
@@ -92,6 +90,7 @@ def _settings(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _batch_lines(run: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     parallel, training = run.parallel, run.training
+    unit = "packs" if run.data.packing else "samples"
     dp, count = parallel.data_parallel_size(world_size), run.num_microbatches(world_size)
     yield (
         "processes",
@@ -99,11 +98,11 @@ def _batch_lines(run: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         f"{parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP {dp}",
     )
     yield (
-        "samples of one step",
+        f"{unit} of one step",
         f"{training.global_batch_size} = micro-batch {training.micro_batch_size} x DP {dp} "
         f"x {count} micro-batches",
     )
-    yield "tokens of one step", f"at most {training.global_batch_size * run.data.seq_length:,}"
+    yield "tokens of one step", f"at most {training.global_batch_size * run.data.row_length:,}"
     visual = run.model.vision_tower.num_visual_tokens
     replaced = f", {run.model.num_replaced_tokens} of them replaced" if run.reconstructs else ""
     yield "visual tokens of one image", f"{visual}{replaced}"
@@ -112,7 +111,10 @@ def _batch_lines(run: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         yield "samples in data_path", f"{samples:,}"
     if training.train_iters is not None:
         yield "steps", f"{training.train_iters:,} (train_iters)"
-        yield "samples of the run", f"{training.train_iters * training.global_batch_size:,}"
+        yield f"{unit} of the run", f"{training.train_iters * training.global_batch_size:,}"
+    elif samples is not None and run.data.packing:
+        yield "samples of the run", f"{int(samples * training.train_epochs):,}"
+        yield "steps", "counted when training starts, by planning the packs"
     elif samples is not None:
         train_samples = int(samples * training.train_epochs)
         steps = train_samples // training.global_batch_size
@@ -122,16 +124,16 @@ def _batch_lines(run: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         yield "steps", f"{training.train_epochs:g} epochs of data that is not there yet"
 
 
-def count_samples(folders: Sequence[str]) -> int | None:
-    """Samples in folders of shards, from their manifests; None when one does not tell."""
-    total = 0
-    for folder in folders:
-        try:
-            manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
-            total += int(manifest["num_samples"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return total if folders else None
+def count_samples(data_path: Sequence[str]) -> int | None:
+    """Samples of one epoch, from the manifests alone; None when one does not tell."""
+    if not data_path:
+        return None
+    from megatron_croc.data.blend import read_blend  # numpy: only where there is data to count
+
+    try:
+        return read_blend(data_path).epoch_length
+    except DataError:
+        return None
 
 
 def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:

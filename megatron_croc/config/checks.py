@@ -37,7 +37,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
     faults = [
         *find_layout_faults(run, world_size),
         *_training_faults(run),
-        *_precision_faults(run),
+        *_order_faults(run),
         *_optimizer_faults(run),
         *_croc_faults(run),
         *_checkpoint_faults(run),
@@ -101,28 +101,22 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _precision_faults(run: RunConfig) -> Iterator[str]:
-    training, llm = run.training, run.model.language_model
-    if training.fp8_format is None:
-        return
-    if not training.bf16:
-        yield f"fp8_format={training.fp8_format} without bf16: set bf16, or unset fp8_format"
-    if training.transformer_impl == "local":
+def _order_faults(run: RunConfig) -> Iterator[str]:
+    """Rules of packing and grouping."""
+    data = run.data
+    if data.packing and data.group_by_modality_length:
         yield (
-            f"fp8_format={training.fp8_format} with transformer_impl=local: fp8 is Transformer "
-            "Engine's; set transformer_impl to te, or unset fp8_format"
+            "packing and group_by_modality_length exclude each other: packed rows are equally "
+            "long already; unset one"
         )
-    tp = run.parallel.tensor_model_parallel_size
-    unit = 32 if training.fp8_recipe == "mxfp8" else 16
-    for name, size in {
-        "hidden_size": llm.hidden_size,
-        "ffn_hidden_size": llm.ffn_hidden_size,
-    }.items():
-        if size % (unit * tp):
-            yield (
-                f"{name}={size}: fp8_recipe={training.fp8_recipe} takes multiples of {unit} on "
-                f"each of {tp} tensor-parallel ranks; unset fp8_format"
-            )
+    if data.packing_length is not None and data.packing_length < data.seq_length:
+        yield (
+            f"packing_length={data.packing_length}: a sample may have seq_length="
+            f"{data.seq_length} tokens and is never cut to fit a row; raise packing_length or "
+            "lower seq_length"
+        )
+    if data.packing_buffer_size < 1:
+        yield f"packing_buffer_size={data.packing_buffer_size}: must be positive"
 
 
 def trains_nothing(run: RunConfig) -> bool:
@@ -231,7 +225,10 @@ def _missing_inputs(run: RunConfig) -> Iterator[str]:
         "eval_answers_data_path": data.eval_answers_data_path,
     }.items():
         for folder in folders:
-            if not Path(folder).is_dir():
+            if folder.endswith((".yaml", ".yml")):
+                if not Path(folder).is_file():
+                    yield f"{name}={folder}: no such file; mend the path of the blend"
+            elif not Path(folder).is_dir():
                 yield f"{name}={folder}: no such folder; tools/preprocess_data.py writes it"
     tokenizer = data.tokenizer_model
     is_file = data.tokenizer_type == "SentencePieceTokenizer"
@@ -263,6 +260,8 @@ def _warnings(run: RunConfig, *, for_training: bool) -> Iterator[str]:
             rate = getattr(run.optimizer, name)
             if rate is not None:
                 yield f"{name}={rate} has no effect: stage={run.stage} does not reconstruct"
+    if data.packing_length is not None and not data.packing:
+        yield f"packing_length={data.packing_length} has no effect without packing"
     if training.recompute_vision and training.freeze_ViT:
         yield "recompute_vision has no effect: freeze_ViT keeps no activations of the tower"
     if run.model.attention_mask_type == "prefix" and data.conversation_template == "qwen_1_5":

@@ -11,7 +11,8 @@ class DataConfig:
     """Training and validation shards, tokenizer, template and image handling."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of shards written by tools/preprocess_data.py."""
+    """Folders of shards written by tools/preprocess_data.py, shuffled as one; or a single YAML file
+    that blends sources by weight."""
 
     valid_data_path: tuple[str, ...] = ()
     """Folders of shards the validation loss is computed on; empty: no validation."""
@@ -33,6 +34,20 @@ class DataConfig:
     seq_length: int = 2048
     """Longest sample, tokens, visual tokens included; longer ones are cut at the end."""
 
+    packing: bool = False
+    """Train on rows of several whole samples; micro_batch_size and global_batch_size then count
+    rows. Needs sample lengths in the shards (tools/index_lengths.py)."""
+
+    packing_length: int | None = None
+    """With packing: tokens a row holds at most; none: seq_length."""
+
+    packing_buffer_size: int = 4096
+    """With packing: consecutive samples among which those that fill a row are looked for."""
+
+    group_by_modality_length: bool = False
+    """Make up global batches of samples with images, or of samples without, longest first, as the
+    released code does. Needs sample lengths in the shards (tools/index_lengths.py)."""
+
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """pad: expand to a square with the mean colour. square: resize the short side and crop."""
 
@@ -47,3 +62,8 @@ class DataConfig:
 
     max_bad_fraction: float = 0.01
     """Largest share of unusable samples (each is skipped and named); more of them end the run."""
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a row: one sample, or one pack of samples."""
+        return (self.packing_length or self.seq_length) if self.packing else self.seq_length

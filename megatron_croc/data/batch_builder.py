@@ -1,8 +1,8 @@
-"""Positions of the order -> one Batch; a pure function, so it does not matter which thread runs it.
+"""Slots of the plan -> one Batch; a pure function, so it does not matter which thread runs it.
 
-    position -> order -> shards.read -> tokenise -> expand -----+
-                              |                                 +--> collate -> Batch, bad samples
-                              +-------> image bytes -> decode --+
+    slot -> shards.read -> tokenise -> expand -----+
+                 |                                 +--> collate -> Batch, bad samples
+                 +-------> image bytes -> decode --+
 
 A bad sample is replaced by a placeholder in its slot and returned beside the batch.
 """
@@ -22,7 +22,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.collate import ReadySample, collate, expand_sample, placeholder_sample
 from megatron_croc.data.decode import DecoderName, ImageDecoder, resolve_decoder
 from megatron_croc.data.image_transform import ImageError, ImageTransform
-from megatron_croc.data.order import SampleOrder
+from megatron_croc.data.row_plan import Slot
 from megatron_croc.data.shards import RawSample, ShardedDataset
 from megatron_croc.data.tokenization import (
     TokenizedSample,
@@ -30,6 +30,7 @@ from megatron_croc.data.tokenization import (
     check_tokenizer,
     tokenize_conversation,
 )
+from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 
 READ_ATTEMPTS = 4
@@ -64,12 +65,11 @@ class BatchBuilder:
         self,
         *,
         run: RunConfig,
-        data_path: Sequence[str],
+        folders: Sequence[str],
         seed: int,
-        shuffle: bool,
         pad_to_multiple_of: int,
     ) -> None:
-        """Open the data and the tokenizer.
+        """Open the folders of shards and the tokenizer.
 
         Raises:
             DataError: data or tokenizer missing, damaged or unfit for the model.
@@ -81,8 +81,7 @@ class BatchBuilder:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._mask_type: MaskType = run.model.attention_mask_type
         self._replace_ratio = run.model.prompt_pool.replace_ratio if run.reconstructs else None
-        self._dataset = ShardedDataset(data_path)
-        self._order = SampleOrder(len(self._dataset), seed, shuffle=shuffle)
+        self._dataset = ShardedDataset(folders)
         self._tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
         check_tokenizer(
             self._tokenizer, run.data.conversation_template, run.model.language_model.vocab_size
@@ -93,40 +92,39 @@ class BatchBuilder:
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
+        """Samples in all folders."""
         return len(self._dataset)
 
-    def build(self, positions: Sequence[int]) -> tuple[Batch, list[BadSampleError]]:
-        """The batch of some positions of the order, and the samples that could not be used.
+    def build(self, slots: Sequence[Slot]) -> tuple[Batch, list[BadSampleError]]:
+        """The batch of some samples, and those of them that could not be used.
 
         Raises:
             OSError: the file system failed again and again.
-            DataError: a shard is damaged.
+            DataError: a shard is damaged, or the lengths the rows were packed by are wrong.
         """
-        slots = [self._order[position] for position in positions]
         bad: list[BadSampleError] = []
         prepared: list[tuple[TokenizedSample, list[bytes]]] = []
-        for _, index in slots:
+        for slot in slots:
             try:
-                prepared.append(self._prepare(index))
+                prepared.append(self._prepare(slot))
             except BadSampleError as error:
                 bad.append(error)
                 prepared.append((placeholder_sample(error.sample_id), []))
             except Exception:
-                logger.error("sample number %d of data_path ended the loader", index)
+                logger.error("sample number %d of data_path ended the loader", slot.index)
                 raise
 
         # All images of the batch at once: DALI decodes them in parallel with one call.
         decoded = iter(self._decoder.decode([data for _, images in prepared for data in images]))
         samples: list[ReadySample] = []
-        for (tokens, images), (epoch, _) in zip(prepared, slots, strict=True):
+        for (tokens, images), slot in zip(prepared, slots, strict=True):
             results = [next(decoded) for _ in images]
             errors = [result for result in results if isinstance(result, ImageError)]
             pixels = [result for result in results if isinstance(result, Tensor)]
             if errors:
                 bad.append(BadSampleError(tokens.sample_id, "image", str(errors[0])))
                 tokens, pixels = placeholder_sample(tokens.sample_id), []
-            samples.append(ReadySample(tokens=tokens, epoch=epoch, pixel_values=pixels))
+            samples.append(ReadySample(tokens=tokens, epoch=slot.epoch, pixel_values=pixels))
         size = self._vision.img_size
         batch = collate(
             samples,
@@ -139,8 +137,8 @@ class BatchBuilder:
         )
         return batch, bad
 
-    def _prepare(self, index: int) -> tuple[TokenizedSample, list[bytes]]:
-        raw = self._read(index)
+    def _prepare(self, slot: Slot) -> tuple[TokenizedSample, list[bytes]]:
+        raw = self._read(slot.index)
         tokens = tokenize_conversation(
             self._tokenizer,
             self._data.conversation_template,
@@ -153,6 +151,12 @@ class BatchBuilder:
             num_visual_tokens=self._vision.num_visual_tokens,
             seq_length=self._data.seq_length,
         )
+        if slot.planned_tokens is not None and len(expanded.input_ids) > slot.planned_tokens:
+            raise DataError(
+                f"sample {raw.sample_id} has {len(expanded.input_ids)} tokens, its row was packed "
+                f"for {slot.planned_tokens}: the lengths of its dataset folder are not those of "
+                "its shards; run tools/index_lengths.py again"
+            )
         return expanded, raw.image_bytes
 
     def _read(self, index: int) -> RawSample:

@@ -1,29 +1,43 @@
 """Micro-batches of one data-parallel rank, built ahead of training by a few threads.
 
-    global batch g    order[start + g * GBS : start + (g + 1) * GBS]
-      micro-batch m     | MBS samples of rank 0 | MBS samples of rank 1 | ...
+    global batch      the next GBS rows of the plan (a row is one sample, or a pack of several)
+      micro-batch m     | MBS rows of rank 0 | MBS rows of rank 1 | ...
                               |
-    positions --thread pool (bounded, in order)--> Batch --> next(loader)
+    rows --thread pool (bounded, in order)--> Batch, one packed row --> next(loader)
 
-Which samples make up a global batch depends on the position in the run alone; the number of ranks
-and threads only decides who builds which part. State is one number, the consumed samples.
+Which rows make up a global batch follows from the plan and its state alone; the number of ranks
+and threads only decides who builds which part.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitTimeoutError
+from dataclasses import dataclass
+from itertools import chain
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.batch_builder import BatchBuilder, row_multiple
+from megatron_croc.data.row_plan import OrderState, RowPlan, RowStream, Slot, build_row_plan
 from megatron_croc.errors import ConfigError, DataError
 
 STALL_SECONDS = 600.0
 """Longest wait for one micro-batch before the loader gives up on a hanging file system."""
 
 Built = tuple[Batch, list[BadSampleError]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One micro-batch to build."""
+
+    slots: list[Slot]
+    """Its samples."""
+
+    state_after: OrderState | None
+    """For the last micro-batch of a global batch: where the run stands once it is done."""
 
 
 class MicroBatchLoader(Iterator[Batch]):
@@ -33,29 +47,28 @@ class MicroBatchLoader(Iterator[Batch]):
         self,
         *,
         run: RunConfig,
-        data_path: Sequence[str],
+        plan: RowPlan,
+        state: OrderState | None,
         dp_rank: int,
         dp_size: int,
-        consumed_samples: int,
         pad_to_multiple_of: int,
         seed: int,
-        shuffle: bool,
     ) -> None:
         """Open the data and start building.
 
         Args:
             run: batch sizes, data, model sizes.
-            data_path: folders of shards.
+            plan: the rows of the run and the folders they come from.
+            state: where to go on; None: at the start.
             dp_rank: this rank among the copies of the model.
             dp_size: copies of the model.
-            consumed_samples: samples of the run used up so far, over all ranks; where to go on.
-            pad_to_multiple_of: rows are padded to a multiple of it.
-            seed: of the order and of the replaced sets.
-            shuffle: a new order every epoch; False: as stored.
+            pad_to_multiple_of: micro-batches are padded to a multiple of it.
+            seed: of the replaced sets.
 
         Raises:
             ConfigError: the global batch does not divide among ranks and micro-batches.
-            DataError: data or tokenizer missing, damaged or unfit for the model.
+            DataError: data or tokenizer missing, damaged or unfit for the model; a state of
+                another order.
         """
         self._micro = run.training.micro_batch_size
         self._global = run.training.global_batch_size
@@ -67,17 +80,17 @@ class MicroBatchLoader(Iterator[Batch]):
                 f"data parallel size = {self._micro} * {dp_size}: change one of them"
             )
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._start = consumed_samples
+        self._stream = RowStream(plan, state)
+        self._state = self._stream.state
         self._builder = BatchBuilder(
             run=run,
-            data_path=data_path,
+            folders=plan.blend.folders,
             seed=seed,
-            shuffle=shuffle,
             pad_to_multiple_of=pad_to_multiple_of,
         )
         self._budget = BadSampleBudget(run.data.max_bad_fraction)
-        self._next = 0  # the next micro-batch to be started
-        self._pending: deque[tuple[int, Future[Built]]] = deque()
+        self._planned: deque[_Job] = deque()
+        self._pending: deque[tuple[_Job, Future[Built]]] = deque()
         self._depth = run.data.num_workers * run.data.prefetch_factor
         self._pool = (
             ThreadPoolExecutor(run.data.num_workers, thread_name_prefix="loader")
@@ -89,23 +102,29 @@ class MicroBatchLoader(Iterator[Batch]):
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
+        """Samples in all folders."""
         return self._builder.num_samples
+
+    @property
+    def state(self) -> OrderState:
+        """Where the run stands after the last global batch that was handed out whole."""
+        return self._state
 
     @property
     def bad_counts(self) -> dict[str, int]:
         """Bad samples met by this rank since it was started, by kind."""
         return dict(self._budget.counts)
 
-    def positions(self, number: int) -> range:
-        """Positions in the run of this rank's micro-batch `number`, counted from the start."""
-        batch, micro_batch = divmod(number, self._global // (self._micro * self._dp_size))
-        first = (
-            self._start
-            + batch * self._global
-            + (micro_batch * self._dp_size + self._dp_rank) * self._micro
-        )
-        return range(first, first + self._micro)
+    def _next_job(self) -> _Job:
+        """This rank's next micro-batch; plans another global batch when there is none left."""
+        if not self._planned:
+            rows = self._stream.take(self._global)
+            firsts = range(self._dp_rank * self._micro, self._global, self._micro * self._dp_size)
+            for first in firsts:
+                slots = list(chain.from_iterable(rows[first : first + self._micro]))
+                state_after = self._stream.state if first == firsts[-1] else None
+                self._planned.append(_Job(slots=slots, state_after=state_after))
+        return self._planned.popleft()
 
     def __next__(self) -> Batch:
         """The next micro-batch.
@@ -117,37 +136,37 @@ class MicroBatchLoader(Iterator[Batch]):
         if self._closed:
             raise RuntimeError("the loader is closed")
         try:
-            batch, bad = self._take()
+            job, (batch, bad) = self._take()
             self._budget.record(len(batch.sample_ids), bad)
         except BaseException:
             self.close(wait=False)  # a thread that hangs must not keep the error back
             raise
+        self._state = job.state_after or self._state
         return batch
 
-    def _take(self) -> Built:
+    def _take(self) -> tuple[_Job, Built]:
         if self._pool is None:
-            self._next += 1
-            return self._builder.build(self.positions(self._next - 1))
-        number, future = self._pending.popleft()
+            job = self._next_job()
+            return job, self._builder.build(job.slots)
+        job, future = self._pending.popleft()
         try:
             built = future.result(timeout=STALL_SECONDS)
         except WaitTimeoutError as error:
             if future.done():  # the thread's own error (an OSError too), not our patience
                 raise
-            positions = self.positions(number)
+            numbers = ", ".join(str(slot.index) for slot in job.slots)
             raise DataError(
-                f"samples at positions {positions.start} to {positions.stop - 1} of the run were "
-                f"not ready after {STALL_SECONDS:.0f} s: look at the storage of data_path"
+                f"samples number {numbers} of data_path were not ready after "
+                f"{STALL_SECONDS:.0f} s: look at its storage"
             ) from error
         self._refill()
-        return built
+        return job, built
 
     def _refill(self) -> None:
         """Keep the threads busy, but no further ahead than prefetch_factor allows."""
         while self._pool is not None and len(self._pending) < self._depth:
-            future = self._pool.submit(self._builder.build, self.positions(self._next))
-            self._pending.append((self._next, future))
-            self._next += 1
+            job = self._next_job()
+            self._pending.append((job, self._pool.submit(self._builder.build, job.slots)))
 
     def close(self, *, wait: bool = True) -> None:
         """Stop the threads; what they had ready is dropped. Closing twice does no harm."""
@@ -171,46 +190,43 @@ def check_data(run: RunConfig) -> None:
     Raises:
         DataError: data or tokenizer missing, damaged or unfit for the model.
     """
-    folders = [run.data.data_path]
+    seed = run.training.seed
+    plans = [build_row_plan(run, run.data.data_path, seed=seed)]
     if run.training.eval_interval:
-        folders.append(run.data.valid_data_path)
-        if run.data.eval_answers_data_path:
-            folders.append(run.data.eval_answers_data_path)
-    for data_path in folders:
+        plans.append(build_row_plan(run, run.data.valid_data_path, seed=seed, is_training=False))
+    for plan in plans:
         BatchBuilder(
             run=run,
-            data_path=data_path,
-            seed=run.training.seed,
-            shuffle=False,
-            pad_to_multiple_of=row_multiple(run),
+            folders=plan.blend.folders,
+            seed=seed,
+            pad_to_multiple_of=row_multiple(run.parallel),
         )
 
 
 def build_train_loader(
-    run: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int
+    run: RunConfig, *, dp_rank: int, dp_size: int, state: OrderState | None
 ) -> MicroBatchLoader:
-    """The training stream of one data-parallel rank, from the sample after the consumed ones."""
+    """The training stream of one data-parallel rank, from where `state` stands."""
     return MicroBatchLoader(
         run=run,
-        data_path=run.data.data_path,
+        plan=build_row_plan(run, run.data.data_path, seed=run.training.seed),
+        state=state,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        consumed_samples=consumed_samples,
-        pad_to_multiple_of=row_multiple(run),
+        pad_to_multiple_of=row_multiple(run.parallel),
         seed=run.training.seed,
-        shuffle=True,
     )
 
 
 def build_valid_loader(run: RunConfig, *, dp_rank: int, dp_size: int) -> MicroBatchLoader:
     """The validation stream: always from its first sample, in stored order, so it never changes."""
+    data_path, seed = run.data.valid_data_path, run.training.seed
     return MicroBatchLoader(
         run=run,
-        data_path=run.data.valid_data_path,
+        plan=build_row_plan(run, data_path, seed=seed, is_training=False),
+        state=None,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        consumed_samples=0,
-        pad_to_multiple_of=row_multiple(run),
-        seed=run.training.seed,
-        shuffle=False,
+        pad_to_multiple_of=row_multiple(run.parallel),
+        seed=seed,
     )

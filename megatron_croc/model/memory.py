@@ -126,9 +126,10 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
     )
 
 
-def _keeps_activations(run: RunConfig) -> bool:
-    """Whether the layers have a backward pass: they, or what feeds them, are trained."""
-    return bool(find_trained_parts(run) - {"reconstruction_head"})
+def _tokens(run: RunConfig) -> float:
+    """Tokens of the longest possible micro-batch on one context-parallel rank."""
+    tokens = run.training.micro_batch_size * run.data.row_length
+    return tokens / run.parallel.context_parallel_size
 
 
 def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:

@@ -129,7 +129,7 @@ def build_trainer(
             load_weights(start, chunks, pg_collection, verify=run.checkpoint.verify_checkpoint)
         if start is not None:
             optimizer.reload_model_params()  # the fp32 main weights were copied from fresh ones
-    scheduler.step(increment=state.consumed_samples)
+    scheduler.step(increment=state.iteration * run.training.global_batch_size)
     return Trainer(
         run=run,
         pg_collection=pg_collection,

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import MicroBatchLoader
+from megatron_croc.data.row_plan import OrderState
 from megatron_croc.parallel.broadcast import broadcast_object, broadcast_tensor, is_source
 
 
@@ -29,7 +30,7 @@ class Feeder:
 
     def __init__(
         self,
-        loader: Iterator[Batch] | None,
+        loader: MicroBatchLoader | None,
         pg_collection: ProcessGroupCollection,
         *,
         num_microbatches: int,
@@ -47,20 +48,25 @@ class Feeder:
         self.pg = pg_collection
         self.num_microbatches = num_microbatches
         self.img_size = img_size
+        self.order_state: OrderState | None = None
+        """Where the run stands in its order of samples after the last step, on every rank."""
 
     def next_step(self) -> list[Batch]:
         """The next step's micro-batches; an error of the reader is raised on the whole replica."""
         batches: list[Batch] = []
         error: Exception | None = None
+        state: OrderState | None = None
         if self.loader is not None:
             try:
                 batches = [next(self.loader) for _ in range(self.num_microbatches)]
+                state = self.loader.state
             except Exception as exception:  # re-raised below, everywhere
                 error = exception
         bare = [replace(batch, pixel_values=None) for batch in batches]
-        bare, error = self._share((bare, error))
+        bare, state, error = self._share((bare, state, error))
         if error is not None:
             raise error
+        self.order_state = state
         if self.pg.pp.rank() == 0:
             pixels = [batch.pixel_values for batch in batches] or [None] * self.num_microbatches
             bare = [self._with_pixels(b, p) for b, p in zip(bare, pixels, strict=True)]
@@ -85,7 +91,7 @@ def open_feeder(
     run: RunConfig,
     pg_collection: ProcessGroupCollection,
     build_loader: Callable[..., MicroBatchLoader],
-    **position: int,
+    **position: OrderState | None,
 ) -> Iterator[Feeder]:
     """A feeder over a loader that only the first rank of each replica opens, closed at the end.
 
@@ -99,12 +105,12 @@ def open_feeder(
     loader = None
     if is_source(pg_collection.mp) and is_source(pg_collection.cp):
         loader = build_loader(run, dp_rank=dp.rank(), dp_size=dp.size(), **position)
-    samples_per_pass = run.training.micro_batch_size * dp.size()
+    rows_per_pass = run.training.micro_batch_size * dp.size()
     try:
         yield Feeder(
             loader,
             pg_collection,
-            num_microbatches=run.training.global_batch_size // samples_per_pass,
+            num_microbatches=run.training.global_batch_size // rows_per_pass,
             img_size=run.model.vision_tower.img_size,
         )
     finally:

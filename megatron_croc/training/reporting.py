@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_croc.config.base import to_tree
@@ -58,15 +60,29 @@ class Reporter:
                 config=to_tree(run),
             )
 
-    def add_step(self, iteration: int, metrics: StepMetrics, *, waited: float) -> None:
-        """Note one training step; every log_interval steps a line with mean losses is written."""
+    def add_step(
+        self,
+        iteration: int,
+        metrics: StepMetrics,
+        *,
+        waited: float,
+        progress: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Note one training step; every log_interval steps a line with mean losses is written.
+
+        Args:
+            iteration: steps done.
+            metrics: of this step.
+            waited: seconds it waited for data.
+            progress: counters as they stand after it, written as they are.
+        """
         self.interval.append(replace(metrics, matching_sample=None))  # some MB a step
         self.waited += waited
         if iteration % self.run.logging.log_interval and iteration != self.train_iters:
             return
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
-        row = self._summary(iteration, elapsed)
+        row = self._summary(iteration, elapsed) | dict(progress)
         if self.is_writer:  # rank 0 always matches an image, if there is one
             row |= self._matching(metrics, elapsed)
         self._write(iteration, row)
@@ -101,7 +117,6 @@ class Reporter:
             "reconstruction_loss": _mean(steps, "reconstruction_loss"),
             "grad_norm": last.grad_norm,
             "matched_distance": last.matched_distance,
-            "consumed_samples": iteration * self.run.training.global_batch_size,
             "seconds_per_step": elapsed / len(steps),
             "samples_per_second": samples / elapsed,
             "tokens_per_second": total["num_tokens"] / elapsed,
@@ -110,6 +125,9 @@ class Reporter:
             "data_wait_share": self.waited / elapsed,
             **{f"lr/{part}": rate for part, rate in last.learning_rates.items()},
         }
+        if self.run.data.packing:
+            rows = len(steps) * self.run.training.global_batch_size
+            row["packing_fill"] = total["num_tokens"] / (rows * self.run.data.row_length)
         if self.peak is not None:
             row["mfu"] = total["flops"] / elapsed / self.world_size / self.peak
         return row
@@ -205,6 +223,7 @@ _SHOWN = {
     "hidden_matching_share": "hidden {:.1%}",
     "samples_per_second": "{:.1f} samples/s",
     "tokens_per_second": "{:.0f} tokens/s",
+    "packing_fill": "rows filled {:.1%}",
     "mfu": "MFU {:.1%}",
     "data_wait_share": "waited {:.0%}",
 }

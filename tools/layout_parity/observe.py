@@ -100,7 +100,7 @@ def _batches(trainer: Trainer, steps: int, images: Sequence[int]) -> Iterator[li
     """The same global batches at every layout: read from data, or made of numbers."""
     run, pg = trainer.run, trainer.pg_collection
     if run.data.data_path:
-        with open_feeder(run, pg, build_train_loader, consumed_samples=0) as feeder:
+        with open_feeder(run, pg, build_train_loader, state=None) as feeder:
             for _ in range(steps):
                 yield feeder.next_step()
         return

@@ -10,6 +10,8 @@ from megatron_croc.config.model import MaskType
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.batch_builder import BatchBuilder
+from megatron_croc.data.blend import read_blend
+from megatron_croc.data.row_plan import Slot
 from megatron_croc.errors import DataError
 
 MASK_TYPES: tuple[MaskType, ...] = ("causal", "prefix", "visual")
@@ -49,7 +51,8 @@ def build_masked_row(run: RunConfig) -> MaskedRow:
         DataError: the held-out data or the tokenizer are damaged.
     """
     positions = _telling_samples(_builder(run, "causal"))
-    batches = {mask: _builder(run, mask).build(positions)[0] for mask in MASK_TYPES}
+    slots = [Slot(epoch=0, index=position) for position in positions]
+    batches = {mask: _builder(run, mask).build(slots)[0] for mask in MASK_TYPES}
     batch = batches["causal"]
     num_tokens = run.model.vision_tower.num_visual_tokens
     return MaskedRow(
@@ -75,9 +78,8 @@ def _builder(run: RunConfig, mask_type: MaskType) -> BatchBuilder:
     run.model.attention_mask_type = mask_type
     return BatchBuilder(
         run=run,
-        data_path=run.data.valid_data_path,
+        folders=read_blend(run.data.valid_data_path).folders,
         seed=run.training.seed,
-        shuffle=False,
         pad_to_multiple_of=ROW_MULTIPLE,
     )
 
@@ -89,7 +91,7 @@ def _telling_samples(builder: BatchBuilder) -> Sequence[int]:
     """
     sizes: list[tuple[int, int, int]] = []
     for position in range(min(SCANNED, builder.num_samples)):
-        batch, bad = builder.build([position])
+        batch, bad = builder.build([Slot(epoch=0, index=position)])
         if not bad:
             sizes.append((int(batch.mixed_mask.cu_seqlens[-1]), batch.num_images, position))
     sizes.sort()
