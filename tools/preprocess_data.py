@@ -6,13 +6,15 @@
 Each record is {"conversations": [{"from": "human", "value": "<image> ..."}, {"from": "gpt", ...}],
 "image": "a.jpg"}; "image" may also be a list of names, or be left out. Records that cannot be
 trained on are skipped; the reasons are printed and kept in report.json. Stopped at any time, the
-same command goes on with the shards that are missing.
+same command goes on with the shards that are missing. With --tokenizer-model the samples are
+measured too, as tools/index_lengths.py does.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from index_lengths import add_tokenizer_arguments, measure  # tools/ is on the path of its scripts
 from tqdm import tqdm
 
 from megatron_croc.data.preprocess import Preprocessor
@@ -32,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--samples-per-shard", type=int, default=10_000, help="records of one shard"
     )
+    add_tokenizer_arguments(parser, required=False)
     parser.add_argument("--workers", type=int, default=1, help="processes")
     return parser.parse_args()
 
@@ -51,6 +54,8 @@ def main() -> None:
             progress.update(num_records)
     for line in job.finish().lines():
         print(line)
+    if arguments.tokenizer_model is not None:
+        measure(arguments.output, arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.shard_writer import LengthsInfo, add_lengths, sha256_of, write_atomically
 from megatron_croc.data.shards import ShardedDataset, read_manifest
 from megatron_croc.data.tokenization import Tokenizer, build_tokenizer, tokenize_conversation
-from megatron_croc.errors import DataError
+from megatron_croc.errors import DataError, first_line
 
 TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
 
@@ -79,8 +79,8 @@ def _open_table(folder: Path, name: str, digest: str, template: TemplateName) ->
     path = folder / info.file
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {again}") from error
+    except (EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}; {again}") from error
     if table.shape != (manifest.num_samples, 2) or table.dtype != np.int32:
         raise DataError(
             f"{path} holds {table.dtype} {table.shape}, not one row for each of the "

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_croc.cli.check import ATTENTION_BACKENDS, count_samples, main
 from megatron_croc.config.model import AttentionBackend
+from megatron_croc.data.shard_writer import FORMAT_NAME, FORMAT_VERSION, ShardInfo, shard_name
 from megatron_croc.recipes import list_recipes
 
 COMMAND = [sys.executable, "-m", "megatron_croc.cli.check"]
@@ -110,10 +112,31 @@ def test_training_inputs_are_required_on_request(capsys: pytest.CaptureFixture[s
     assert "data_path is not given" in capsys.readouterr().err
 
 
+def _shard(samples: int) -> dict:
+    info = ShardInfo(
+        name=shard_name(0),
+        num_samples=samples,
+        num_images=0,
+        num_text_only=samples,
+        tar_bytes=0,
+        tar_sha256="",
+        idx_bytes=0,
+        idx_sha256="",
+    )
+    return asdict(info)
+
+
 def test_steps_are_derived_from_the_manifests(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, samples in {"a": 1000, "b": 600}.items():
         (tmp_path / name).mkdir()
-        manifest = {"num_samples": samples}
+        manifest = {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "num_samples": samples,
+            "num_images": 0,
+            "num_text_only": samples,
+            "shards": [_shard(samples)],
+        }
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert count_samples(folders) == 1600
@@ -121,6 +144,10 @@ def test_steps_are_derived_from_the_manifests(tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert "  samples of the run                  3,200 (2 epochs)" in lines
     assert "  steps                               100, 3 of warm-up" in lines
+    (tmp_path / "blend.yaml").write_text("- {path: a, epochs: 2}\n- {path: b, epochs: 0.5}\n")
+    assert count_samples([str(tmp_path / "blend.yaml")]) == 2300
+    assert main(["--recipe", "tiny/finetune", "--packing", "--data-path", *folders]) == 0
+    assert "steps                               counted when" in capsys.readouterr().out
     (tmp_path / "b" / "manifest.json").write_text("{}")
     assert count_samples(folders) is None
     assert count_samples([]) is None

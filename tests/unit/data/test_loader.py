@@ -3,14 +3,18 @@
 import itertools
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_croc.data import bad_samples, batch_builder, loader
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
 from megatron_croc.data.batch_builder import row_multiple
+from megatron_croc.data.lengths import index_lengths
 from megatron_croc.data.loader import build_train_loader, build_valid_loader
+from megatron_croc.data.row_plan import RowStream, build_row_plan
 from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.errors import ConfigError, DataError
 
@@ -22,11 +26,17 @@ def dataset(make_dataset):
     return make_dataset(NUM_SAMPLES)
 
 
-def read_batches(run, count, *, dp_rank=0, dp_size=1, consumed_samples=0) -> list[Batch]:
-    with build_train_loader(
-        run, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=consumed_samples
-    ) as batches:
+def read_batches(run, count, *, dp_rank=0, dp_size=1, skip=0) -> list[Batch]:
+    """The first batches of a rank in a run that stands behind `skip` rows."""
+    state = state_after(run, skip)
+    with build_train_loader(run, dp_rank=dp_rank, dp_size=dp_size, state=state) as batches:
         return list(itertools.islice(batches, count))
+
+
+def state_after(run, rows: int):
+    stream = RowStream(build_row_plan(run, run.data.data_path, seed=run.training.seed))
+    stream.take(rows)
+    return stream.state
 
 
 def samples_of(batches) -> dict[str, list]:
@@ -47,13 +57,11 @@ def samples_of(batches) -> dict[str, list]:
     return found
 
 
-def global_batches(run, count, *, dp_size=1, consumed_samples=0):
+def global_batches(run, count, *, dp_size=1, skip=0):
     """For each optimizer step, what its samples look like, gathered over the ranks."""
     per_step = run.training.global_batch_size // (run.training.micro_batch_size * dp_size)
     ranks = [
-        read_batches(
-            run, count * per_step, dp_rank=rank, dp_size=dp_size, consumed_samples=consumed_samples
-        )
+        read_batches(run, count * per_step, dp_rank=rank, dp_size=dp_size, skip=skip)
         for rank in range(dp_size)
     ]
     return [
@@ -74,14 +82,13 @@ def test_global_batches_do_not_depend_on_the_layout(dataset, make_run, dp_size, 
 def test_resume_at_any_step(dataset, make_run, step):
     run = make_run(dataset)
     whole = global_batches(run, 5)
-    assert global_batches(run, 5 - step, dp_size=2, consumed_samples=8 * step) == whole[step:]
+    assert global_batches(run, 5 - step, dp_size=2, skip=8 * step) == whole[step:]
 
 
 def test_exactly_once_per_epoch_and_replaced_sets_change(dataset, make_run):
     run = make_run(dataset, micro_batch_size=1, global_batch_size=1)
     epochs = [
-        samples_of(read_batches(run, NUM_SAMPLES, consumed_samples=epoch * NUM_SAMPLES))
-        for epoch in (0, 1)
+        samples_of(read_batches(run, NUM_SAMPLES, skip=epoch * NUM_SAMPLES)) for epoch in (0, 1)
     ]
     names = {ShardedDataset(dataset).read(i).sample_id for i in range(NUM_SAMPLES)}
     for epoch in epochs:
@@ -137,7 +144,7 @@ def test_bad_samples_keep_their_slots(make_dataset, make_run, monkeypatch):
     run.data.data_path = (make_dataset(12, name="bad", records=broken),)
     warnings = []
     monkeypatch.setattr(bad_samples.logger, "warning", lambda *args: warnings.append(args))
-    with build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0) as batches:
+    with build_train_loader(run, dp_rank=0, dp_size=1, state=None) as batches:
         bad = samples_of(itertools.islice(batches, 12))
         assert batches.bad_counts == {"image": 1, "no_answer": 1, "image_marks": 1, "too_long": 1}
     assert [name.split("/")[1] for name in bad] == [name.split("/")[1] for name in good]
@@ -166,7 +173,7 @@ def test_too_many_bad_samples_end_the_run(make_dataset, make_run):
     run = make_run(make_dataset(120, records=records))
     run.data.max_bad_fraction = 0.03
     with (
-        build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0) as batches,
+        build_train_loader(run, dp_rank=0, dp_size=1, state=None) as batches,
         pytest.raises(DataError, match=r"max_bad_fraction = 0\.03.*\n.*sample set/") as caught,
     ):
         for _ in range(60):
@@ -206,7 +213,7 @@ def test_errors_of_workers_reach_the_consumer(dataset, make_run, monkeypatch, nu
     monkeypatch.setattr(batch_builder.logger, "error", lambda *args: errors.append(args))
     run = make_run(dataset)
     run.data.num_workers = num_workers
-    batches = build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0)
+    batches = build_train_loader(run, dp_rank=0, dp_size=1, state=None)
     with pytest.raises(ZeroDivisionError):
         next(batches)
     assert "sample number" in errors[0][0]
@@ -219,8 +226,8 @@ def test_a_hanging_read_does_not_hang_training(dataset, make_run, monkeypatch):
     monkeypatch.setattr(ShardedDataset, "read", lambda self, index: release.wait(30))
     monkeypatch.setattr(loader, "STALL_SECONDS", 0.2)
     begin = time.monotonic()
-    with pytest.raises(DataError, match=r"positions 0 to 1 .* not ready"):
-        next(build_train_loader(make_run(dataset), dp_rank=0, dp_size=1, consumed_samples=0))
+    with pytest.raises(DataError, match=r"samples number \d+, \d+ .* not ready"):
+        next(build_train_loader(make_run(dataset), dp_rank=0, dp_size=1, state=None))
     assert time.monotonic() - begin < 10
     release.set()
 
@@ -229,7 +236,7 @@ def test_reading_ahead_is_bounded_and_close_ends_the_threads(dataset, make_run):
     run = make_run(dataset)
     run.data.num_workers, run.data.prefetch_factor = 2, 3
     before = threading.active_count()
-    batches = build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0)
+    batches = build_train_loader(run, dp_rank=0, dp_size=1, state=None)
     next(batches)
     assert len(batches._pending) == 6
     batches.close()
@@ -258,9 +265,83 @@ def test_rows_are_padded_for_the_layout(dataset, make_run):
 def test_impossible_layouts_are_refused(dataset, make_run):
     run = make_run(dataset)
     with pytest.raises(ConfigError, match="global_batch_size = 8 is not a multiple"):
-        build_train_loader(run, dp_rank=0, dp_size=3, consumed_samples=0)
+        build_train_loader(run, dp_rank=0, dp_size=3, state=None)
     with pytest.raises(ConfigError, match="dp_rank = 2"):
-        build_train_loader(run, dp_rank=2, dp_size=2, consumed_samples=0)
+        build_train_loader(run, dp_rank=2, dp_size=2, state=None)
     run.model.language_model.vocab_size = 100
     with pytest.raises(DataError, match="vocab_size"):
-        build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0)
+        build_train_loader(run, dp_rank=0, dp_size=1, state=None)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_state_of_any_step_leads_to_the_next(dataset, make_run, packing):
+    """The loader says where it stands only after whole global batches, however far it read."""
+    run = make_run(measured(dataset, make_run), micro_batch_size=1, global_batch_size=4)
+    run.data.packing, run.data.num_workers, run.data.prefetch_factor = packing, 2, 4
+    whole = global_batches(run, 5, dp_size=1)
+    with build_train_loader(run, dp_rank=1, dp_size=2, state=None) as batches:
+        before = batches.state
+        next(batches)
+        assert batches.state == before  # half of the rank's share of the first step
+        next(batches)
+        state = batches.state
+        assert sum(state.consumed) == sum(len(times) for times in whole[0].values())
+    run.data.num_workers = 0
+    with build_train_loader(run, dp_rank=0, dp_size=1, state=state) as batches:
+        again = samples_of(itertools.islice(batches, 4))
+    assert again == whole[1]
+
+
+def measured(folder, make_run):
+    """The dataset, with its lengths."""
+    data = make_run(folder).data
+    for _ in index_lengths(
+        Path(folder),
+        tokenizer_type=data.tokenizer_type,
+        tokenizer_model=data.tokenizer_model,
+        template=data.conversation_template,
+    ):
+        pass
+    return folder
+
+
+def test_packed_rows_hold_whole_samples_up_to_the_capacity(dataset, make_run):
+    run = make_run(measured(dataset, make_run), micro_batch_size=1, global_batch_size=1)
+    separate = samples_of(read_batches(run, NUM_SAMPLES))
+    run.data.packing, run.data.packing_length = True, 700
+    plan = build_row_plan(run, run.data.data_path, seed=run.training.seed)
+    packs = read_batches(run, plan.num_rows(NUM_SAMPLES))
+    assert len(packs) < NUM_SAMPLES / 2
+    assert samples_of(packs) == separate
+    for batch in packs:
+        assert len(batch.input_ids) <= 700
+        assert (batch.position_ids == 0).sum() == len(batch.sample_ids)
+    assert max(batch.num_images for batch in packs) > 2
+
+
+def test_wrong_lengths_are_noticed(dataset, make_run):
+    run = make_run(measured(dataset, make_run))
+    run.data.packing = True
+    (table,) = Path(dataset).glob("lengths-*.npy")
+    lengths = np.load(table)
+    lengths[:, 0] -= 1
+    np.save(table, lengths)
+    with pytest.raises(DataError, match=r"sample set/.* its row was packed for .*index_lengths"):
+        read_batches(run, 1)
+
+
+def test_grouped_steps_have_one_modality(dataset, make_run):
+    run = make_run(measured(dataset, make_run), micro_batch_size=4, global_batch_size=4)
+    run.data.group_by_modality_length = True
+    batches = read_batches(run, NUM_SAMPLES // 4)
+    kinds = []
+    for batch in batches:
+        cu = batch.mixed_mask.cu_seqlens
+        images = [
+            int(((batch.image_starts >= a) & (batch.image_starts < b)).sum())
+            for a, b in itertools.pairwise(cu.tolist())
+        ]
+        kinds.append({n > 0 for n in images})
+        assert (cu.diff().diff() <= 0).all()
+    assert sum(len(kind) == 2 for kind in kinds) <= 2  # left over, and shared with the next epoch
+    assert {True} in kinds and {False} in kinds

@@ -16,6 +16,7 @@ class Reader:
     def __init__(self, batches, error):
         self.batches, self.error = iter(batches), error
         self.is_closed = False
+        self.state = "after the step"
 
     def __next__(self):
         try:
@@ -36,16 +37,17 @@ def feed(changes: dict, error: Exception) -> dict:
     pg = start_distributed(run.parallel, seed=1)
     opened = []
 
-    def build(run, *, dp_rank, dp_size, consumed_samples):
-        assert consumed_samples == 24
+    def build(run, *, dp_rank, dp_size, state):
+        assert state == "before"
         batches = make_step(run, 0, dp_rank=dp_rank, dp_size=dp_size, images=IMAGES)
         opened.append(Reader(batches, error))
         return opened[-1]
 
-    raised = None
+    raised, states = None, []
     try:
-        with open_feeder(run, pg, build, consumed_samples=24) as feeder:
+        with open_feeder(run, pg, build, state="before") as feeder:
             batches = feeder.next_step()
+            states.append(feeder.order_state)
             feeder.next_step()
     except Exception as exception:
         raised = (type(exception).__name__, str(exception))
@@ -58,6 +60,7 @@ def feed(changes: dict, error: Exception) -> dict:
         "opened": len(opened),
         "closed": [reader.is_closed for reader in opened],
         "raised": raised,
+        "states": states,
         "pp_rank": pg.pp.rank(),
     }
 
@@ -78,6 +81,7 @@ def test_one_reader_feeds_all_ranks_and_fails_on_all(layout):
     assert results[0]["closed"] == [True]
     for result in results:
         assert result["raised"] == ("DataError", "shard 3: sample 17 is damaged")
+        assert result["states"] == ["after the step"]
         assert len(result["ids"]) == 4
         for number, batch in enumerate(expected):
             assert result["ids"][number] == batch.input_ids.tolist()
@@ -108,7 +112,8 @@ def test_one_process_reads_for_itself(pg_collection):
 
     run = tiny_run()
     batches = make_step(run, 0, dp_rank=0, dp_size=1, images=IMAGES)
-    feeder = Feeder(iter(batches), pg_collection, num_microbatches=4, img_size=56)
+    reader = Reader(batches, StopIteration())
+    feeder = Feeder(reader, pg_collection, num_microbatches=4, img_size=56)
     for given, batch in zip(feeder.next_step(), batches, strict=True):
         assert torch.equal(given.pixel_values, batch.pixel_values)
         assert given.mixed_mask is batch.mixed_mask

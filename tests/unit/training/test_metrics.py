@@ -161,10 +161,12 @@ def rows_of(folder: Path) -> list[dict]:
 
 def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
     for number in range(1, 6):
-        reporter.add_step(number, make_metrics(number), waited=0.0)
+        progress = {"consumed_samples": 8 * number, "epochs/chat": number / 4}
+        reporter.add_step(number, make_metrics(number), waited=0.0, progress=progress)
     reporter.close()
     rows = rows_of(tmp_path)
     assert [row["iteration"] for row in rows] == [2, 4, 5]
+    assert [row["epochs/chat"] for row in rows] == [0.5, 1.0, 1.25]
     assert [row["loss"] for row in rows] == pytest.approx(
         [5.35, 5.15, 5.0]
     )  # means of the interval
