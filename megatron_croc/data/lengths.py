@@ -22,7 +22,13 @@ import numpy as np
 from megatron_croc.config.data import TemplateName
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
-from megatron_croc.data.shard_writer import LengthsInfo, add_lengths, sha256_of, write_atomically
+from megatron_croc.data.shard_writer import (
+    LengthsInfo,
+    add_lengths,
+    map_array,
+    sha256_of,
+    write_atomically,
+)
 from megatron_croc.data.shards import ShardedDataset, read_manifest
 from megatron_croc.data.tokenization import Tokenizer, build_tokenizer, tokenize_conversation
 from megatron_croc.errors import DataError, first_line
@@ -78,7 +84,7 @@ def _open_table(folder: Path, name: str, digest: str, template: TemplateName) ->
         )
     path = folder / info.file
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table = map_array(path)
     except (EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}; {again}") from error
     if table.shape != (manifest.num_samples, 2) or table.dtype != np.int32:

@@ -12,6 +12,7 @@ Equal samples give equal bytes: members carry no time, owner or path of the mach
 import hashlib
 import io
 import json
+import mmap
 import os
 import tarfile
 from collections.abc import Sequence
@@ -50,6 +51,18 @@ class ShardInfo:
     tar_sha256: str
     idx_bytes: int
     idx_sha256: str
+
+
+def map_array(path: Path) -> np.ndarray:
+    """A stored array, mapped into memory for reading here and there.
+
+    Raises:
+        EOFError, OSError, ValueError: it cannot be read.
+    """
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Otherwise the system maps 64 KiB around every number that is looked up.
+    array._mmap.madvise(mmap.MADV_RANDOM)
+    return array
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from megatron_croc.data.shard_writer import (
     MANIFEST,
     LengthsInfo,
     ShardInfo,
+    map_array,
     sample_key,
     sha256_of,
     shard_name,
@@ -268,7 +269,7 @@ class _Index:
     """A shard's index, mapped into memory: int64 rows (sample, offset, length)."""
 
     def __init__(self, path: Path) -> None:
-        self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._rows = map_array(path)
 
     def members(self, row: int) -> list[tuple[int, int]]:
         """(offset, length) of a sample's JSON, which comes first, and its images."""
