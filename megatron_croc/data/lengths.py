@@ -10,6 +10,7 @@ memory, so looking up a few samples of 10^9 reads a few pages.
 
 import hashlib
 import io
+import mmap
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,9 @@ TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
+_LOOKED_UP_AT_ONCE = 4096
+"""Each looked-up row maps a page of 4 KiB: 16 MiB at most."""
+
 CHUNK = 10_000
 """Samples that one worker process takes at a time."""
 
@@ -62,8 +66,18 @@ class SampleLengths:
         folder = np.searchsorted(self._starts, index, side="right") - 1
         for number, table in enumerate(self._tables):
             here = np.flatnonzero(folder == number)
-            found[here] = table[index[here] - self._starts[number]]
+            found[here] = look_up(table, index[here] - self._starts[number])
         return found[:, 0], found[:, 1]
+
+
+def look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a mapped table; what was mapped for it is let go, so memory stays small."""
+    found = np.empty((len(rows), table.shape[1]), dtype=np.int64)
+    for begin in range(0, len(rows), _LOOKED_UP_AT_ONCE):
+        part = slice(begin, begin + _LOOKED_UP_AT_ONCE)
+        found[part] = table[rows[part]]
+        table._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    return found
 
 
 def _open_table(folder: Path, name: str, digest: str, template: TemplateName) -> np.ndarray:

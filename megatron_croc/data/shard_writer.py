@@ -61,7 +61,7 @@ def map_array(path: Path) -> np.ndarray:
     """
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     # Otherwise the system maps 64 KiB around every number that is looked up.
-    array._mmap.madvise(mmap.MADV_RANDOM)
+    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return array
 
 

@@ -41,7 +41,7 @@ from megatron_croc.errors import DataError
 MAX_OPEN_FILES = 64
 """Tars held open at once by one dataset."""
 
-MAX_OPEN_INDEXES = 1024
+MAX_OPEN_INDEXES = 64
 """Indexes mapped into memory at once by one dataset."""
 
 CHECKED_AT_ONCE = 1024
