@@ -10,7 +10,6 @@ memory, so looking up a few samples of 10^9 reads a few pages.
 
 import hashlib
 import io
-import mmap
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.shard_writer import (
     LengthsInfo,
     add_lengths,
+    let_go,
     map_array,
     sha256_of,
     write_atomically,
@@ -38,8 +38,8 @@ TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
-_LOOKED_UP_AT_ONCE = 4096
-"""Each looked-up row maps a page of 4 KiB: 16 MiB at most."""
+_LOOKED_UP_AT_ONCE = 512
+"""Each looked-up row may map 64 KiB: 32 MiB at most."""
 
 CHUNK = 10_000
 """Samples that one worker process takes at a time."""
@@ -76,7 +76,7 @@ def look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     for begin in range(0, len(rows), _LOOKED_UP_AT_ONCE):
         part = slice(begin, begin + _LOOKED_UP_AT_ONCE)
         found[part] = table[rows[part]]
-        table._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        let_go(table)
     return found
 
 

@@ -60,9 +60,14 @@ def map_array(path: Path) -> np.ndarray:
         EOFError, OSError, ValueError: it cannot be read.
     """
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    # Otherwise the system maps 64 KiB around every number that is looked up.
+    # Otherwise the system reads ahead of every number that is looked up.
     array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return array
+
+
+def let_go(array: np.ndarray) -> None:
+    """Unmap what was read of a mapped array; it stays in the system's cache of files."""
+    array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)

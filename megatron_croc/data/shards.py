@@ -31,6 +31,7 @@ from megatron_croc.data.shard_writer import (
     MANIFEST,
     LengthsInfo,
     ShardInfo,
+    let_go,
     map_array,
     sample_key,
     sha256_of,
@@ -277,7 +278,9 @@ class _Index:
             bisect.bisect_left(range(len(self._rows)), r, key=lambda i: self._rows[i, 0])
             for r in (row, row + 1)
         )
-        return [(int(offset), int(length)) for _, offset, length in self._rows[first:last]]
+        members = [(int(offset), int(length)) for _, offset, length in self._rows[first:last]]
+        let_go(self._rows)
+        return members
 
 
 class _File:
