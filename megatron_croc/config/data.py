@@ -58,7 +58,7 @@ class DataConfig:
     """Threads that read, tokenise and decode ahead of training; 0: in the training thread."""
 
     prefetch_factor: int = 2
-    """Micro-batches each worker keeps ready."""
+    """Micro-batches each worker keeps ready; together never less than one step's."""
 
     max_bad_fraction: float = 0.01
     """Largest share of unusable samples (each is skipped and named); more of them end the run."""

@@ -91,7 +91,10 @@ class MicroBatchLoader(Iterator[Batch]):
         self._budget = BadSampleBudget(run.data.max_bad_fraction)
         self._planned: deque[_Job] = deque()
         self._pending: deque[tuple[_Job, Future[Built]]] = deque()
-        self._depth = run.data.num_workers * run.data.prefetch_factor
+        # Training takes a whole step's micro-batches at once, so they are kept ready together.
+        per_step = self._global // (self._micro * dp_size)
+        workers = run.data.num_workers
+        self._depth = max(workers * run.data.prefetch_factor, per_step) if workers else 0
         self._pool = (
             ThreadPoolExecutor(run.data.num_workers, thread_name_prefix="loader")
             if self._depth

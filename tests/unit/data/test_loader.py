@@ -240,6 +240,10 @@ def test_reading_ahead_is_bounded_and_close_ends_the_threads(dataset, make_run):
     next(batches)
     assert len(batches._pending) == 6
     batches.close()
+    run.data.prefetch_factor = 1
+    batches = build_train_loader(run, dp_rank=0, dp_size=1, state=None)
+    assert len(batches._pending) == 4  # one step's
+    batches.close()
     batches.close()
     assert threading.active_count() == before
 
