@@ -14,7 +14,7 @@ counts alone: not on ranks, micro-batches or workers.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,10 @@ class OrderState:
     @classmethod
     def from_tree(cls, tree: dict) -> "OrderState":
         """Back from JSON, which has lists for tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class Window:
     planned_tokens: np.ndarray | None
     """int64 [n]; None where rows are not packed."""
 
-    rows: Sequence[Sequence[int]]
+    rows: "Sequence[Sequence[int]] | np.ndarray"
     """For each row the places of its samples in the arrays above."""
 
     def row(self, number: int) -> Row:
@@ -118,7 +121,8 @@ class Window:
         )
 
 
-Arranged = tuple[Sequence[Sequence[int]], np.ndarray | None]
+Rows = Sequence[Sequence[int]] | np.ndarray
+Arranged = tuple[Rows, np.ndarray | None]
 """Rows, as places in the window, and the planned tokens of its samples if they are packed."""
 
 
@@ -288,7 +292,7 @@ class RowStream:
         self._enter(self.state.window_start, self.state.rows_taken)
 
     def _enter(self, window_start: Sequence[int], rows_taken: int) -> None:
-        self._window_start = tuple(int(n) for n in window_start)
+        self._window_start = tuple(window_start)
         self._window = self._plan.window(self._window_start)
         self._rows_taken = rows_taken
 
@@ -299,7 +303,7 @@ class RowStream:
             window = self._window
             if self._rows_taken == len(window.rows):
                 drawn = np.bincount(window.source, minlength=self._consumed.size)
-                self._enter(np.array(self._window_start) + drawn, 0)
+                self._enter((np.array(self._window_start) + drawn).tolist(), 0)
                 continue
             row = self._rows_taken
             rows.append(window.row(row))
