@@ -41,6 +41,15 @@ class TrainState:
             )
         return self.order
 
+    def progress(self) -> dict[str, float]:
+        """Counters of the samples done, in all and of each source."""
+        counters: dict[str, float] = {"consumed_samples": self.consumed_samples}
+        if self.order is not None:
+            for name, samples in zip(self.order.sources, self.order.consumed, strict=True):
+                counters[f"samples/{name}"] = samples
+                counters[f"epochs/{name}"] = self.order.epochs[name]
+        return counters
+
     def save(self, folder: Path) -> None:
         """Write it beside the weights."""
         (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -38,6 +38,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
         *find_layout_faults(run, world_size),
         *_training_faults(run),
         *_order_faults(run),
+        *_precision_faults(run),
         *_optimizer_faults(run),
         *_croc_faults(run),
         *_checkpoint_faults(run),
@@ -117,6 +118,30 @@ def _order_faults(run: RunConfig) -> Iterator[str]:
         )
     if data.packing_buffer_size < 1:
         yield f"packing_buffer_size={data.packing_buffer_size}: must be positive"
+
+
+def _precision_faults(run: RunConfig) -> Iterator[str]:
+    training, llm = run.training, run.model.language_model
+    if training.fp8_format is None:
+        return
+    if not training.bf16:
+        yield f"fp8_format={training.fp8_format} without bf16: set bf16, or unset fp8_format"
+    if training.transformer_impl == "local":
+        yield (
+            f"fp8_format={training.fp8_format} with transformer_impl=local: fp8 is Transformer "
+            "Engine's; set transformer_impl to te, or unset fp8_format"
+        )
+    tp = run.parallel.tensor_model_parallel_size
+    unit = 32 if training.fp8_recipe == "mxfp8" else 16
+    for name, size in {
+        "hidden_size": llm.hidden_size,
+        "ffn_hidden_size": llm.ffn_hidden_size,
+    }.items():
+        if size % (unit * tp):
+            yield (
+                f"{name}={size}: fp8_recipe={training.fp8_recipe} takes multiples of {unit} on "
+                f"each of {tp} tensor-parallel ranks; unset fp8_format"
+            )
 
 
 def trains_nothing(run: RunConfig) -> bool:

@@ -10,7 +10,7 @@ and threads only decides who builds which part.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitTimeoutError
 from dataclasses import dataclass
@@ -196,13 +196,14 @@ def check_data(run: RunConfig) -> None:
     seed = run.training.seed
     plans = [build_row_plan(run, run.data.data_path, seed=seed)]
     if run.training.eval_interval:
-        plans.append(build_row_plan(run, run.data.valid_data_path, seed=seed, is_training=False))
+        for data_path in filter(None, (run.data.valid_data_path, run.data.eval_answers_data_path)):
+            plans.append(build_row_plan(run, data_path, seed=seed, is_training=False))
     for plan in plans:
         BatchBuilder(
             run=run,
             folders=plan.blend.folders,
             seed=seed,
-            pad_to_multiple_of=row_multiple(run.parallel),
+            pad_to_multiple_of=row_multiple(run),
         )
 
 
@@ -216,20 +217,25 @@ def build_train_loader(
         state=state,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        pad_to_multiple_of=row_multiple(run.parallel),
+        pad_to_multiple_of=row_multiple(run),
         seed=run.training.seed,
     )
 
 
-def build_valid_loader(run: RunConfig, *, dp_rank: int, dp_size: int) -> MicroBatchLoader:
-    """The validation stream: always from its first sample, in stored order, so it never changes."""
-    data_path, seed = run.data.valid_data_path, run.training.seed
+def build_valid_loader(
+    run: RunConfig, *, dp_rank: int, dp_size: int, data_path: Sequence[str] = ()
+) -> MicroBatchLoader:
+    """The validation stream, or that of another `data_path`.
+
+    It is always read from its first sample, in stored order, so it never changes.
+    """
+    data_path, seed = data_path or run.data.valid_data_path, run.training.seed
     return MicroBatchLoader(
         run=run,
         plan=build_row_plan(run, data_path, seed=seed, is_training=False),
         state=None,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        pad_to_multiple_of=row_multiple(run.parallel),
+        pad_to_multiple_of=row_multiple(run),
         seed=seed,
     )

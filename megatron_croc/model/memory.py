@@ -61,9 +61,10 @@ class Row:
 
 
 def longest_row(run: RunConfig) -> Row:
-    """micro_batch_size samples of seq_length with an image each."""
-    samples = run.training.micro_batch_size
-    return Row(tokens=samples * run.data.seq_length, images=samples)
+    """micro_batch_size samples of seq_length with an image each; with packing, rows of images."""
+    rows, length = run.training.micro_batch_size, run.data.row_length
+    images = length // run.model.vision_tower.num_visual_tokens if run.data.packing else 1
+    return Row(tokens=rows * length, images=rows * images)
 
 
 def estimate_memory(
@@ -126,10 +127,9 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
     )
 
 
-def _tokens(run: RunConfig) -> float:
-    """Tokens of the longest possible micro-batch on one context-parallel rank."""
-    tokens = run.training.micro_batch_size * run.data.row_length
-    return tokens / run.parallel.context_parallel_size
+def _keeps_activations(run: RunConfig) -> bool:
+    """Whether the layers have a backward pass: they, or what feeds them, are trained."""
+    return bool(find_trained_parts(run) - {"reconstruction_head"})
 
 
 def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:

@@ -82,8 +82,10 @@ def describe_gpus() -> list[str]:
 
 def describe_cuda() -> str:
     """Versions of CUDA, cuDNN and NCCL that torch was built with."""
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
+    from torch.cuda import nccl
+
+    nccl_version = ".".join(map(str, nccl.version()))
+    return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl_version}"
 
 
 def max_memory_allocated() -> int:

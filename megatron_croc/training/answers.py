@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.answer_spans import AnswerFinder
 from megatron_croc.data.batch import Batch
-from megatron_croc.data.batch_builder import row_multiple
-from megatron_croc.data.loader import MicroBatchLoader
+from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.data.tokenization import build_tokenizer
 from megatron_croc.model.croc_model import ModelInputs, ModelOutput
 from megatron_croc.parallel.context import gather_sequence
@@ -45,11 +44,12 @@ def check_answers(trainer: Trainer) -> AnswerCounts:
     """Check the answers of `eval_answers_iters` global batches, always the same ones."""
     run, pg = _as_at_inference(trainer.run), trainer.pg_collection
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
+    data_path = run.data.eval_answers_data_path
     finder = AnswerFinder(tokenizer, run.data.conversation_template)
     counts = torch.zeros(2, dtype=torch.float64, device=current_device())
     for chunk in trainer.chunks:
         chunk.eval()
-    with open_feeder(run, pg, _build_loader) as feeder:
+    with open_feeder(run, pg, build_valid_loader, data_path=data_path) as feeder:
         for _ in range(run.training.eval_answers_iters):
             batches = feeder.next_step()
             counts += _count(trainer, batches, finder, tokenizer.size)
@@ -65,20 +65,6 @@ def _as_at_inference(run: RunConfig) -> RunConfig:
     run = copy.deepcopy(run)
     run.model.attention_mask_type = "causal"
     return run
-
-
-def _build_loader(run: RunConfig, *, dp_rank: int, dp_size: int) -> MicroBatchLoader:
-    """Always from the first sample, in stored order."""
-    return MicroBatchLoader(
-        run=run,
-        data_path=run.data.eval_answers_data_path or run.data.valid_data_path,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        consumed_samples=0,
-        pad_to_multiple_of=row_multiple(run.parallel),
-        seed=run.training.seed,
-        shuffle=False,
-    )
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def open_feeder(
     run: RunConfig,
     pg_collection: ProcessGroupCollection,
     build_loader: Callable[..., MicroBatchLoader],
-    **position: OrderState | None,
+    **position: Any,
 ) -> Iterator[Feeder]:
     """A feeder over a loader that only the first rank of each replica opens, closed at the end.
 
@@ -99,7 +99,7 @@ def open_feeder(
         run: the run.
         pg_collection: process groups.
         build_loader: called with (run, dp_rank=, dp_size=, **position).
-        position: where to start, for a loader that takes it.
+        position: where to start or what to read, for a loader that takes it.
     """
     dp = pg_collection.dp
     loader = None

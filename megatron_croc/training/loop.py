@@ -2,8 +2,7 @@
 
 import time
 
-from megatron_croc.checkpoint.sharded import save_checkpoint
-from megatron_croc.checkpoint.state import TrainState
+from megatron_croc.checkpoint.saving import CheckpointSaver
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import world_size
@@ -14,16 +13,6 @@ from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.feeder import open_feeder
 from megatron_croc.training.length import resolve_train_iters
 from megatron_croc.training.reporting import Reporter
-
-
-def progress(state: TrainState) -> dict[str, float]:
-    """Counters of the samples done, in all and of each source."""
-    counters: dict[str, float] = {"consumed_samples": state.consumed_samples}
-    if state.order is not None:
-        for name, samples in zip(state.order.sources, state.order.consumed, strict=True):
-            counters[f"samples/{name}"] = samples
-            counters[f"epochs/{name}"] = state.order.epochs[name]
-    return counters
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
@@ -41,6 +30,9 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
     def due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
+    saver = None
+    if run.checkpoint.save:
+        saver = CheckpointSaver(run, trainer.chunks, trainer.optimizer, pg)
     with open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder:
         while state.iteration < last:
             started = time.perf_counter()
@@ -51,7 +43,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
             state.iteration += 1
             state.consumed_samples += metrics.num_samples
             state.order = feeder.order_state
-            reporter.add_step(state.iteration, metrics, waited=waited, progress=progress(state))
+            reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
 
             if due(run.training.eval_interval):
                 reporter.add_validation(state.iteration, evaluate(trainer))

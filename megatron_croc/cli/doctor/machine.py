@@ -170,7 +170,7 @@ def look_at_loader(run: RunConfig, seconds: float) -> Finding:
     """
     from megatron_croc.data.loader import build_train_loader
 
-    with build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0) as loader:
+    with build_train_loader(run, dp_rank=0, dp_size=1, state=None) as loader:
         next(loader)  # opening files and starting threads is not the rate
         started, samples = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
