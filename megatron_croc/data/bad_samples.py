@@ -12,7 +12,17 @@ from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 
 BadKind = Literal[
-    "record", "roles", "no_answer", "image_marks", "missing_image", "image", "too_long"
+    "record",
+    "roles",
+    "no_answer",
+    "image_marks",
+    "missing_image",
+    "missing_caption",
+    "image",
+    "too_long",
+    "duplicate_key",
+    "unsafe_member",
+    "damaged_tar",
 ]
 
 MIN_SAMPLES_TO_JUDGE = 100

@@ -108,6 +108,10 @@ def check_conversation(messages: object, *, num_images: int, sample_id: str) -> 
                 f"message {turn} is from {role}, expected {expected}: questions and answers "
                 "must alternate, a question first",
             )
+        if not is_unicode(message["value"]):
+            raise BadSampleError(
+                sample_id, "record", f"message {turn} holds half of a surrogate pair: no Unicode"
+            )
         if role == "gpt" and not message["value"].strip():
             raise BadSampleError(sample_id, "no_answer", f"the answer in message {turn} is empty")
     if len(messages) % 2:
@@ -126,6 +130,15 @@ def check_conversation(messages: object, *, num_images: int, sample_id: str) -> 
             "image_marks",
             f"{in_questions} {IMAGE_MARK} mark(s) for {num_images} image(s)",
         )
+
+
+def is_unicode(text: str) -> bool:
+    r"""Whether a text can be encoded; JSON's \ud800 alone cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def render_conversation(

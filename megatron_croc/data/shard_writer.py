@@ -18,12 +18,15 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+TextFormat = Literal["json", "txt"]
+
 MANIFEST = "manifest.json"
 FORMAT_NAME = "megatron_croc shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 TAR_HEADER_BYTES = 512
 """A member's data starts this far behind its header (names here are short, so one block)."""
@@ -44,6 +47,14 @@ class ShardInfo:
     """One shard's entry in the manifest."""
 
     name: str
+    """Of the index (name.idx.npy) and, where the shard was written here, of the tar."""
+
+    tar: str
+    """Where the tar lies: relative to the folder, or a location of its own when indexed in place."""
+
+    text_format: TextFormat
+    """What the first member of a sample holds."""
+
     num_samples: int
     num_images: int
     num_text_only: int
@@ -150,13 +161,12 @@ class ShardWriter:
             return
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(self._rows, dtype=np.int64).reshape(-1, 3))
-        index_path = self._folder / f"{shard_name(self._shard)}.idx.npy"
-        write_atomically(index_path, buffer.getvalue())
+        index_path = write_index(self._folder, self._shard, self._rows)
         self._temporary.replace(self._tar_path)
         self.info = ShardInfo(
             name=shard_name(self._shard),
+            tar=self._tar_path.name,
+            text_format="json",
             num_samples=self._num_samples,
             num_images=len(self._rows) - self._num_samples,
             num_text_only=self._num_text_only,
@@ -165,6 +175,15 @@ class ShardWriter:
             idx_bytes=index_path.stat().st_size,
             idx_sha256=sha256_of(index_path),
         )
+
+
+def write_index(folder: Path, shard: int, rows: Sequence[tuple[int, int, int]]) -> Path:
+    """Write a shard's index from its (sample, offset, length) rows; returns its path."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows, dtype=np.int64).reshape(-1, 3))
+    path = folder / f"{shard_name(shard)}.idx.npy"
+    write_atomically(path, buffer.getvalue())
+    return path
 
 
 def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -> None:

@@ -1,11 +1,9 @@
 """Reading dataset folders: any sample by its number, from any thread.
 
-    number --manifest.json--> shard, row --idx.npy--> offsets --pread--> JSON and image bytes
+    number --manifest.json--> shard, row --idx.npy--> offsets --read--> text and image bytes
 
-An index is memory-mapped when its shard is first read, so a dataset of 10^9 samples opens as fast
-as its manifest is read.
-
-Files are opened by the manifest's own names; keys and names inside a tar are never used as paths.
+Folders are local paths or s3:// prefixes (storage.py). Files are opened by the manifest's own
+names; keys and names inside a tar are never used as paths.
 What was written how is told in shard_writer.py.
 """
 
@@ -14,7 +12,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -25,6 +22,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.records import conversation_of, parse_text
 from megatron_croc.data.shard_writer import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -34,20 +32,24 @@ from megatron_croc.data.shard_writer import (
     let_go,
     map_array,
     sample_key,
-    sha256_of,
     shard_name,
 )
-from megatron_croc.errors import DataError
+from megatron_croc.data.storage import (
+    Storage,
+    is_remote,
+    join_location,
+    open_storage,
+    read_whole,
+    retry,
+)
+from megatron_croc.data.storage_cache import StorageCache
+from megatron_croc.errors import DataError, first_line
 
 MAX_OPEN_FILES = 64
 """Tars held open at once by one dataset."""
 
-MAX_OPEN_INDEXES = 64
-"""Indexes mapped into memory at once by one dataset."""
-
-CHECKED_AT_ONCE = 1024
-"""Shards up to which a dataset is checked when it is opened; larger ones shard by shard, at the
-first sample read from each."""
+_PIECE_BYTES = 8 << 20
+"""Read at once when a whole file is read."""
 
 _AGAIN = "run tools/preprocess_data.py for it again"
 
@@ -70,7 +72,9 @@ class RawSample:
 class Manifest:
     """What a dataset folder holds."""
 
-    folder: Path
+    folder: str
+    """Path or s3:// prefix."""
+
     num_samples: int
     num_images: int
     num_text_only: int
@@ -84,18 +88,18 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         DataError: no such folder, no manifest (writing was not finished), or not one of ours.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST
+    path = join_location(folder, MANIFEST)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_whole(path))
     except FileNotFoundError as error:
-        state = "holds no finished dataset (no manifest.json)" if folder.is_dir() else "is missing"
+        there = is_remote(folder) or Path(folder).is_dir()
+        state = "holds no finished dataset (no manifest.json)" if there else "is missing"
         raise DataError(
             f"data_path {folder} {state}: finish it with tools/preprocess_data.py, which goes on "
             "where it stopped"
         ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable: {error}; {_AGAIN}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not readable: {first_line(error)}; {_AGAIN}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
         raise DataError(f"{path} is no manifest of {FORMAT_NAME}; {_AGAIN}")
     if content.get("version") != FORMAT_VERSION:
@@ -104,12 +108,12 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{_AGAIN}"
         )
     try:
-        names = [field.name for field in fields(ShardInfo)]
         shards = tuple(
-            ShardInfo(**{name: shard[name] for name in names}) for shard in content["shards"]
+            ShardInfo(**{field.name: shard[field.name] for field in fields(ShardInfo)})
+            for shard in content["shards"]
         )
         manifest = Manifest(
-            folder=folder,
+            folder=str(folder),
             num_samples=content["num_samples"],
             num_images=content["num_images"],
             num_text_only=content["num_text_only"],
@@ -132,8 +136,14 @@ def count_samples(data_path: Sequence[str | Path]) -> int:
 class ShardedDataset:
     """Samples of one or several dataset folders, one after the other. Threads may share it."""
 
-    def __init__(self, data_path: Sequence[str | Path] | str | Path) -> None:
-        """Open the folders; checks every index and the size of every tar, unless they are many.
+    def __init__(
+        self, data_path: Sequence[str | Path] | str | Path, *, cache: StorageCache | None = None
+    ) -> None:
+        """Open the folders; checks every index and the size of every tar.
+
+        Args:
+            data_path: local folders or s3:// prefixes.
+            cache: where copies of remote tars are kept; None: they are read range by range.
 
         Raises:
             DataError: a folder is unfinished, or an index or tar is not the one written.
@@ -150,11 +160,7 @@ class ShardedDataset:
         ]
         counts = (shard.num_samples for shard in self._shards)
         self._starts = list(itertools.accumulate(counts, initial=0))
-        self._files = _Recent(_File, MAX_OPEN_FILES)
-        self._indexes = _Recent(_Index, MAX_OPEN_INDEXES)
-        if len(self._shards) <= CHECKED_AT_ONCE:
-            for shard in self._shards:
-                shard.check()
+        self._files = _FileCache(MAX_OPEN_FILES, cache)
 
     def __len__(self) -> int:
         """Samples in all folders."""
@@ -164,7 +170,7 @@ class ShardedDataset:
         """Read one sample.
 
         Raises:
-            BadSampleError: its stored JSON does not parse.
+            BadSampleError: its stored text does not parse, or holds no conversation or caption.
             DataError: its tar ends early.
             OSError: the file system failed; the same call may succeed later.
         """
@@ -191,18 +197,20 @@ class ShardedDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         position = bisect.bisect_right(self._starts, index) - 1
         shard, row = self._shards[position], index - self._starts[position]
-        shard.check()
-        members = self._indexes.open(shard.index_path).members(row)
-        return shard, shard.id_prefix + sample_key(shard.number, row), members
-
-
-def _parse(text: bytes, shard: "_Shard", sample_id: str) -> object:
-    try:
-        return json.loads(text)["conversations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadSampleError(
-            sample_id, "record", f"{shard.tar_path} stores no valid JSON for it: {error!r}"
-        ) from error
+        sample_id = shard.id_prefix + sample_key(shard.number, row)
+        file = self._files.open(shard.tar, shard.info)
+        try:
+            text, *images = (file.read(offset, length) for offset, length in shard.members(row))
+        except DataError as error:
+            raise DataError(f"sample {sample_id}: {error}") from error
+        try:
+            record = parse_text(text, shard.info.text_format)
+        except ValueError as error:
+            raise BadSampleError(
+                sample_id, "record", f"{shard.tar} stores no valid text for it: {error}"
+            ) from error
+        conversations = conversation_of(record, len(images), sample_id)
+        return RawSample(sample_id=sample_id, conversations=conversations, image_bytes=images)
 
 
 def verify_shards(folder: str | Path) -> None:
@@ -213,9 +221,16 @@ def verify_shards(folder: str | Path) -> None:
     """
     manifest = read_manifest(folder)
     for info in manifest.shards:
-        for suffix, digest in ((".tar", info.tar_sha256), (".idx.npy", info.idx_sha256)):
-            path = manifest.folder / f"{info.name}{suffix}"
-            if not path.is_file() or sha256_of(path) != digest:
+        index = join_location(folder, f"{info.name}.idx.npy")
+        for path, digest in (
+            (join_location(folder, info.tar), info.tar_sha256),
+            (index, info.idx_sha256),
+        ):
+            try:
+                found = _sha256_of(open_storage(path))
+            except FileNotFoundError:
+                found = None
+            if found != digest:
                 raise DataError(f"{path} is not the file that was written; {_AGAIN}")
     for lengths in manifest.lengths:
         path = manifest.folder / lengths.file
@@ -223,9 +238,20 @@ def verify_shards(folder: str | Path) -> None:
             raise DataError(f"{path} is not the file that was written; run tools/index_lengths.py")
 
 
-def _distinct_names(folders: list[Path]) -> list[str]:
+def _sha256_of(storage: Storage) -> str:
+    digest, size = hashlib.sha256(), storage.size()
+    for offset in range(0, size, _PIECE_BYTES):
+        length = min(_PIECE_BYTES, size - offset)
+        digest.update(retry(lambda o=offset, n=length: storage.read(o, n), storage.location))
+    return digest.hexdigest()
+
+
+def _distinct_names(folders: list[str]) -> list[str]:
     """Shortest endings of the paths, in whole folders, that tell the datasets apart."""
-    parts = [folder.resolve().parts[1:] for folder in folders]
+    parts = [
+        folder.rstrip("/").split("/")[2:] if is_remote(folder) else Path(folder).resolve().parts[1:]
+        for folder in folders
+    ]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
@@ -236,93 +262,69 @@ def _distinct_names(folders: list[Path]) -> list[str]:
 class _Shard:
     """One tar and its index, by name."""
 
-    def __init__(self, folder: Path, number: int, info: ShardInfo, id_prefix: str) -> None:
+    def __init__(self, folder: str, number: int, info: ShardInfo, id_prefix: str) -> None:
         self.number = number
+        self.info = info
         self.num_samples = info.num_samples
-        self.tar_path = folder / f"{info.name}.tar"
-        self.index_path = folder / f"{info.name}.idx.npy"
+        self.tar = join_location(folder, info.tar)
         self.id_prefix = id_prefix
-        self._info: ShardInfo | None = info
-
-    def check(self) -> None:
-        """Compare index and tar with the manifest, once."""
-        info = self._info
-        if info is None:
-            return
+        index_path = join_location(folder, f"{info.name}.idx.npy")
         try:
-            stored = self.index_path.read_bytes()
-            tar_bytes = self.tar_path.stat().st_size
+            stored = read_whole(index_path)
+            tar_bytes = retry(lambda: open_storage(self.tar).size(), self.tar)
         except OSError as error:
-            raise DataError(f"shard file missing: {error}; {_AGAIN}") from error
+            raise DataError(f"shard file missing: {first_line(error)}; {_AGAIN}") from error
         if hashlib.sha256(stored).hexdigest() != info.idx_sha256:
-            raise DataError(f"{self.index_path} is not the index that was written; {_AGAIN}")
-        places = np.load(io.BytesIO(stored), allow_pickle=False)[:, 1:]
-        end = int(places.sum(axis=1).max(initial=0))
+            raise DataError(f"{index_path} is not the index that was written; {_AGAIN}")
+        rows = _read_index(stored, index_path)
+        # Members of sample r are the rows _first[r] .. _first[r + 1] - 1; its text comes first.
+        self._first = np.searchsorted(rows[:, 0], np.arange(info.num_samples + 1))
+        self._places = rows[:, 1:]
+        end = int(self._places.sum(axis=1).max(initial=0))
         if tar_bytes != info.tar_bytes or end > tar_bytes:
             raise DataError(
-                f"{self.tar_path} has {tar_bytes} bytes, its manifest says {info.tar_bytes} and "
+                f"{self.tar} has {tar_bytes} bytes, its manifest says {info.tar_bytes} and "
                 f"its index reaches to {end}; {_AGAIN}"
             )
-        self._info = None
-
-
-class _Index:
-    """A shard's index, mapped into memory: int64 rows (sample, offset, length)."""
-
-    def __init__(self, path: Path) -> None:
-        self._rows = map_array(path)
+        if (rows < 0).any() or (np.diff(self._first) < 1).any() or self._first[-1] != len(rows):
+            raise DataError(f"{index_path} does not fit the samples of {self.tar}; {_AGAIN}")
 
     def members(self, row: int) -> list[tuple[int, int]]:
-        """(offset, length) of a sample's JSON, which comes first, and its images."""
-        first, last = (
-            bisect.bisect_left(range(len(self._rows)), r, key=lambda i: self._rows[i, 0])
-            for r in (row, row + 1)
-        )
-        members = [(int(offset), int(length)) for _, offset, length in self._rows[first:last]]
-        let_go(self._rows)
-        return members
+        """(offset, length) of a sample's text and images."""
+        return [(int(o), int(n)) for o, n in self._places[self._first[row] : self._first[row + 1]]]
 
 
-class _File:
-    """An open file; closes when the last user lets go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, offset: int, length: int, sample_id: str) -> bytes:
-        """Exactly `length` bytes at `offset`; pread, so threads do not disturb each other."""
-        pieces, missing = [], length
-        while missing:
-            piece = os.pread(self._descriptor, missing, offset + length - missing)
-            if not piece:
-                raise DataError(f"{self._path} ends inside sample {sample_id}; {_AGAIN}")
-            pieces.append(piece)
-            missing -= len(piece)
-        return b"".join(pieces)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+def _read_index(stored: bytes, path: str) -> np.ndarray:
+    """int64 [members, 3]."""
+    try:
+        rows = np.load(io.BytesIO(stored), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path} is no index: {first_line(error)}; {_AGAIN}") from error
+    if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype != np.int64:
+        raise DataError(f"{path} is no index: {rows.dtype} {rows.shape}; {_AGAIN}")
+    return rows
 
 
 _Opened = TypeVar("_Opened", "_File", "_Index")
 
-
-class _Recent(Generic[_Opened]):
-    """The most recently used files, open. An evicted one stays open for those still reading."""
-
-    def __init__(self, opener: Callable[[Path], _Opened], max_open: int) -> None:
-        self._opener = opener
+    def __init__(self, max_open: int, copies: StorageCache | None) -> None:
         self._max_open = max_open
-        self._files: OrderedDict[Path, _Opened] = OrderedDict()
+        self._copies = copies
+        self._files: OrderedDict[str, Storage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, path: Path) -> _Opened:
+    def open(self, location: str, info: ShardInfo) -> Storage:
         with self._lock:
-            if path not in self._files:
-                self._files[path] = self._opener(path)
-                if len(self._files) > self._max_open:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(path)
-            return self._files[path]
+            if (file := self._files.get(location)) is not None:
+                self._files.move_to_end(location)
+                return file
+        # Outside the lock: opening may download the file, and other shards need not wait.
+        file = open_storage(location)
+        if self._copies is not None and is_remote(location):
+            file = self._copies.open(file, digest=info.tar_sha256, size=info.tar_bytes)
+        with self._lock:
+            file = self._files.setdefault(location, file)
+            self._files.move_to_end(location)
+            if len(self._files) > self._max_open:
+                self._files.popitem(last=False)
+            return file

@@ -115,7 +115,7 @@ def test_finished_shards_are_kept(source, tmp_path, monkeypatch):
 
     made = []
     real = preprocess._make_shard
-    monkeypatch.setattr(preprocess, "_make_shard", lambda *a: made.append(a[2]) or real(*a))
+    monkeypatch.setattr(preprocess, "_make_shard", lambda *a: made.append(a[1]) or real(*a))
     report = run(source, tmp_path / "out")
     assert made == [2, 3, 4]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

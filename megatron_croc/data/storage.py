@@ -1,0 +1,211 @@
+"""Where bytes come from: local disk, a network file system, or an S3-compatible object store.
+
+    location --open_storage--> Storage.size(), Storage.read(offset, length)
+      /a/b.tar          pread, any thread
+      s3://bucket/key   ranged GET over boto3 (the extra `s3`); AWS_ENDPOINT_URL names another server
+
+A failing system raises OSError with the location in it; `retry` gives it a few chances. A file that
+ends early is a DataError: it was cut, and reading it again cures nothing.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from megatron_croc.errors import DataError, first_line
+from megatron_croc.log import get_logger
+
+ATTEMPTS = 4
+"""Times something is tried before an error of the storage is believed."""
+
+FIRST_PAUSE_SECONDS = 0.2
+"""Pause before the second attempt; it doubles from there."""
+
+S3_SCHEME = "s3://"
+
+logger = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Storage(Protocol):
+    """One file or object. Threads may share it."""
+
+    location: str
+    """Path or URL, for messages."""
+
+    def size(self) -> int:
+        """Bytes in it. Raises OSError."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`. Raises OSError, or DataError where it ends early."""
+        ...
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is an object store's rather than a path."""
+    return str(location).startswith(S3_SCHEME)
+
+
+def join_location(folder: str | Path, name: str) -> str:
+    """The location of `name` in a folder; `name` may be a location of its own."""
+    if is_remote(name):
+        return name
+    if is_remote(folder):
+        return f"{str(folder).rstrip('/')}/{name}"
+    return str(Path(folder) / name)
+
+
+def open_storage(location: str | Path) -> Storage:
+    """The storage behind a location.
+
+    Raises:
+        DataError: an s3:// location without boto3, or without a key.
+        OSError: no such file, or it cannot be opened.
+    """
+    return S3Object(str(location)) if is_remote(location) else LocalFile(location)
+
+
+def read_whole(location: str | Path) -> bytes:
+    """All bytes of a small file, with retries."""
+
+    def read() -> bytes:
+        storage = open_storage(location)
+        return storage.read(0, storage.size())
+
+    return retry(read, str(location))
+
+
+def retry(call: Callable[[], T], what: str) -> T:
+    """Call, and call again after an OSError; what is missing or forbidden is believed at once.
+
+    Raises:
+        OSError: the last attempt's.
+    """
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            logger.warning("%s: attempt %d failed, trying again: %s", what, attempt, error)
+        time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+    return call()
+
+
+def _ends_early(location: str, offset: int, length: int) -> DataError:
+    return DataError(
+        f"{location} ends inside the {length} bytes at {offset}: it was cut; copy it again"
+    )
+
+
+class LocalFile:
+    """A file, open until the last user lets go of it; read with pread, so threads may share it."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Args: path: an existing file."""
+        self.location = str(path)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+        pieces, missing = [], length
+        while missing:
+            piece = os.pread(self._descriptor, missing, offset + length - missing)
+            if not piece:
+                raise _ends_early(self.location, offset, length)
+            pieces.append(piece)
+            missing -= len(piece)
+        return b"".join(pieces)
+
+    def __del__(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+class S3Object:
+    """An object, read by ranged GETs."""
+
+    def __init__(self, url: str) -> None:
+        """Args: url: s3://bucket/key."""
+        self.location = url
+        self._bucket, _, self._key = url.removeprefix(S3_SCHEME).partition("/")
+        if not self._bucket or not self._key:
+            raise DataError(f"{url} is no object: write s3://bucket/key")
+        _s3_client(os.getpid())  # boto3 missing: said when the data is opened
+
+    def size(self) -> int:
+        """Bytes in the object."""
+        return int(self._request("head_object")["ContentLength"])
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+        if not length:
+            return b""
+        answer = self._request("get_object", Range=f"bytes={offset}-{offset + length - 1}")
+        with _as_os_error(self.location):
+            data = answer["Body"].read()
+        if len(data) != length:
+            raise _ends_early(self.location, offset, length)
+        return data
+
+    def _request(self, operation: str, **arguments: str) -> dict[str, Any]:
+        client = _s3_client(os.getpid())
+        with _as_os_error(self.location):
+            return getattr(client, operation)(Bucket=self._bucket, Key=self._key, **arguments)
+
+
+@functools.cache
+def _s3_client(process: int) -> Any:
+    """One client per process: it may be shared by threads, but not across a fork."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise DataError(
+            f"s3:// data needs boto3, which does not import ({error}): install megatron-croc[s3]"
+        ) from error
+    # Retries are `retry`'s, so that they are logged and counted once.
+    config = Config(
+        retries={"total_max_attempts": 1},
+        max_pool_connections=64,
+        connect_timeout=20,
+        read_timeout=60,
+    )
+    return boto3.client("s3", config=config)
+
+
+@contextmanager
+def _as_os_error(location: str) -> Iterator[None]:
+    """boto3's errors as OSErrors that name the location."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if status == 416:  # the range begins behind the end
+            raise DataError(
+                f"{location} ends before the bytes asked for: it was cut; copy it again"
+            ) from error
+        kind = {404: FileNotFoundError, 403: PermissionError}.get(status, OSError)
+        raise kind(f"{location}: {first_line(error)}") from error
+    except Exception as error:
+        if isinstance(error, BotoCoreError | OSError) or _is_transfer(error):
+            raise OSError(f"{location}: {first_line(error)}") from error
+        raise
+
+
+def _is_transfer(error: BaseException) -> bool:
+    """urllib3's errors, which escape while a body is read."""
+    return type(error).__module__.startswith("urllib3")
