@@ -11,8 +11,7 @@ class DataConfig:
     """Training and validation shards, tokenizer, template and image handling."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of shards written by tools/preprocess_data.py, shuffled as one; or a single YAML file
-    that blends sources by weight."""
+    """Folders of shards written by tools/preprocess_data.py; s3://bucket/prefix works too."""
 
     valid_data_path: tuple[str, ...] = ()
     """Folders of shards the validation loss is computed on; empty: no validation."""
@@ -51,8 +50,14 @@ class DataConfig:
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """pad: expand to a square with the mean colour. square: resize the short side and crop."""
 
-    image_decoder: Literal["auto", "dali", "pil"] = "auto"
-    """auto: DALI where it is installed, else PIL."""
+    image_decoder: Literal["auto", "dali", "dali_gpu", "pil"] = "auto"
+    """auto: DALI on the CPU where it is installed, else PIL. dali_gpu: on the GPU."""
+
+    data_cache_dir: str | None = None
+    """Local folder, shared by the processes of a node, for copies of shards from s3://."""
+
+    data_cache_gb: float = 100.0
+    """Most the cache may hold, in 10^9 bytes; shards that find no room are read in place."""
 
     num_workers: int = 1
     """Threads that read, tokenise and decode ahead of training; 0: in the training thread."""
@@ -63,7 +68,5 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Largest share of unusable samples (each is skipped and named); more of them end the run."""
 
-    @property
-    def row_length(self) -> int:
-        """Most tokens of a row: one sample, or one pack of samples."""
-        return (self.packing_length or self.seq_length) if self.packing else self.seq_length
+    bad_sample_report: str | None = None
+    """Folder for bad_samples-<rank>.jsonl, which names every unusable sample with its reason."""

@@ -5,7 +5,9 @@ image neither ends a run nor shifts every sample after it. It is never silent: e
 name and kind, and past a small share of all samples the run stops and lists the first few.
 """
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Literal
 
 from megatron_croc.errors import DataError
@@ -44,6 +46,11 @@ class BadSampleError(DataError):
         self.kind: BadKind = kind
         self.reason = reason
 
+    @property
+    def source(self) -> str:
+        """Dataset the sample belongs to: its name without the key."""
+        return self.sample_id.rpartition("/")[0]
+
     def __reduce__(self) -> tuple:
         """Exceptions pickle their message only; this one travels between ranks whole."""
         return BadSampleError, (self.sample_id, self.kind, self.reason)
@@ -52,11 +59,18 @@ class BadSampleError(DataError):
 class BadSampleBudget:
     """Counts bad samples by kind, logs each, and ends the run when their share is too large."""
 
-    def __init__(self, max_bad_fraction: float) -> None:
-        """Args: max_bad_fraction: largest bad share of the samples seen that is put up with."""
+    def __init__(self, max_bad_fraction: float, *, report: Path | None = None) -> None:
+        """Start counting.
+
+        Args:
+            max_bad_fraction: largest bad share of the samples seen that is put up with.
+            report: file that gets a JSON line for each bad sample.
+        """
         self.max_bad_fraction = max_bad_fraction
+        self.report = report
         self.num_seen = 0
         self.counts: Counter[str] = Counter()
+        self.source_counts: Counter[str] = Counter()
         self._first: list[BadSampleError] = []
 
     @property
@@ -73,6 +87,8 @@ class BadSampleBudget:
         self.num_seen += num_samples
         for error in bad:
             self.counts[error.kind] += 1
+            self.source_counts[error.source] += 1
+            self._write(error)
             self._first = [*self._first, error][:NUM_LISTED]
             logger.warning(
                 "bad sample (%s), %d of %d so far: %s",
@@ -86,10 +102,20 @@ class BadSampleBudget:
             and self.num_bad > self.max_bad_fraction * self.num_seen
         ):
             kinds = ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
+            sources = ", ".join(f"{name}: {n}" for name, n in self.source_counts.most_common())
             listed = "\n".join(f"  {error}" for error in self._first)
             raise DataError(
-                f"{self.num_bad} of {self.num_seen} samples are bad ({kinds}), more than "
-                f"max_bad_fraction = {self.max_bad_fraction}. The first ones:\n{listed}\n"
+                f"{self.num_bad} of {self.num_seen} samples are bad ({kinds}; {sources}), more "
+                f"than max_bad_fraction = {self.max_bad_fraction}. The first ones:\n{listed}\n"
                 "Mend or remove them and run tools/preprocess_data.py again, or raise "
                 "max_bad_fraction"
             )
+
+    def _write(self, error: BadSampleError) -> None:
+        """One line in the report. Appended, so a resumed run adds to it."""
+        if self.report is None:
+            return
+        entry = {"sample": error.sample_id, "kind": error.kind, "reason": error.reason}
+        self.report.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.report, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")

@@ -24,6 +24,7 @@ from megatron_croc.data.decode import DecoderName, ImageDecoder, resolve_decoder
 from megatron_croc.data.image_transform import ImageError, ImageTransform
 from megatron_croc.data.row_plan import Slot
 from megatron_croc.data.shards import RawSample, ShardedDataset
+from megatron_croc.data.storage_cache import build_cache
 from megatron_croc.data.tokenization import (
     TokenizedSample,
     build_tokenizer,
@@ -32,6 +33,7 @@ from megatron_croc.data.tokenization import (
 )
 from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
+from megatron_croc.parallel.device import current_device
 
 READ_ATTEMPTS = 4
 """Times a sample is read before an error of the file system is believed."""
@@ -81,13 +83,16 @@ class BatchBuilder:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._mask_type: MaskType = run.model.attention_mask_type
         self._replace_ratio = run.model.prompt_pool.replace_ratio if run.reconstructs else None
-        self._dataset = ShardedDataset(folders)
+        cache = build_cache(run.data.data_cache_dir, run.data.data_cache_gb)
+        self._dataset = ShardedDataset(data_path, cache=cache)
+        self._order = SampleOrder(len(self._dataset), seed, shuffle=shuffle)
         self._tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
         check_tokenizer(
             self._tokenizer, run.data.conversation_template, run.model.language_model.vocab_size
         )
         self._transform = ImageTransform.build(vision, run.data.image_aspect_ratio)
         self._decoder_name: DecoderName = resolve_decoder(run.data.image_decoder)
+        self._device = current_device()  # threads do not inherit it
         self._per_thread = threading.local()
 
     @property
@@ -177,5 +182,7 @@ class BatchBuilder:
     def _decoder(self) -> ImageDecoder:
         """This thread's own decoder: a DALI pipeline is not shared."""
         if not hasattr(self._per_thread, "decoder"):
-            self._per_thread.decoder = ImageDecoder(self._transform, self._decoder_name)
+            self._per_thread.decoder = ImageDecoder(
+                self._transform, self._decoder_name, self._device
+            )
         return self._per_thread.decoder

@@ -21,6 +21,7 @@ from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.tokenization import TokenizedSample
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.ops.patch_selection import image_seed, select_replaced
+from megatron_croc.parallel.device import host_buffer
 
 PAD_TOKEN_ID = 0
 """Input id of padding; any id of the vocabulary will do, as no token sees the padding."""
@@ -174,4 +175,7 @@ def _stack_pixels(
     for sample, num_images in zip(samples, images_per_sample, strict=True):
         assert len(sample.pixel_values) == num_images, sample.tokens.sample_id
     pixels = [image for sample in samples for image in sample.pixel_values]
-    return torch.stack(pixels) if pixels else torch.empty((0, *image_shape), dtype=torch.uint8)
+    if pixels and pixels[0].is_cuda:
+        return torch.stack(pixels)
+    stacked = host_buffer((len(pixels), *image_shape), torch.uint8)
+    return torch.stack(pixels, out=stacked) if pixels else stacked

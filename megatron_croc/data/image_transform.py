@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_croc.config.model import VisionTowerConfig
+from megatron_croc.errors import first_line
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest image taken (PIL's own limit, 256 MiB as RGB); a header can claim 65500 x 65500."""
@@ -74,8 +75,10 @@ def read_header(encoded: bytes) -> ImageHeader:
         raise ImageError(f"image too large: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"not an image: {len(encoded)} bytes of no known format") from error
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL's format plugins raise
-        raise ImageError(f"not a readable image: {error}") from error
+    except Exception as error:  # on hostile bytes PIL's plugins raise anything, KeyErrors too
+        raise ImageError(f"not a readable image: {first_line(error)}") from error
+    if not (image.width and image.height):
+        raise ImageError(f"image of {image.width} x {image.height} pixels is empty")
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ImageError(
             f"image of {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read"
@@ -146,8 +149,8 @@ class ImageTransform:
         geometry = self.geometry(header.width, header.height)
         try:
             image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ImageError(f"image does not decode: {error}") from error
+        except Exception as error:  # as in read_header
+            raise ImageError(f"image does not decode: {first_line(error)}") from error
         if geometry.canvas != image.size:
             canvas = Image.new("RGB", geometry.canvas, self.fill)
             canvas.paste(image, geometry.paste)
@@ -168,17 +171,58 @@ class ImageTransform:
         """
         height, width, _ = pixels.shape
         geometry = self.geometry(width, height)
-        if geometry.canvas != (width, height):
-            canvas = torch.tensor(self.fill, dtype=torch.uint8).repeat(*geometry.canvas[::-1], 1)
-            left, top = geometry.paste
-            canvas[top : top + height, left : left + width] = pixels
-            pixels = canvas
-        resized = F.interpolate(
-            pixels.permute(2, 0, 1)[None],
-            size=geometry.resized[::-1],
-            mode="bicubic",
-            antialias=True,
-            align_corners=False,
-        )[0]
+        (left, top), (wide, tall) = geometry.paste, geometry.resized
+        if geometry.canvas[0] > width:
+            pixels = self._pad(pixels, left=left, width=geometry.canvas[0])
+        if geometry.canvas[1] > height:
+            # Both resizes go along rows first, which leaves rows of one colour as they are: the
+            # rows above and below need not take part.
+            rows = resize(pixels, (wide, height))
+            pixels = self._pad(rows, top=top, height=geometry.canvas[1])
+        resized = resize(pixels, (wide, tall))
         left, top = geometry.crop
-        return resized[:, top : top + self.img_size, left : left + self.img_size].contiguous()
+        cut = resized[top : top + self.img_size, left : left + self.img_size]
+        return cut.permute(2, 0, 1).contiguous()
+
+    def _pad(
+        self,
+        pixels: Tensor,
+        *,
+        left: int = 0,
+        top: int = 0,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Tensor:
+        """Pixels [h, w, 3] on a canvas of the fill colour, `width` x `height` where given."""
+        h, w, _ = pixels.shape
+        width, height = width or w, height or h
+        canvas = pixels.new_empty((height, width, 3))
+        row = torch.tensor(self.fill, dtype=torch.uint8).repeat(width, 1).to(pixels.device)
+        canvas[:top], canvas[top + h :] = row, row  # whole rows: a copy of long runs
+        canvas[top : top + h, :left], canvas[top : top + h, left + w :] = (
+            row[:left],
+            row[left + w :],
+        )
+        canvas[top : top + h, left : left + w] = pixels
+        return canvas
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        size: (width, height) of the result.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    planes = pixels.permute(2, 0, 1)[None]
+    if pixels.is_cuda:  # torch has no integer kernel there
+        planes = planes.float()
+    planes = F.interpolate(
+        planes, size=size[::-1], mode="bicubic", antialias=True, align_corners=False
+    )
+    if planes.is_floating_point():
+        planes = planes.round_().clamp_(0, 255).to(torch.uint8)
+    return planes[0].permute(1, 2, 0)

@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitTimeoutError
-from dataclasses import dataclass
-from itertools import chain
+from pathlib import Path
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
@@ -22,6 +21,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.batch_builder import BatchBuilder, row_multiple
 from megatron_croc.data.row_plan import OrderState, RowPlan, RowStream, Slot, build_row_plan
 from megatron_croc.errors import ConfigError, DataError
+from megatron_croc.log import rank
 
 STALL_SECONDS = 600.0
 """Longest wait for one micro-batch before the loader gives up on a hanging file system."""
@@ -88,13 +88,14 @@ class MicroBatchLoader(Iterator[Batch]):
             seed=seed,
             pad_to_multiple_of=pad_to_multiple_of,
         )
-        self._budget = BadSampleBudget(run.data.max_bad_fraction)
-        self._planned: deque[_Job] = deque()
-        self._pending: deque[tuple[_Job, Future[Built]]] = deque()
-        # Training takes a whole step's micro-batches at once, so they are kept ready together.
-        per_step = self._global // (self._micro * dp_size)
-        workers = run.data.num_workers
-        self._depth = max(workers * run.data.prefetch_factor, per_step) if workers else 0
+        folder = run.data.bad_sample_report
+        self._budget = BadSampleBudget(
+            run.data.max_bad_fraction,
+            report=None if folder is None else Path(folder) / f"bad_samples-{rank()}.jsonl",
+        )
+        self._next = 0  # the next micro-batch to be started
+        self._pending: deque[tuple[int, Future[Built]]] = deque()
+        self._depth = run.data.num_workers * run.data.prefetch_factor
         self._pool = (
             ThreadPoolExecutor(run.data.num_workers, thread_name_prefix="loader")
             if self._depth

@@ -1,6 +1,6 @@
 """Shards made in parallel, each once: the part that preprocessing and indexing share.
 
-    task of shard s --worker--> shard s --> .progress/shard-s.json   (it is finished; what was skipped)
+    task of shard s --worker--> shard s --> .progress/shard-s.json   (it is finished)
     all finished --> report.json, skipped.jsonl, manifest.json; .progress removed
 
 A shard depends on its own task only, so any number of workers gives equal bytes, and a second run

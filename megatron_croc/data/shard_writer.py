@@ -50,7 +50,7 @@ class ShardInfo:
     """Of the index (name.idx.npy) and, where the shard was written here, of the tar."""
 
     tar: str
-    """Where the tar lies: relative to the folder, or a location of its own when indexed in place."""
+    """Where the tar lies: relative to the folder, or a location of its own (indexed in place)."""
 
     text_format: TextFormat
     """What the first member of a sample holds."""

@@ -2,7 +2,7 @@
 
     location --open_storage--> Storage.size(), Storage.read(offset, length)
       /a/b.tar          pread, any thread
-      s3://bucket/key   ranged GET over boto3 (the extra `s3`); AWS_ENDPOINT_URL names another server
+      s3://bucket/key   ranged GET (boto3, the extra `s3`); AWS_ENDPOINT_URL names another server
 
 A failing system raises OSError with the location in it; `retry` gives it a few chances. A file that
 ends early is a DataError: it was cut, and reading it again cures nothing.

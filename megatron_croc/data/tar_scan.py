@@ -2,12 +2,13 @@
 
     tar --8 MB pieces--> headers, sha256 --group by key--> samples: text, images (offset, length)
 
-A member's key is its name up to the first dot of the last path part, as in WebDataset; neighbours of
-one key are one sample. Names are labels here: nothing is ever written under them. What is not a
+A member's key is its name up to the first dot of the last path part, as in WebDataset; neighbours
+of one key are one sample. Names are labels here: nothing is ever written under them. What is not a
 plain file (links, devices) or has a name that leaves its folder spoils the sample it belongs to.
 Python's tarfile takes a damaged header for the end of the archive; here it is a fault.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -248,7 +249,8 @@ class _Stream:
         """What has been read from the position on; reads further when that is nothing."""
         while self.position >= (end := self._piece_begin + len(self._piece)) and end < self.size:
             length = min(PIECE_BYTES, self.size - end)
-            self._piece = retry(lambda: self._storage.read(end, length), self._storage.location)
+            read = functools.partial(self._storage.read, end, length)
+            self._piece = retry(read, self._storage.location)
             self._piece_begin = end
             self._digest.update(self._piece)
         return memoryview(self._piece)[self.position - self._piece_begin :]

@@ -55,6 +55,11 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised CPU memory; pinned where there is CUDA, so that copies to it overlap."""
+    return torch.empty(shape, dtype=dtype, pin_memory=has_cuda())
+
+
 def set_local_device(local_rank: int) -> None:
     """Bind this process to its GPU; nothing to do on a CPU."""
     if has_cuda():

@@ -4,6 +4,7 @@ Columns: conversations, messages, caption or text (records.py; conversations may
 image, images, jpg, png or webp: bytes, the hub's struct {bytes, path}, a name, or a list of these.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -96,10 +97,9 @@ def _as_record(row: dict[str, Any]) -> dict[str, Any]:
     record = {key: value for key, value in row.items() if value is not None}
     for key in ("conversations", "messages"):
         if isinstance(text := record.get(key), str):
-            try:
+            # What does not parse stays text: refused later, with the record's number.
+            with contextlib.suppress(ValueError, RecursionError):
                 record[key] = json.loads(text)
-            except (ValueError, RecursionError):
-                pass  # stays text: refused later, with the record's number
     if "txt" in record:
         record.setdefault("caption", record.pop("txt"))
     images: list[Any] = []
