@@ -58,8 +58,8 @@ def resolve_decoder(image_decoder: Literal["auto", "dali", "dali_gpu", "pil"]) -
     except (ImportError, OSError) as error:  # OSError: a CUDA library it was built for is missing
         if image_decoder != "auto":
             raise DataError(
-                f"image_decoder is {image_decoder}, but DALI does not import ({error}): install the "
-                "nvidia-dali-cuda wheel for this CUDA version, or set image_decoder to auto"
+                f"image_decoder is {image_decoder}, but DALI does not import ({error}): install "
+                "the nvidia-dali-cuda wheel for this CUDA version, or set image_decoder to auto"
             ) from error
         logger.warning("DALI does not import (%s); images are decoded by PIL", error)
         return "pil"
