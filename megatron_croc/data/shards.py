@@ -166,6 +166,23 @@ class ShardedDataset:
         """Samples in all folders."""
         return self._starts[-1]
 
+    def index_of(self, sample_id: str) -> int:
+        """Number of the sample of this name, as in a log or a report of bad samples.
+
+        Raises:
+            DataError: no such sample.
+        """
+        for shard, start in zip(self._shards, self._starts, strict=False):
+            key = sample_id.removeprefix(shard.id_prefix)
+            prefix = sample_key(shard.number, 0)[:-6]
+            if key != sample_id and key.startswith(prefix):
+                row = key.removeprefix(prefix)
+                if row.isdigit() and int(row) < shard.num_samples:
+                    return start + int(row)
+        raise DataError(
+            f"sample {sample_id} is not in data_path; names are <dataset>/<shard>-<row>"
+        )
+
     def read(self, index: int) -> RawSample:
         """Read one sample.
 

@@ -1,14 +1,17 @@
 """Preprocessing: what is skipped is said, what is finished is kept, equal input is equal bytes."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_croc.data import preprocess
+from megatron_croc.data.inputs import open_input, text_files
 from megatron_croc.data.preprocess import Preprocessor
 from megatron_croc.data.shards import ShardedDataset, verify_shards
 from megatron_croc.errors import DataError
@@ -38,12 +41,8 @@ def source(tmp_path):
 
 
 def job(source, output, **options) -> Preprocessor:
-    return Preprocessor(
-        input_path=source,
-        image_folder=source.parent / "images",
-        output=output,
-        **{"samples_per_shard": 5} | options,
-    )
+    defaults = {"samples_per_shard": 5, "image_folder": source.parent / "images"}
+    return Preprocessor(input_path=source, output=output, **defaults | options)
 
 
 def run(source, output, num_workers=1, **options):
@@ -123,6 +122,122 @@ def test_finished_shards_are_kept(source, tmp_path, monkeypatch):
     assert made == [2, 3, 4]
 
 
+def as_jsonl(records, folder):
+    path = folder / "input.jsonl"
+    path.write_text("\n\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def as_tars(records, folder):
+    for part in range(2):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for number, record in list(enumerate(records))[part * 10 : (part or 99) * 10]:
+                if part == 0 and number >= 10:
+                    break
+                text = json.dumps({"conversations": record["conversations"]}).encode()
+                members = {f"k{number:03d}.json": text}
+                for i, name in enumerate(names_of(record)):
+                    members[f"k{number:03d}.{i}.jpg"] = (folder / "images" / name).read_bytes()
+                for name, data in members.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return [folder / "0.tar", folder / "1.tar"]
+
+
+def as_parquet(records, folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {
+            "id": record["id"],
+            "conversations": record["conversations"],
+            "images": [
+                {"bytes": (folder / "images" / name).read_bytes(), "path": name}
+                for name in names_of(record)
+            ],
+        }
+        for record in records
+    ]
+    (folder / "hub").mkdir()
+    for part, some in enumerate((rows[:9], rows[9:])):
+        table = pyarrow.Table.from_pylist(some)
+        parquet.write_table(table, folder / "hub" / f"{part}.parquet", row_group_size=4)
+    return folder / "hub"
+
+
+def names_of(record):
+    image = record.get("image", [])
+    return [image] if isinstance(image, str) else image
+
+
+@pytest.mark.parametrize("convert", [as_jsonl, as_tars, as_parquet])
+def test_every_input_gives_the_same_samples(source, tmp_path, convert):
+    path = convert(json.loads(source.read_text()), tmp_path)
+    outputs = []
+    for workers in (1, 2):
+        preprocessor = Preprocessor(
+            input_path=path,
+            image_folder=source.parent / "images" if convert is as_jsonl else None,
+            output=tmp_path / f"out{workers}",
+            samples_per_shard=5,
+        )
+        assert preprocessor.num_unfinished == NUM_GOOD
+        list(preprocessor.make_shards(workers))
+        report = preprocessor.finish()
+        assert (report.num_records, report.num_samples, report.num_skipped) == (23, 23, {})
+        outputs.append(contents(tmp_path / f"out{workers}"))
+    assert outputs[0] == outputs[1]
+    dataset = ShardedDataset(tmp_path / "out1")
+    for number in range(NUM_GOOD):
+        sample = dataset.read(number)
+        assert sample.conversations == conversation(number, number % 3)
+        assert sample.image_bytes == [jpeg(10 * number + i) for i in range(number % 3)]
+
+
+def test_slices_of_lines_begin_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "STRIDE", 4)
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"n": n}) if n != 6 else "{" for n in range(11)))
+    opened = open_input([path])
+    assert opened.num_records == 11
+    found = [r for begin in range(0, 11, 3) for r in opened.slice(begin, min(begin + 3, 11)).read()]
+    assert [r.number for r in found] == list(range(11))
+    assert [r.record for r in found if r.number != 6] == [{"n": n} for n in range(11) if n != 6]
+    assert found[6].fault is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.txt", b"", "give the format"),
+        ("x.parquet", b"PAR1 no", "no readable parquet"),
+        ("x.json", b"[" * 100_000, "not valid JSON"),
+        ("x.jsonl", None, "cannot be read"),
+        ("x.tar", None, "cannot be read"),
+    ],
+)
+def test_unusable_files_are_one_line(tmp_path, name, content, reason):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        open_input([tmp_path / name])
+    assert "\n" not in str(caught.value)
+
+
+def test_captions_and_chats_are_understood(tmp_path):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, ({"caption": " a cat "}, {"messages": chat}))))
+    run(path, tmp_path / "out", image_folder=None)
+    dataset = ShardedDataset(tmp_path / "out")
+    assert dataset.read(0).conversations[1] == {"from": "gpt", "value": "a cat"}
+    assert dataset.read(1).conversations == [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "ho"},
+    ]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_input_is_refused(source, tmp_path, finished):
     if finished:
@@ -173,6 +288,15 @@ def test_command(source, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert "23 records: 23 samples" in done.stdout
     assert len(ShardedDataset(tmp_path / "out")) == NUM_GOOD
+    tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    again = [sys.executable, str(root / "tools" / "preprocess_data.py"), "--index", "--input"]
+    again += [*tars, "--output", str(tmp_path / "index"), "--workers", "2"]
+    done = subprocess.run(again, capture_output=True, text=True, env=environment, check=True)
+    assert "MB/s" in done.stdout
+    indexed, made = ShardedDataset(tmp_path / "index"), ShardedDataset(tmp_path / "out")
+    for i in range(NUM_GOOD):
+        assert indexed.read(i).conversations == made.read(i).conversations
+        assert indexed.read(i).image_bytes == made.read(i).image_bytes
     source.write_text("{")
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
