@@ -354,9 +354,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=512, help="distinct photos")
+    parser.add_argument("--images", type=int, default=256, help="distinct photos")
     parser.add_argument("--batch", type=int, default=16, help="images of a batch")
-    parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of each way")
+    parser.add_argument("--seconds", type=float, default=14.0, help="measuring time of each way")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the best CPU time is kept")
     parser.add_argument("--step-ms", type=float, default=100.0, help="what a step computes, ms")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
