@@ -34,7 +34,7 @@ class ParquetSlice:
 
     def read(self) -> Iterator[InputRecord]:
         """The records."""
-        parquet = _import_parquet()
+        pyarrow = _import_pyarrow()
         for path, before, begin, end in self.files:
             file = _open(path)
             row = 0
@@ -52,7 +52,7 @@ class ParquetSlice:
                             record = _as_record(content)
                             yield InputRecord(number=before + row, source=path.name, record=record)
                         row += 1
-                except parquet.lib.ArrowException as error:
+                except pyarrow.ArrowException as error:
                     raise DataError(
                         f"input {path}, row group {group}: {first_line(error)}; get the file again"
                     ) from error
@@ -118,10 +118,10 @@ def _image(value: object) -> object:
 
 
 def _open(path: Path) -> Any:
-    parquet = _import_parquet()
+    pyarrow = _import_pyarrow()
     try:
-        return parquet.ParquetFile(path)
-    except (OSError, parquet.lib.ArrowException) as error:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"input {path} is no readable parquet file: {first_line(error)}") from error
 
 
@@ -135,7 +135,7 @@ def _footer(path: Path) -> bytes:
         return size.to_bytes(8, "little") + file.read(length)
 
 
-def _import_parquet() -> Any:
+def _import_pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -143,4 +143,4 @@ def _import_parquet() -> Any:
             f"parquet input needs pyarrow, which does not import ({error}): install "
             "megatron-croc[parquet]"
         ) from error
-    return pyarrow.parquet
+    return pyarrow

@@ -64,7 +64,7 @@ class TarInput:
             except OSError as error:
                 raise DataError(f"input {location} cannot be read: {error}") from error
             digest.update(scan.sha256.encode())
-            text_format = scan.text_format
+            text_format: TextFormat = scan.text_format
             self._samples += [(location, text_format, sample) for sample in with_damage(scan)]
         self.num_records = len(self._samples)
         self.digest = digest.hexdigest()

@@ -131,9 +131,9 @@ def as_jsonl(records, folder):
 def as_tars(records, folder):
     for part in range(2):
         with tarfile.open(folder / f"{part}.tar", "w") as tar:
-            for number, record in list(enumerate(records))[part * 10 : (part or 99) * 10]:
-                if part == 0 and number >= 10:
-                    break
+            for number, record in list(enumerate(records))[
+                slice(10) if part == 0 else slice(10, None)
+            ]:
                 text = json.dumps({"conversations": record["conversations"]}).encode()
                 members = {f"k{number:03d}.json": text}
                 for i, name in enumerate(names_of(record)):
