@@ -211,7 +211,7 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Bicubic with antialiasing.
 
     Args:
-        pixels: uint8 [height, width, 3].
+        pixels: uint8 [height, width, 3]; floats are rounded back.
         size: (width, height) of the result.
 
     Returns:

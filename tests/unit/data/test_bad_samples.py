@@ -1,5 +1,6 @@
 """Bad samples are counted, judged late, and travel between processes."""
 
+import json
 import pickle
 from collections import Counter
 
@@ -27,3 +28,11 @@ def test_a_small_share_is_put_up_with():
 def test_pickles_whole():
     copy = pickle.loads(pickle.dumps(BAD))
     assert (copy.sample_id, copy.kind, str(copy)) == ("set/0", "image", str(BAD))
+
+
+def test_report_names_every_bad_sample(tmp_path):
+    budget = BadSampleBudget(0.5, report=tmp_path / "new" / "bad.jsonl")
+    budget.record(10, [BAD, BadSampleError("a/b/1", "record", "\ud800")])
+    lines = [json.loads(line) for line in budget.report.read_text().splitlines()]
+    assert [line["sample"] for line in lines] == ["set/0", "a/b/1"]
+    assert budget.source_counts == {"set": 1, "a/b": 1}

@@ -85,5 +85,7 @@ def test_fallback_without_dali(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse_dali)
     assert resolve_decoder("auto") == "pil"
     assert resolve_decoder("pil") == "pil"
-    with pytest.raises(DataError, match="image_decoder is dali"):
+    with pytest.raises(DataError, match="image_decoder is dali, but DALI"):
         resolve_decoder("dali")
+    with pytest.raises(DataError, match="image_decoder is dali_gpu, but there is no CUDA"):
+        resolve_decoder("dali_gpu")

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from megatron_croc.config.model import VisionTowerConfig
-from megatron_croc.data.image_transform import ImageError, ImageTransform, read_header
+from megatron_croc.data.image_transform import ImageError, ImageTransform, read_header, resize
 
 MAX_LEVELS = 2  # torch's resize against PIL's: both round, at different places
 
@@ -68,6 +68,15 @@ def test_torch_path_is_close_to_pil(aspect_ratio, size):
     fast = transform.transform(torch.from_numpy(pixels))
     assert fast.shape == oracle.shape == (3, 56, 56)
     assert (fast.int() - oracle.int()).abs().max() <= MAX_LEVELS
+
+
+@pytest.mark.parametrize("size", [(90, 60), (61, 97), (20, 20)])
+def test_the_floating_resize_of_a_gpu_is_close_to_pil(size):
+    pixels = photo(*size)
+    found = resize(torch.from_numpy(pixels).float(), (56, 48))  # a GPU has no integer kernel
+    oracle = np.array(Image.fromarray(pixels).resize((56, 48), Image.Resampling.BICUBIC))
+    assert found.dtype == torch.uint8
+    assert np.abs(found.numpy().astype(int) - oracle).max() <= MAX_LEVELS
 
 
 def test_pad_keeps_everything_and_square_cuts_the_sides():
