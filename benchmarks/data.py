@@ -19,7 +19,6 @@ it computes for a given time itself. Each way runs in a process of its own.
 import argparse
 import functools
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -367,7 +366,7 @@ def main() -> None:
         mean_bytes = make_data(folder, arguments.images)
         results: dict[str, dict[str, float]] = {}
         # Round after round: a machine that slows down for a while slows all ways alike.
-        for _, way in itertools.product(range(arguments.repeats), arguments.ways):
+        for way in [*arguments.ways] * arguments.repeats:
             measured = in_own_process(
                 measure, way, folder, arguments.batch, arguments.seconds, arguments.step_ms / 1e3
             )

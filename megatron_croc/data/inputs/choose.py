@@ -34,13 +34,16 @@ def open_input(paths: Sequence[str | Path], input_format: InputFormat | None = N
     """
     files = expand_folders(paths)
     if input_format is None:
-        kinds = {_SUFFIXES.get(Path(file).suffix.lower()) for file in files}
-        input_format = kinds.pop()
-        if kinds or input_format is None:
+        kinds: set[InputFormat | None] = {
+            _SUFFIXES.get(Path(file).suffix.lower()) for file in files
+        }
+        told: InputFormat | None = kinds.pop()
+        if kinds or told is None:
             raise DataError(
                 f"input {', '.join(map(str, paths))}: endings must be alike and one of "
                 f"{', '.join(_SUFFIXES)}; give the format ({', '.join(FORMATS)})"
             )
+        input_format = told
     if input_format in ("json", "jsonl"):
         if len(files) != 1:
             raise DataError(f"{input_format} input is one file, got {len(files)}: join them")

@@ -65,7 +65,8 @@ class TarInput:
                 raise DataError(f"input {location} cannot be read: {error}") from error
             digest.update(scan.sha256.encode())
             text_format: TextFormat = scan.text_format
-            self._samples += [(location, text_format, sample) for sample in with_damage(scan)]
+            for sample in with_damage(scan):
+                self._samples.append((location, text_format, sample))
         self.num_records = len(self._samples)
         self.digest = digest.hexdigest()
 
