@@ -139,10 +139,10 @@ def open_dataloader(folder: Path, batch: int, transform: Callable) -> Iterator[t
 
 def open_webdataset(folder: Path, batch: int) -> Iterator[torch.Tensor]:
     """The webdataset library in a DataLoader with one worker."""
-    import webdataset
+    from webdataset.compat import WebDataset
 
     tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
-    dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).repeat()
+    dataset = WebDataset(tars, shardshuffle=False, empty_check=False).repeat()
     dataset = dataset.map(_webdataset_image)
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch, num_workers=1)
     return iter(loader)
@@ -155,8 +155,10 @@ def _webdataset_image(sample: dict) -> torch.Tensor:
 
 def open_dali_reader(folder: Path, batch: int) -> Iterator[torch.Tensor]:
     """DALI's own reader, decode and resize."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn as typed_fn
+    from nvidia.dali import pipeline_def, types
 
+    fn: Any = typed_fn  # its stubs do not know what a reader returns
     tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
 
     @pipeline_def
