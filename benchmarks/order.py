@@ -29,7 +29,6 @@ from megatron_croc.data.shard_writer import (
     MANIFEST,
     LengthsInfo,
     ShardInfo,
-    map_array,
     shard_name,
 )
 
@@ -60,6 +59,8 @@ def make_folder(folder: Path) -> None:
         infos.append(
             ShardInfo(
                 name=name,
+                tar=f"{name}.tar",
+                text_format="json",
                 num_samples=PER_SHARD,
                 num_images=PER_SHARD,
                 num_text_only=0,
@@ -106,10 +107,11 @@ def resume(folder: Path, kind: str) -> dict[str, float]:
         separate,
     )
     from megatron_croc.data.shards import ShardedDataset
+    from megatron_croc.data.stored_array import open_array
 
     imported, cpu = time.perf_counter(), time.process_time()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    table = map_array(folder / "lengths.npy")
+    table = open_array(folder / "lengths.npy")
 
     def tokens_of(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return look_up(table, index)[:, 0] + 200 + index % 700, np.ones_like(index)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_croc.data.conversation import TEMPLATES
 from megatron_croc.data.lengths import index_lengths
-from megatron_croc.data.shards import read_manifest
+from megatron_croc.data.manifest import read_manifest
 from megatron_croc.errors import CrocError
 
 

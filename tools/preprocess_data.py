@@ -10,7 +10,8 @@ A record is {"conversations": [{"from": "human", "value": "<image> ..."}, {"from
 "image": "a.jpg"}, or {"caption": "...", "image": "a.jpg"}; "image" may also be a list of names, or
 be left out. Parquet rows and tars bring their images along. Records that cannot be trained on are
 skipped; the reasons are printed, counted in report.json and all named in skipped.jsonl. Stopped at
-any time, the same command goes on with the shards that are missing.
+any time, the same command goes on with the shards that are missing. With --tokenizer-model the
+samples are measured too, as tools/index_lengths.py does.
 """
 
 import argparse

@@ -250,7 +250,10 @@ def _missing_inputs(run: RunConfig) -> Iterator[str]:
         "eval_answers_data_path": data.eval_answers_data_path,
     }.items():
         for folder in folders:
-            if not folder.startswith("s3://") and not Path(folder).is_dir():
+            if folder.endswith((".yaml", ".yml")):
+                if not Path(folder).is_file():
+                    yield f"{name}={folder}: no such file; mend the path of the blend"
+            elif not folder.startswith("s3://") and not Path(folder).is_dir():
                 yield f"{name}={folder}: no such folder; tools/preprocess_data.py writes it"
     tokenizer = data.tokenizer_model
     is_file = data.tokenizer_type == "SentencePieceTokenizer"

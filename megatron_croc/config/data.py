@@ -11,7 +11,8 @@ class DataConfig:
     """Training and validation shards, tokenizer, template and image handling."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of shards written by tools/preprocess_data.py; s3://bucket/prefix works too."""
+    """Folders of shards written by tools/preprocess_data.py, local or s3://bucket/prefix, shuffled
+    as one; or a single YAML file that blends sources by weight."""
 
     valid_data_path: tuple[str, ...] = ()
     """Folders of shards the validation loss is computed on; empty: no validation."""
@@ -70,3 +71,8 @@ class DataConfig:
 
     bad_sample_report: str | None = None
     """Folder for bad_samples-<rank>.jsonl, which names every unusable sample with its reason."""
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a row: one sample, or one pack of samples."""
+        return (self.packing_length or self.seq_length) if self.packing else self.seq_length

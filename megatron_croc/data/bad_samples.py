@@ -41,6 +41,8 @@ class BadSampleError(DataError):
 
     def __init__(self, sample_id: str, kind: BadKind, reason: str) -> None:
         """Args: sample_id: its name. kind: what it is counted as. reason: what is wrong."""
+        # A reason may quote what it complains of; half a surrogate could not be written to a log.
+        reason = reason.encode("utf-8", "backslashreplace").decode()
         super().__init__(f"sample {sample_id}: {reason}")
         self.sample_id = sample_id
         self.kind: BadKind = kind

@@ -84,8 +84,7 @@ class BatchBuilder:
         self._mask_type: MaskType = run.model.attention_mask_type
         self._replace_ratio = run.model.prompt_pool.replace_ratio if run.reconstructs else None
         cache = build_cache(run.data.data_cache_dir, run.data.data_cache_gb)
-        self._dataset = ShardedDataset(data_path, cache=cache)
-        self._order = SampleOrder(len(self._dataset), seed, shuffle=shuffle)
+        self._dataset = ShardedDataset(folders, cache=cache)
         self._tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
         check_tokenizer(
             self._tokenizer, run.data.conversation_template, run.model.language_model.vocab_size

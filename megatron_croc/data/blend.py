@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_croc.data.shards import count_samples
+from megatron_croc.data.manifest import count_samples
 from megatron_croc.errors import DataError, first_line
 
 BLEND_SUFFIXES = (".yaml", ".yml")

@@ -22,15 +22,16 @@ import numpy as np
 from megatron_croc.config.data import TemplateName
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
+from megatron_croc.data.manifest import read_manifest
 from megatron_croc.data.shard_writer import (
     LengthsInfo,
     add_lengths,
-    let_go,
-    map_array,
     sha256_of,
     write_atomically,
 )
-from megatron_croc.data.shards import ShardedDataset, read_manifest
+from megatron_croc.data.shards import ShardedDataset
+from megatron_croc.data.storage import join_location
+from megatron_croc.data.stored_array import let_go, open_array
 from megatron_croc.data.tokenization import Tokenizer, build_tokenizer, tokenize_conversation
 from megatron_croc.errors import DataError, first_line
 
@@ -57,7 +58,7 @@ class SampleLengths:
             DataError: a folder has none, or one that was damaged.
         """
         digest = tokenizer_digest(tokenizer)
-        self._tables = [_open_table(Path(f), tokenizer.name, digest, template) for f in folders]
+        self._tables = [_open_table(f, tokenizer.name, digest, template) for f in folders]
         self._starts = np.array(list(accumulate(map(len, self._tables), initial=0)))
 
     def __call__(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +81,7 @@ def look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def _open_table(folder: Path, name: str, digest: str, template: TemplateName) -> np.ndarray:
+def _open_table(folder: str, name: str, digest: str, template: TemplateName) -> np.ndarray:
     manifest = read_manifest(folder)
     again = (
         f"run: python tools/index_lengths.py {folder} --tokenizer-model {name} "
@@ -96,9 +97,9 @@ def _open_table(folder: Path, name: str, digest: str, template: TemplateName) ->
             f"{template} (it has {'; '.join(made) or 'none at all'}), and packing and grouping "
             f"need them; {again}"
         )
-    path = folder / info.file
+    path = join_location(folder, info.file)
     try:
-        table = map_array(path)
+        table = open_array(path)
     except (EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}; {again}") from error
     if table.shape != (manifest.num_samples, 2) or table.dtype != np.int32:

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitTimeoutError
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from megatron_croc.config.run import RunConfig
@@ -93,9 +95,12 @@ class MicroBatchLoader(Iterator[Batch]):
             run.data.max_bad_fraction,
             report=None if folder is None else Path(folder) / f"bad_samples-{rank()}.jsonl",
         )
-        self._next = 0  # the next micro-batch to be started
-        self._pending: deque[tuple[int, Future[Built]]] = deque()
-        self._depth = run.data.num_workers * run.data.prefetch_factor
+        self._planned: deque[_Job] = deque()
+        self._pending: deque[tuple[_Job, Future[Built]]] = deque()
+        # Training takes a whole step's micro-batches at once, so they are kept ready together.
+        per_step = self._global // (self._micro * dp_size)
+        workers = run.data.num_workers
+        self._depth = max(workers * run.data.prefetch_factor, per_step) if workers else 0
         self._pool = (
             ThreadPoolExecutor(run.data.num_workers, thread_name_prefix="loader")
             if self._depth

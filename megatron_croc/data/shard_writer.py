@@ -12,7 +12,6 @@ Equal samples give equal bytes: members carry no time, owner or path of the mach
 import hashlib
 import io
 import json
-import mmap
 import os
 import tarfile
 from collections.abc import Sequence
@@ -62,23 +61,6 @@ class ShardInfo:
     tar_sha256: str
     idx_bytes: int
     idx_sha256: str
-
-
-def map_array(path: Path) -> np.ndarray:
-    """A stored array, mapped into memory for reading here and there.
-
-    Raises:
-        EOFError, OSError, ValueError: it cannot be read.
-    """
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    # Otherwise the system reads ahead of every number that is looked up.
-    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-    return array
-
-
-def let_go(array: np.ndarray) -> None:
-    """Unmap what was read of a mapped array; it stays in the system's cache of files."""
-    array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,4 +35,5 @@ def test_report_names_every_bad_sample(tmp_path):
     budget.record(10, [BAD, BadSampleError("a/b/1", "record", "\ud800")])
     lines = [json.loads(line) for line in budget.report.read_text().splitlines()]
     assert [line["sample"] for line in lines] == ["set/0", "a/b/1"]
+    assert lines[1]["reason"] == "\\ud800"  # what no log could print is spelled out
     assert budget.source_counts == {"set": 1, "a/b": 1}

@@ -19,6 +19,7 @@ from megatron_croc.data.decode import ImageDecoder
 from megatron_croc.data.image_transform import ImageError, ImageTransform
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.data.preprocess import Preprocessor
+from megatron_croc.data.row_plan import Slot
 from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.data.tar_index import TarIndexer
 from megatron_croc.errors import DataError
@@ -285,18 +286,14 @@ def test_fuzzed_tars(tmp_path, make_run, decoder):
             run = make_run(str(folder / "set"))
             run.data.image_decoder = decoder
             builder = BatchBuilder(
-                run=run,
-                data_path=run.data.data_path,
-                seed=0,
-                shuffle=False,
-                pad_to_multiple_of=1,
+                run=run, folders=run.data.data_path, seed=0, pad_to_multiple_of=1
             )
         except DataError:
             continue
-        positions = list(range(builder.num_samples))
-        batch, bad = builder.build(positions)
-        again, bad_again = builder.build(positions)
-        assert len(batch.sample_ids) == len(set(batch.sample_ids)) == len(positions)
+        slots = [Slot(epoch=0, index=index) for index in range(builder.num_samples)]
+        batch, bad = builder.build(slots)
+        again, bad_again = builder.build(slots)
+        assert len(batch.sample_ids) == len(set(batch.sample_ids)) == len(slots)
         assert (batch.pixel_values == again.pixel_values).all()
         assert [str(e) for e in bad] == [str(e) for e in bad_again]
         trained += 1

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.lengths import SampleLengths, index_lengths
-from megatron_croc.data.shards import ShardedDataset, read_manifest, verify_shards
+from megatron_croc.data.manifest import read_manifest, verify_shards
+from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.data.tokenization import build_tokenizer, tokenize_conversation
 from megatron_croc.errors import DataError
 

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_croc.data import preprocess
 from megatron_croc.data.inputs import open_input, text_files
+from megatron_croc.data.manifest import verify_shards
 from megatron_croc.data.preprocess import Preprocessor
-from megatron_croc.data.shards import ShardedDataset, verify_shards
+from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.errors import DataError
 from tests.unit.data.small_samples import conversation, jpeg
 

@@ -12,8 +12,9 @@ import webdataset
 
 from megatron_croc.data import shards as shards_module
 from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.manifest import count_samples, read_manifest, verify_shards
 from megatron_croc.data.shard_writer import ShardWriter, write_manifest
-from megatron_croc.data.shards import ShardedDataset, count_samples, read_manifest, verify_shards
+from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.errors import DataError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.data import storage, storage_cache
-from megatron_croc.data.shards import ShardedDataset, verify_shards
+from megatron_croc.data.manifest import verify_shards
+from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.data.storage import LocalFile, join_location, open_storage, read_whole, retry
 from megatron_croc.data.storage_cache import StorageCache
 from megatron_croc.data.tar_index import TarIndexer
@@ -124,6 +125,7 @@ def test_errors_of_an_object_store_name_the_url(server, bucket_copy, monkeypatch
     with pytest.raises(DataError, match="ends before"):
         tar.read(tar.size() + 5, 10)
     dataset = ShardedDataset(url)
+    dataset.read(0)  # the index is here now
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     storage._s3_client.cache_clear()
     with pytest.raises(OSError, match=f"{url}/shard-000000.tar: .*127.0.0.1:9"):
