@@ -26,6 +26,7 @@ from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.batch_builder import BatchBuilder
+from megatron_croc.data.row_plan import Slot
 from megatron_croc.data.shard_writer import write_atomically
 from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.data.tokenization import Tokenizer, build_tokenizer
@@ -77,7 +78,7 @@ class View:
 
 def view_sample(builder: BatchBuilder, tokenizer: Tokenizer, number: int) -> View:
     """Build a sample the way the loader does."""
-    batch, bad = builder.build([number])
+    batch, bad = builder.build([Slot(epoch=0, index=number)])
     supervised = batch.num_label_tokens
     length = int(batch.mixed_mask.cu_seqlens[-1])
     return View(
@@ -205,9 +206,8 @@ def view_samples(run: RunConfig, samples: Sequence[str]) -> list[View]:
     dataset = ShardedDataset(run.data.data_path)
     builder = BatchBuilder(
         run=run,
-        data_path=run.data.data_path,
+        folders=run.data.data_path,
         seed=run.training.seed,
-        shuffle=False,
         pad_to_multiple_of=1,
     )
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
