@@ -17,6 +17,10 @@ class CheckpointError(CrocError):
     """A checkpoint is missing, damaged or of another model; the message names file and key."""
 
 
+class RunError(CrocError):
+    """The run itself cannot go on: a rank is lost, or step after step is not finite."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first; its kind, where it says nothing (an EOFError)."""
     return next(iter(str(error).splitlines()), type(error).__name__)

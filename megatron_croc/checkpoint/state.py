@@ -1,7 +1,7 @@
 """Where a run stands: what a checkpoint holds beside weights and optimizer."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_croc.data.row_plan import OrderState
@@ -24,31 +24,14 @@ class TrainState:
     stage: str = ""
     """Training stage that wrote the checkpoint."""
 
-    order: OrderState | None = None
-    """Where the run stands in its order of samples; None before its first step."""
+    num_skipped: int = 0
+    """Steps whose update was left out because loss or gradient could not be right."""
 
-    def resume_point(self) -> OrderState | None:
-        """Where the order of samples goes on; None at the start of a run.
+    skipped_in_a_row: int = 0
+    """Of those, how many came last, one after the other."""
 
-        Raises:
-            CheckpointError: the checkpoint does not say.
-        """
-        if self.iteration and self.order is None:
-            raise CheckpointError(
-                f"the checkpoint of iteration {self.iteration} does not say which samples are done "
-                f'(no "order" in {STATE_FILE}): start a new run from it with '
-                "--pretrained-checkpoint"
-            )
-        return self.order
-
-    def progress(self) -> dict[str, float]:
-        """Counters of the samples done, in all and of each source."""
-        counters: dict[str, float] = {"consumed_samples": self.consumed_samples}
-        if self.order is not None:
-            for name, samples in zip(self.order.sources, self.order.consumed, strict=True):
-                counters[f"samples/{name}"] = samples
-                counters[f"epochs/{name}"] = self.order.epochs[name]
-        return counters
+    recent_losses: list[float] = field(default_factory=list)
+    """What a spike is measured against; empty when spikes are not looked for."""
 
     def save(self, folder: Path) -> None:
         """Write it beside the weights."""

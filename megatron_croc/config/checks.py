@@ -60,6 +60,9 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         "keep_last": run.checkpoint.keep_last,
         "keep_every": run.checkpoint.keep_every,
         "prefetch_factor": run.data.prefetch_factor,
+        "distributed_timeout_minutes": run.parallel.distributed_timeout_minutes,
+        "exit_duration_in_mins": run.reliability.exit_duration_in_mins,
+        "exit_interval": run.reliability.exit_interval,
     }.items():
         if value is not None and value <= 0:
             yield f"{name}={value}: must be positive"
@@ -67,6 +70,7 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         "eval_interval": training.eval_interval,
         "eval_answers_iters": training.eval_answers_iters,
         "num_workers": run.data.num_workers,
+        "max_consecutive_skips": run.reliability.max_consecutive_skips,
     }.items():
         if value < 0:
             yield f"{name}={value}: must not be negative; 0 turns it off"
@@ -75,16 +79,9 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
             f"eval_interval={training.eval_interval} without valid_data_path: "
             "give shards to validate on, or set eval_interval to 0"
         )
-    if training.eval_answers_iters > 0 and training.eval_interval == 0:
-        yield (
-            f"eval_answers_iters={training.eval_answers_iters} without validation: set "
-            "eval_interval, or eval_answers_iters to 0"
-        )
-    if training.eval_answers_iters > 0 and run.reconstructs:
-        yield (
-            f"eval_answers_iters={training.eval_answers_iters} with stage={run.stage}, whose model "
-            "replaces visual tokens: check answers in finetune, or with megatron_croc.cli.generate"
-        )
+    factor = run.reliability.spike_factor
+    if factor != 0 and factor <= 1:
+        yield f"spike_factor={factor}: must be above 1; 0 turns it off"
     stages = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     if (
         training.recompute_granularity == "full"

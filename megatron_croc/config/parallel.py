@@ -28,8 +28,8 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = None
     """Language-model layers of the last pipeline stage, which also runs both losses."""
 
-    distributed_timeout_minutes: int = 10
-    """A collective that takes longer ends the run."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run, and so does a rank that stands still as long."""
 
     @property
     def model_parallel_size(self) -> int:

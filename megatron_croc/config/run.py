@@ -8,6 +8,7 @@ from megatron_croc.config.data import DataConfig
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.reliability import ReliabilityConfig
 from megatron_croc.config.training import OptimizerConfig, TrainingConfig
 
 Stage = Literal["pretrain_mlp", "pretrain_croc", "finetune"]
@@ -27,6 +28,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
 
     @property
     def reconstructs(self) -> bool:

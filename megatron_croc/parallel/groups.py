@@ -11,6 +11,7 @@ from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.log import world_size
 from megatron_croc.parallel import device
+from megatron_croc.parallel.processes import tie_processes_together
 
 
 def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
@@ -34,7 +35,9 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
             f"{config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
-    start_torch(config)
+    tie_processes_together()
+    if not dist.is_initialized():
+        _start_torch(config, processes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,

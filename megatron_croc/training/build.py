@@ -22,6 +22,7 @@ from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.target_channel import TargetChannel
+from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
 from megatron_croc.training.step import Stepper
 
@@ -94,6 +95,7 @@ def wrap_model(
 
 def _finalize(model: list[nn.Module], num_tokens: Tensor | None, **groups: object) -> None:
     """Reduce gradients over DP, SP and tied embeddings; the losses were divided already."""
+    enter("summing gradients (reduce-scatter)")
     finalize_model_grads(model, None, **groups)  # type: ignore[arg-type]
 
 

@@ -2,17 +2,23 @@
 
 import time
 
-from megatron_croc.checkpoint.saving import CheckpointSaver
+from megatron_croc.checkpoint.sharded import save_checkpoint
+from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
-from megatron_croc.log import world_size
+from megatron_croc.log import rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
+from megatron_croc.training.anomaly import AnomalyGuard
 from megatron_croc.training.build import Trainer, build_trainer
+from megatron_croc.training.curve import drop_undone_steps
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.length import resolve_train_iters
 from megatron_croc.training.reporting import Reporter
+from megatron_croc.training.stopping import stop_requests
+from megatron_croc.training.watchdog import run_folder, watch_over
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
@@ -21,39 +27,62 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
     Args:
         run: the run.
         weights: see `build_trainer`.
+
+    Raises:
+        RunError: step after step was not finite, or another rank was lost.
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
     trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run), weights=weights)
-    reporter = Reporter(run, train_iters=trainer.train_iters, world_size=world_size())
-    state, last = trainer.state, trainer.train_iters
+    state, last, folder = trainer.state, trainer.train_iters, run_folder(run)
+    if folder is not None and rank() == 0:
+        drop_undone_steps(folder, state.iteration)
+    reporter = Reporter(run, train_iters=last, world_size=world_size())
+    guard = AnomalyGuard(run, state, pg, train_iters=last, folder=folder)
+    position = {"consumed_samples": state.consumed_samples}
 
     def due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
-    saver = None
-    if run.checkpoint.save:
-        saver = CheckpointSaver(run, trainer.chunks, trainer.optimizer, pg)
-    with open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder:
-        while state.iteration < last:
+    with (
+        watch_over(run),
+        stop_requests(run.reliability) as stop,
+        open_feeder(run, pg, build_train_loader, **position) as feeder,
+    ):
+        is_over = state.iteration >= last
+        while not is_over:
             started = time.perf_counter()
+            enter("waiting for data (broadcast)", iteration=state.iteration + 1)
             batches = feeder.next_step()
             waited = time.perf_counter() - started
 
-            metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+            metrics = trainer.stepper.train(
+                batches, trainer.optimizer, trainer.scheduler, guard=guard
+            )
             state.iteration += 1
-            state.consumed_samples += metrics.num_samples
-            state.order = feeder.order_state
-            reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
+            state.consumed_samples += run.training.global_batch_size
+            reporter.add_step(state.iteration, metrics, waited=waited)
+            if guard.gives_up():
+                save(trainer, guard.last_good)
+                raise guard.error()
 
             if due(run.training.eval_interval):
+                enter("validation")
                 reporter.add_validation(state.iteration, evaluate(trainer))
                 reporter.restart_clock()
-            if saver is not None:
-                saver.poll()
-                if due(run.checkpoint.save_interval):
-                    saver.save(state)
-                    reporter.restart_clock()
+            enter("agreeing on whether to stop (all-reduce)")
+            is_over = state.iteration >= last or stop.agreed(state.iteration)
+            if is_over or due(run.checkpoint.save_interval):
+                save(trainer, state)
+                reporter.restart_clock()
     reporter.close()
     if saver is not None:
         saver.close()
     return trainer
+
+
+def save(trainer: Trainer, state: TrainState) -> None:
+    """Write a checkpoint that says `state`, where checkpoints are written at all."""
+    run = trainer.run
+    if run.checkpoint.save:
+        enter("saving a checkpoint (barrier)")
+        save_checkpoint(run, state, trainer.chunks, trainer.optimizer, trainer.pg_collection)

@@ -73,6 +73,9 @@ class StepMetrics:
     grad_norm: float | None = None
     """Norm of the whole gradient before clipping; None in validation."""
 
+    is_skipped: bool = False
+    """Whether the step was refused, and changed nothing."""
+
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Of each trained part, as this step used them."""
 
@@ -103,6 +106,7 @@ class StepTotals:
         """Start at zero."""
         self.run, self.pg = run, pg_collection
         self.num_microbatches = 0
+        self.last_started = -1
         self.work = Work(num_tokens=0, num_pairs=0, num_images=0)
         self.num_samples = 0
         self.losses: list[dict[str, Tensor]] = []
@@ -132,6 +136,11 @@ class StepTotals:
             num_pairs=self.work.num_pairs + more.num_pairs,
             num_images=self.work.num_images + more.num_images,
         )
+
+    def start_micro_batch(self) -> int:
+        """Note a forward pass, and give it its number (over all chunks of this rank)."""
+        self.last_started += 1
+        return self.last_started
 
     def count_replacement(self, replacement: Replacement) -> None:
         """Add one micro-batch's matching (first stage)."""

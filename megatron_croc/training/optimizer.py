@@ -1,7 +1,8 @@
 """AdamW with one learning rate per part of the model, and its schedule."""
 
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -81,6 +82,29 @@ def _overrides(run: RunConfig) -> dict:
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda param: param.ndim == 1)
     overrides[ParamKey(predicate=one_dimensional)] = {"wd_mult": 0.0}
     return overrides
+
+
+def measure_gradients(optimizer: MegatronOptimizer) -> float:
+    """Norm of the whole gradient, over all ranks; nothing is changed by it."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the measured gradients and step: the second half of ChainedOptimizer.step.
+
+    Cut in two so that a step can be refused on all ranks while nothing is changed yet.
+    """
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
 def part_of_group(group: dict) -> str:

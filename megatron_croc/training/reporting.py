@@ -1,6 +1,7 @@
 """Where metrics go: console, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 writes."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -106,7 +107,9 @@ class Reporter:
         self.started = time.perf_counter()
 
     def _summary(self, iteration: int, elapsed: float) -> dict[str, Any]:
-        steps = self.interval
+        steps = [step for step in self.interval if not step.is_skipped]
+        num_skipped = len(self.interval) - len(steps)
+        steps = steps or self.interval
         last = steps[-1]
         total = {name: sum(getattr(s, name) for s in steps) for name in ("num_tokens", "flops")}
         samples = sum(s.num_samples for s in steps)
@@ -117,7 +120,9 @@ class Reporter:
             "reconstruction_loss": _mean(steps, "reconstruction_loss"),
             "grad_norm": last.grad_norm,
             "matched_distance": last.matched_distance,
-            "seconds_per_step": elapsed / len(steps),
+            "skipped_steps": num_skipped or None,
+            "consumed_samples": iteration * self.run.training.global_batch_size,
+            "seconds_per_step": elapsed / len(self.interval),
             "samples_per_second": samples / elapsed,
             "tokens_per_second": total["num_tokens"] / elapsed,
             "world_size": self.world_size,
@@ -174,7 +179,7 @@ class Reporter:
     def _write(self, iteration: int, row: dict[str, Any]) -> None:
         if not self.is_writer:
             return
-        row = {name: value for name, value in row.items() if value is not None}
+        row = {name: value for name, value in row.items() if _can_be_shown(value)}
         logger.info(_line(row, self.train_iters))
         if self.jsonl is not None:
             self.jsonl.write(json.dumps(row) + "\n")
@@ -193,6 +198,11 @@ class Reporter:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _can_be_shown(value: float | None) -> bool:
+    """Not what a run lacks, nor the nan of an interval whose every step was skipped."""
+    return value is not None and math.isfinite(value)
 
 
 def _mean(steps: list[StepMetrics], name: str) -> float | None:
@@ -216,7 +226,7 @@ _SHOWN = {
     "valid_loss": "validation: loss {:.4f}",
     "valid_text_loss": "text {:.4f}",
     "valid_reconstruction_loss": "reconstruction {:.5f}",
-    "valid_answers_right": "answers right {:.1%}",
+    "skipped_steps": "SKIPPED {}",
     "grad_norm": "grad norm {:.3f}",
     "pool_usage": "pool used {:.0%}",
     "matching_share": "matched {:.1%}",

@@ -5,7 +5,7 @@ nor any gradient depends on how the batch is cut into micro-batches and ranks.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,7 +20,10 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
 from megatron_croc.parallel.device import current_device
+from megatron_croc.training.anomaly import AnomalyGuard
+from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.metrics import StepMetrics, StepTotals
+from megatron_croc.training.optimizer import measure_gradients, update_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +69,12 @@ class Stepper:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         *,
+        guard: AnomalyGuard | None = None,
         on_gradients: Callable[[], None] | None = None,
     ) -> StepMetrics:
         """Forward, backward, update; metrics of the whole global batch.
 
+        `guard` may refuse the update: then weights and optimizer stay as they were, on all ranks.
         `on_gradients` is called between backward and update, when gradients are reduced.
         """
         for chunk in self.chunks:
@@ -79,8 +84,15 @@ class Stepper:
         totals = self.forward_backward(batches)
         if on_gradients is not None:
             on_gradients()
-        _, grad_norm, _ = optimizer.step()  # type: ignore[misc]
+        enter("measuring gradients and losses (all-reduce)")
+        grad_norm = measure_gradients(optimizer)
         metrics = totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
+        if guard is None or guard.accepts(metrics):
+            enter("updating weights (all-gather)")
+            update_weights(optimizer, grad_norm)
+        else:
+            guard.examine(metrics, batches, totals, self.chunks)
+            metrics = replace(metrics, is_skipped=True)
         scheduler.step(increment=self.run.training.global_batch_size)
         return metrics
 
@@ -93,6 +105,7 @@ class Stepper:
 
     def forward_backward(self, batches: list[Batch], *, forward_only: bool = False) -> StepTotals:
         """All micro-batches through the pipeline; gradients are left in the DDP buffers."""
+        enter("counting labels (all-reduce)")
         totals = StepTotals(self.run, self.pg)
         for batch in batches:
             totals.count_batch(batch)
@@ -146,8 +159,9 @@ def _forward_step(
     totals: StepTotals,
 ) -> tuple[Tensor | ModelOutput, partial]:
     """What megatron's schedule calls for each micro-batch on each model chunk."""
-    inputs, upcoming = next(iterator)
-    output = chunk(inputs, upcoming)
+    inputs = next(iterator)
+    enter("forward", micro_batch=totals.start_micro_batch())
+    output = chunk(inputs)
     model = _unwrap(chunk)
     if model.last_replacement is not None:
         totals.count_replacement(model.last_replacement)
@@ -165,6 +179,7 @@ def _loss(
     totals: StepTotals,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The scalar that is differentiated: this micro-batch's share of the global loss."""
+    enter("backward", micro_batch=totals.last_started)
     assert output.text_loss_sum is not None
     if run.training.loss_reduction == "micro_batch":
         denominators = _micro_batch_denominators(inputs, run, totals.num_microbatches_in_world)

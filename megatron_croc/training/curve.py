@@ -1,0 +1,40 @@
+"""One clean loss curve in metrics.jsonl, however often a run was killed and resumed."""
+
+import json
+import os
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+SUPERSEDED_FILE = "metrics.superseded.jsonl"
+
+
+def drop_undone_steps(folder: Path, iteration: int) -> int:
+    """Move the lines of steps that were lost with a killed run out of the curve.
+
+    A run that goes on from step `iteration` does the later ones again, and writes them again. What
+    the killed run wrote about them (and a line it did not finish) goes to metrics.superseded.jsonl.
+
+    Returns:
+        lines moved.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return 0
+    kept, moved = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        (kept if _iteration_of(line) <= iteration else moved).append(line + "\n")
+    if moved:
+        with (folder / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(moved)
+        clean = path.with_name(METRICS_FILE + ".incomplete")
+        clean.write_text("".join(kept), encoding="utf-8")
+        os.replace(clean, path)
+    return len(moved)
+
+
+def _iteration_of(line: str) -> float:
+    """The step a line is about; beyond all steps, where it cannot be read."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (KeyError, TypeError, ValueError):
+        return float("inf")

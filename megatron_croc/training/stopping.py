@@ -1,0 +1,82 @@
+"""Ending a run before its last step, at the same step on every rank."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_croc.config.reliability import ReliabilityConfig
+from megatron_croc.log import get_logger, log_on_rank_zero
+from megatron_croc.parallel.device import current_device
+
+logger = get_logger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm and torchrun send when a job must go; one rank that gets one is enough."""
+
+_DURATION, _INTERVAL = 1001, 1002  # above every signal's number
+
+
+class StopRequests:
+    """Collects reasons to stop; the ranks agree on them at the end of each step."""
+
+    def __init__(self, config: ReliabilityConfig) -> None:
+        """Start the clock of exit_duration_in_mins."""
+        self.config = config
+        self.started = time.monotonic()
+        self.request = 0
+
+    def agreed(self, iteration: int) -> bool:
+        """Whether the run ends after step `iteration`: the same answer on every rank.
+
+        Signals reach ranks in different steps, and clocks differ: one maximum over all ranks.
+        """
+        request = torch.tensor(self._own_request(iteration), device=current_device())
+        dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        code = int(request.item())
+        if code:
+            log_on_rank_zero(
+                logger, logging.WARNING, "stopping after step %d: %s", iteration, _reason(code)
+            )
+        return code > 0
+
+    def _own_request(self, iteration: int) -> int:
+        config = self.config
+        if self.request:
+            return self.request
+        minutes = config.exit_duration_in_mins
+        if minutes is not None and time.monotonic() - self.started > 60.0 * minutes:
+            return _DURATION
+        if config.exit_interval is not None and iteration % config.exit_interval == 0:
+            return _INTERVAL
+        return 0
+
+    def note(self, number: int, _: FrameType | None = None) -> None:
+        """Handle a signal: the step under way ends first."""
+        self.request = number
+
+
+def _reason(code: int) -> str:
+    known = {_DURATION: "exit_duration_in_mins has passed", _INTERVAL: "exit_interval"}
+    return known.get(code) or f"{signal.Signals(code).name} was received"
+
+
+@contextmanager
+def stop_requests(config: ReliabilityConfig) -> Iterator[StopRequests]:
+    """Listen to SIGTERM and SIGUSR1 while the body runs."""
+    requests = StopRequests(config)
+    if threading.current_thread() is not threading.main_thread():
+        yield requests  # Python lets only the main thread handle signals
+        return
+    before = {number: signal.signal(number, requests.note) for number in SIGNALS}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

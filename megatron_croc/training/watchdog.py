@@ -1,0 +1,178 @@
+"""No rank waits for ever, and what is said at the end names the rank that was waited for.
+
+    a rank stands still     its own watchdog thread writes its stack and ends the process
+    ... holding the GIL     faulthandler's timer, a thread outside Python, does the same
+    a peer is gone          the collective fails; the last beats of all ranks say which and where
+
+A thread that wakes ten times within the timeout is all it costs.
+"""
+
+import faulthandler
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.errors import CrocError, RunError, first_line
+from megatron_croc.log import get_logger, rank, world_size
+from megatron_croc.parallel.flight_recorder import last_collective
+from megatron_croc.training.heartbeat import (
+    Beat,
+    close_heartbeat,
+    open_heartbeat,
+    own_beat,
+    read_heartbeats,
+    share_heartbeat,
+)
+
+logger = get_logger(__name__)
+
+NUM_NAMED = 4
+"""Ranks that a message about lost ones lists."""
+
+
+def run_folder(run: RunConfig) -> Path | None:
+    """Where a run writes what is not a checkpoint; None when it writes nothing."""
+    folder = run.logging.log_dir or run.checkpoint.save
+    return None if folder is None else Path(folder)
+
+
+@contextmanager
+def watch_over(run: RunConfig) -> Iterator[None]:
+    """Keep a heartbeat and a watchdog while the body trains.
+
+    Raises:
+        RunError: in place of a foreign error (a collective's) when other ranks are lost; says
+            which, where they stood, and where this one waited.
+    """
+    root = run_folder(run)
+    folder = None if root is None else root / "heartbeats"
+    open_heartbeat(folder)
+    watchdog = _Watchdog(folder, limit=60.0 * run.parallel.distributed_timeout_minutes)
+    try:
+        yield
+    except CrocError:
+        raise
+    except Exception as error:
+        watchdog.write(traceback.format_exc())
+        lost = describe_lost_ranks(folder)
+        if lost is None:
+            raise
+        collective = last_collective()
+        raise RunError(
+            f"rank {rank()} stopped at {own_beat().place}"
+            + (f" (collective {collective})" if collective else "")
+            + f": {first_line(error)}\n{lost}"
+        ) from error
+    finally:
+        watchdog.stop()
+        close_heartbeat()
+
+
+def describe_lost_ranks(folder: Path | None) -> str | None:
+    """Which ranks the others wait for, a line each; None when no rank is behind this one.
+
+    A rank whose process has ended is lost. If there is none, those whose last beat is older than
+    this rank's are, the oldest first.
+    """
+    own = own_beat()
+    beats = [] if folder is None else read_heartbeats(folder, world_size())
+    others = [beat for beat in beats if beat.rank != own.rank]
+    gone = [beat for beat in others if beat.is_gone()]
+    lost = gone or [beat for beat in others if beat.since < own.since]
+    lost.sort(key=lambda beat: (beat.iteration, beat.since))
+    lines = [_describe(beat, is_gone=bool(gone), folder=folder) for beat in lost[:NUM_NAMED]]
+    if len(lost) > NUM_NAMED:
+        lines.append(f"and {len(lost) - NUM_NAMED} more, see {folder}")
+    return "\n".join(lines) or None
+
+
+def _describe(beat: Beat, *, is_gone: bool, folder: Path | None) -> str:
+    who = f"rank {beat.rank} ({beat.host}, pid {beat.pid})"
+    age = time.time() - beat.since
+    if is_gone:
+        return f"{who} is gone; it stood at {beat.place} since {age:.1f} s"
+    stack = f"; its stack is in {stack_file(folder, beat.rank)}" if folder else ""
+    return f"{who} has not moved for {age:.1f} s; it stands at {beat.place}{stack}"
+
+
+def stack_file(folder: Path, number: int) -> Path:
+    """Where rank `number` writes its stacks."""
+    return folder / f"rank_{number:05d}.stack"
+
+
+class _Watchdog:
+    """Ends this process when it stands still; only reports it where nobody waits for it."""
+
+    def __init__(self, folder: Path | None, *, limit: float) -> None:
+        """Start watching.
+
+        Args:
+            folder: for the stacks; None: they go to stderr.
+            limit: longest time in one phase, seconds.
+        """
+        self.limit = limit
+        self.others_wait = world_size() > 1
+        self.stacks: TextIO | None = None
+        self.stack_name = "the error output"
+        if folder is not None:
+            path = stack_file(folder, rank())
+            self.stack_name = str(path)
+            self.stacks = path.open("w")
+        self._stopped = threading.Event()
+        self._reported: float | None = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        """Add to the file of stacks."""
+        if self.stacks is not None:
+            self.stacks.write(text)
+            self.stacks.flush()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if self.stacks is not None:
+            self.stacks.close()
+
+    def _watch(self) -> None:
+        while True:
+            self._arm_timer()
+            if self._stopped.wait(self.limit / 10):
+                return
+            share_heartbeat()
+            beat = own_beat()
+            if time.time() - beat.since > self.limit and self._reported != beat.since:
+                self._reported = beat.since
+                self._report(beat)
+
+    def _arm_timer(self) -> None:
+        """Put off the timer that fires when this very thread cannot run."""
+        faulthandler.dump_traceback_later(
+            1.5 * self.limit, exit=self.others_wait, **self._destination()
+        )
+
+    def _report(self, beat: Beat) -> None:
+        faulthandler.dump_traceback(all_threads=True, **self._destination())
+        lost = describe_lost_ranks(None if self.stacks is None else Path(self.stacks.name).parent)
+        logger.error(
+            "this rank has stood at %s for %.1f s; its stack is in %s%s",
+            beat.place,
+            time.time() - beat.since,
+            self.stack_name,
+            f"\n{lost}" if lost else "",
+        )
+        if self.others_wait:
+            # Not sys.exit: that is for the main thread, which hangs.
+            os._exit(1)
+
+    def _destination(self) -> dict[str, TextIO]:
+        return {} if self.stacks is None else {"file": self.stacks}

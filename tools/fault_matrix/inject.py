@@ -1,0 +1,232 @@
+"""Run one of the project's commands with faults put into it.
+
+    python -m fault_matrix.inject '[{"fault": "kill", "rank": 1, "iteration": 3}]' \
+        megatron_croc.cli.train --recipe tiny/pretrain_croc ...
+
+The product knows nothing of this: faults come in where a heartbeat is beaten, where a loss is made
+and where a micro-batch goes to the device. Each happens once (`marker` is a file that remembers
+it), so that a restarted run is spared. `trace` is a folder that receives which samples each
+replica trained on in which step.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_croc.log import rank
+
+
+@dataclass(kw_only=True)
+class Fault:
+    """One thing that goes wrong."""
+
+    fault: str
+    """kill | signal | stop | hang | hang_in_c | raise at a place; nan_loss | spike | nan_gradient
+    in a step; bad_sample whenever a sample is met; kill_at_call at a call during a save;
+    trace: none, only note what is trained on."""
+
+    rank: int = 0
+    """Whom it befalls."""
+
+    iteration: int = 0
+    """In which step; 0: in every one."""
+
+    phase: str = "forward"
+    """Where: the beginning of the heartbeat's phase."""
+
+    micro_batch: int | None = None
+    """In which micro-batch of this rank; None: the first that comes."""
+
+    number: int = 1
+    """signal: which one; kill_at_call: at which call."""
+
+    name: str = ""
+    """kill_at_call: of which function (`os.replace`). bad_sample: which sample."""
+
+    marker: str | None = None
+    """File that remembers that it has happened; None: it happens every time."""
+
+    trace: str | None = None
+    """Folder for the trace of samples."""
+
+    def strikes(self) -> bool:
+        """Whether it is its time; a fault with a marker strikes once in all restarts."""
+        from megatron_croc.training.heartbeat import own_beat
+
+        if rank() != self.rank or self.iteration not in (0, own_beat().iteration):
+            return False
+        if self.marker is None:
+            return True
+        try:
+            Path(self.marker).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def inject(fault: Fault) -> None:
+    """Patch this process so that the fault will happen."""
+    if fault.trace is not None:
+        _trace(Path(fault.trace))
+    installers = {
+        "nan_loss": _spoil_loss,
+        "spike": _spoil_loss,
+        "nan_gradient": _spoil_gradient,
+        "bad_sample": _spoil_sample,
+        "kill_at_call": _kill_at_call,
+        "trace": lambda fault: None,
+    }
+    installers.get(fault.fault, _strike_at_place)(fault)
+
+
+def _on_enter(act: Callable[[str, int | None], None]) -> None:
+    """Call `act(phase, micro_batch)` after every heartbeat."""
+    from megatron_croc.training import build, heartbeat, loop, step
+
+    before = loop.enter
+
+    def enter(
+        phase: str, *, iteration: int | None = None, micro_batch: int | None = None
+    ) -> None:
+        before(phase, iteration=iteration, micro_batch=micro_batch)
+        act(phase, micro_batch)
+
+    for module in (build, heartbeat, loop, step):
+        module.enter = enter  # type: ignore[attr-defined]
+
+
+def _strike_at_place(fault: Fault) -> None:
+    def act(phase: str, micro_batch: int | None) -> None:
+        is_here = phase.startswith(fault.phase) and fault.micro_batch in (None, micro_batch)
+        if is_here and fault.strikes():
+            _strike(fault)
+
+    _on_enter(act)
+
+
+def _strike(fault: Fault) -> None:
+    if fault.fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.fault == "signal":
+        os.kill(os.getpid(), fault.number)
+    elif fault.fault == "hang":
+        time.sleep(10_000)
+    elif fault.fault == "hang_in_c":
+        ctypes.PyDLL(None).sleep(10_000)  # PyDLL keeps the GIL: no Python thread runs any more
+    elif fault.fault == "raise":
+        raise RuntimeError("a made-up error of the device")
+    else:
+        raise ValueError(f"unknown fault {fault.fault}")
+
+
+def _spoil_loss(fault: Fault) -> None:
+    from megatron_croc.training import step
+
+    factor = float("nan") if fault.fault == "nan_loss" else 1e3
+    before = step._loss
+
+    def loss(*args: Any, totals: Any, **kwargs: Any) -> Any:
+        value, count, parts = before(*args, totals=totals, **kwargs)
+        if fault.micro_batch in (None, totals.last_started) and fault.strikes():
+            value = value * factor
+            parts = {name: part * factor for name, part in parts.items()}
+        return value, count, parts
+
+    step._loss = loss  # type: ignore[assignment]
+
+
+def _spoil_gradient(fault: Fault) -> None:
+    from megatron_croc.training.step import Stepper
+
+    chunks: list[Any] = []
+    before = Stepper.forward_backward
+
+    def forward_backward(self: Stepper, *args: Any, **kwargs: Any) -> Any:
+        chunks[:] = self.chunks
+        return before(self, *args, **kwargs)
+
+    def act(phase: str, micro_batch: int | None) -> None:
+        if phase.startswith("summing gradients") and fault.strikes():
+            chunks[0].buffers[0].grad_data.fill_(float("nan"))
+
+    Stepper.forward_backward = forward_backward  # type: ignore[method-assign]
+    _on_enter(act)
+
+
+def _spoil_sample(fault: Fault) -> None:
+    """A sample on which the model is not finite, every time it comes."""
+    from megatron_croc.training import step
+
+    before = step.to_model_inputs
+
+    def to_model_inputs(batch: Any) -> Any:
+        inputs = before(batch)
+        if fault.name in batch.sample_ids and inputs.pixel_values is not None:
+            inputs = replace(inputs, pixel_values=inputs.pixel_values.float() * float("nan"))
+        return inputs
+
+    step.to_model_inputs = to_model_inputs
+
+
+def _kill_at_call(fault: Fault) -> None:
+    """SIGKILL when a function is called for the `number`-th time within a save."""
+    from megatron_croc.training.heartbeat import own_beat
+
+    module_name, _, name = fault.name.rpartition(".")
+    module = importlib.import_module(module_name)
+    before = getattr(module, name)
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if own_beat().phase.startswith("saving"):
+            calls += 1
+            if calls >= fault.number and fault.strikes():
+                os.kill(os.getpid(), signal.SIGKILL)
+        return before(*args, **kwargs)
+
+    setattr(module, name, called)
+
+
+def _trace(folder: Path) -> None:
+    from megatron_croc.training.heartbeat import own_beat
+    from megatron_croc.training.step import Stepper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    before = Stepper.train
+
+    def train(self: Stepper, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        metrics = before(self, batches, *args, **kwargs)
+        if self.pg.mp.rank() == 0 and self.pg.cp.rank() == 0:
+            samples = [sample for batch in batches for sample in batch.sample_ids]
+            row = {"iteration": own_beat().iteration, "samples": samples, "time": time.time()}
+            with (folder / f"rank_{rank()}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return metrics
+
+    Stepper.train = train  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """Inject, then be the command."""
+    faults, command, *words = sys.argv[1:]
+    sys.argv[1:] = words
+    from megatron_croc.parallel import device  # noqa: F401  before megatron is imported
+
+    for fault in json.loads(faults):
+        inject(Fault(**fault))
+    return importlib.import_module(command).main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
