@@ -1,0 +1,235 @@
+"""Do one step of a run again, and look for where it stops being finite.
+
+    report (iteration, settings) --> checkpoint at or before it --> the steps between, as they were
+        --> the step itself: same samples, patch draws and weights --> loss per sample, modules
+
+The order of samples and every draw are functions of the settings and the iteration, so the step can
+be done in one process whatever the layout of the run, or under torchrun at the run's own.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_croc.checkpoint.state import STATE_FILE
+from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.batch import IGNORE_INDEX, Batch
+from megatron_croc.data.loader import build_train_loader
+from megatron_croc.errors import RunError
+from megatron_croc.log import world_size
+from megatron_croc.model.language_model import LanguageModelOutput
+from megatron_croc.parallel.groups import start_distributed
+from megatron_croc.training.anomaly import AnomalyGuard
+from megatron_croc.training.build import Trainer, build_trainer
+from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.metrics import StepMetrics
+from megatron_croc.training.optimizer import measure_gradients
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """What an AnomalyGuard wrote.
+
+    Raises:
+        RunError: not readable, or no such report.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable as a report of a skipped step ({error})") from error
+    if not isinstance(report, dict) or not {"iteration", "run", "train_iters"} <= set(report):
+        raise RunError(f"{path}: no report of a skipped step; they are in SAVE/anomalies/")
+    return report
+
+
+def run_of_report(report: dict[str, Any], *, source: str) -> RunConfig:
+    """The run as it was, set up to be looked at: nothing is saved, one process is no layout."""
+    run, faults = RunConfig(), []
+    apply_changes(run, changes_from_tree(RunConfig, report["run"], faults, source=source))
+    raise_faults(faults)
+    run.checkpoint.load = _checkpoint_before(run, report["iteration"])
+    run.checkpoint.save = run.logging.log_dir = None
+    if world_size() == 1:
+        run.parallel = type(run.parallel)()
+    return run
+
+
+def _checkpoint_before(run: RunConfig, iteration: int) -> str | None:
+    """The last complete checkpoint from which step `iteration` can be reached; None: the start."""
+    found = [
+        (int(folder.name.removeprefix("iter_")), str(folder))
+        for root in {run.checkpoint.save, run.checkpoint.load} - {None}
+        for folder in Path(str(root)).glob("iter_*")
+        if folder.name.removeprefix("iter_").isdigit() and (folder / STATE_FILE).exists()
+    ]
+    return max(((i, name) for i, name in found if i < iteration), default=(0, None))[1]
+
+
+@dataclass(kw_only=True)
+class MicroBatchFindings:
+    """One micro-batch by itself: loss of each sample, and the first places that are not finite."""
+
+    number: int
+    """Over all replicas, as in the report."""
+
+    sample_ids: tuple[str, ...]
+    """Its samples."""
+
+    text_losses: list[tuple[int, float]] = field(default_factory=list)
+    """(labelled tokens, mean loss) of each sample; empty where this rank does not see them."""
+
+    reconstruction_loss: float | None = None
+    """Mean over its visual tokens."""
+
+    bad_value: str | None = None
+    """First module whose output is not finite, in the order of the forward pass."""
+
+    bad_gradient: str | None = None
+    """First module the gradient of whose output is not finite, in the order of the backward."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether nothing is wrong with it."""
+        losses = [loss for _, loss in self.text_losses] + [self.reconstruction_loss or 0.0]
+        return not (self.bad_value or self.bad_gradient) and all(map(math.isfinite, losses))
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """The step done again."""
+
+    start: int
+    """Iteration of the checkpoint it was reached from."""
+
+    metrics: StepMetrics
+    """Of the whole step; its update is not applied."""
+
+    micro_batches: list[MicroBatchFindings]
+    """Those of this replica."""
+
+
+def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
+    """Reach the step of `report` and do it again, without its update.
+
+    Raises:
+        RunError: the checkpoint does not lie before the step.
+    """
+    pg = start_distributed(run.parallel, seed=run.training.seed)
+    trainer = build_trainer(run, pg, train_iters=report["train_iters"])
+    state = trainer.state
+    guard = AnomalyGuard(run, state, pg, train_iters=report["train_iters"], folder=None)
+    start = state.iteration
+    if start >= report["iteration"]:
+        raise RunError(
+            f"--load {run.checkpoint.load} stands at iteration {start}, past the step "
+            f"{report['iteration']} to replay: give an earlier checkpoint"
+        )
+    position = {"consumed_samples": state.consumed_samples}
+    with open_feeder(run, pg, build_train_loader, **position) as feeder:
+        while state.iteration < report["iteration"] - 1:
+            batches = feeder.next_step()
+            trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler, guard=guard)
+            state.iteration += 1
+            state.consumed_samples += run.training.global_batch_size
+        batches = feeder.next_step()
+    metrics = _whole_step(trainer, batches)
+    dp = pg.dp
+    return Findings(
+        start=start,
+        metrics=metrics,
+        micro_batches=[
+            _look_into(trainer, batch, number * dp.size() + dp.rank())
+            for number, batch in enumerate(batches)
+        ],
+    )
+
+
+def _whole_step(trainer: Trainer, batches: list[Batch]) -> StepMetrics:
+    _zero_gradients(trainer)
+    totals = trainer.stepper.forward_backward(batches)
+    return totals.reduce(grad_norm=measure_gradients(trainer.optimizer))
+
+
+def _zero_gradients(trainer: Trainer) -> None:
+    for chunk in trainer.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    trainer.optimizer.zero_grad()
+
+
+def _look_into(trainer: Trainer, batch: Batch, number: int) -> MicroBatchFindings:
+    """One micro-batch forward and backward, with an eye on every module."""
+    findings = MicroBatchFindings(number=number, sample_ids=batch.sample_ids)
+    _zero_gradients(trainer)
+    with _watched_modules(trainer, batch, findings):
+        metrics = trainer.stepper.forward_backward([batch]).reduce()
+    findings.reconstruction_loss = metrics.reconstruction_loss
+    return findings
+
+
+@contextmanager
+def _watched_modules(
+    trainer: Trainer, batch: Batch, findings: MicroBatchFindings
+) -> Iterator[None]:
+    """Note the first output and the first gradient that are not finite, and each sample's loss."""
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def after_forward(_: nn.Module, __: object, output: object) -> None:
+            if isinstance(output, LanguageModelOutput) and output.token_losses is not None:
+                findings.text_losses = _losses_by_sample(output.token_losses, batch)
+            for tensor in _tensors(output):
+                if not torch.isfinite(tensor).all():
+                    findings.bad_value = findings.bad_value or f"output of {name}"
+                if not tensor.is_leaf:  # a bias handed on would keep the hook
+                    tensor.register_hook(after_backward)
+
+        def after_backward(gradient: Tensor) -> None:
+            if not torch.isfinite(gradient).all():
+                gradient_of = f"gradient of the output of {name}"
+                findings.bad_gradient = findings.bad_gradient or gradient_of
+
+        return module.register_forward_hook(after_forward)
+
+    hooks = [
+        watch(name or "the model", module)
+        for model in trainer.stepper.models
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Floating-point tensors in what a module returned."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for entry in fields(value):
+            yield from _tensors(getattr(value, entry.name))
+
+
+def _losses_by_sample(token_losses: Tensor, batch: Batch) -> list[tuple[int, float]]:
+    """(labelled tokens, mean loss) of each sample; nothing where ranks share the row (CP)."""
+    if token_losses.numel() != batch.labels.numel():
+        return []
+    losses, counted = token_losses.detach().float().cpu(), batch.labels.cpu() != IGNORE_INDEX
+    ends = batch.mixed_mask.cu_seqlens.tolist()
+    rows = []
+    for first, last in zip(ends[:-1], ends[1:], strict=True):
+        own = losses[first:last][counted[first:last]]
+        rows.append((own.numel(), own.mean().item() if own.numel() else 0.0))
+    return rows
