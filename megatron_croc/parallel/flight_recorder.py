@@ -4,6 +4,7 @@ import json
 
 import torch
 
+
 def last_collective() -> str | None:
     """The last recorded collective that did not complete: its name, group and shape."""
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)

@@ -7,6 +7,7 @@ The order of samples and every draw are functions of the settings and the iterat
 be done in one process whatever the layout of the run, or under torchrun at the run's own.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -229,7 +230,7 @@ def _losses_by_sample(token_losses: Tensor, batch: Batch) -> list[tuple[int, flo
     losses, counted = token_losses.detach().float().cpu(), batch.labels.cpu() != IGNORE_INDEX
     ends = batch.mixed_mask.cu_seqlens.tolist()
     rows = []
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
+    for first, last in itertools.pairwise(ends):
         own = losses[first:last][counted[first:last]]
         rows.append((own.numel(), own.mean().item() if own.numel() else 0.0))
     return rows

@@ -80,8 +80,10 @@ def describe_lost_ranks(folder: Path | None) -> str | None:
     A rank whose process has ended is lost. If there is none, those whose last beat is older than
     this rank's are, the oldest first.
     """
+    if folder is None:
+        return None
     own = own_beat()
-    beats = [] if folder is None else read_heartbeats(folder, world_size())
+    beats = read_heartbeats(folder, world_size())
     others = [beat for beat in beats if beat.rank != own.rank]
     gone = [beat for beat in others if beat.is_gone()]
     lost = gone or [beat for beat in others if beat.since < own.since]
@@ -92,13 +94,15 @@ def describe_lost_ranks(folder: Path | None) -> str | None:
     return "\n".join(lines) or None
 
 
-def _describe(beat: Beat, *, is_gone: bool, folder: Path | None) -> str:
+def _describe(beat: Beat, *, is_gone: bool, folder: Path) -> str:
     who = f"rank {beat.rank} ({beat.host}, pid {beat.pid})"
     age = time.time() - beat.since
+    stack = stack_file(folder, beat.rank)
+    has_stack = not is_gone or (stack.exists() and stack.stat().st_size > 0)
+    where = f"; its stack is in {stack}" if has_stack else ""
     if is_gone:
-        return f"{who} is gone; it stood at {beat.place} since {age:.1f} s"
-    stack = f"; its stack is in {stack_file(folder, beat.rank)}" if folder else ""
-    return f"{who} has not moved for {age:.1f} s; it stands at {beat.place}{stack}"
+        return f"{who} is gone; {age:.1f} s ago it stood at {beat.place}{where}"
+    return f"{who} has not moved for {age:.1f} s; it stands at {beat.place}{where}"
 
 
 def stack_file(folder: Path, number: int) -> Path:

@@ -87,15 +87,13 @@ def inject(fault: Fault) -> None:
     installers.get(fault.fault, _strike_at_place)(fault)
 
 
-def _on_enter(act: Callable[[str, int | None], None]) -> None:
+def on_enter(act: Callable[[str, int | None], None]) -> None:
     """Call `act(phase, micro_batch)` after every heartbeat."""
     from megatron_croc.training import build, heartbeat, loop, step
 
     before = loop.enter
 
-    def enter(
-        phase: str, *, iteration: int | None = None, micro_batch: int | None = None
-    ) -> None:
+    def enter(phase: str, *, iteration: int | None = None, micro_batch: int | None = None) -> None:
         before(phase, iteration=iteration, micro_batch=micro_batch)
         act(phase, micro_batch)
 
@@ -109,7 +107,7 @@ def _strike_at_place(fault: Fault) -> None:
         if is_here and fault.strikes():
             _strike(fault)
 
-    _on_enter(act)
+    on_enter(act)
 
 
 def _strike(fault: Fault) -> None:
@@ -160,7 +158,7 @@ def _spoil_gradient(fault: Fault) -> None:
             chunks[0].buffers[0].grad_data.fill_(float("nan"))
 
     Stepper.forward_backward = forward_backward  # type: ignore[method-assign]
-    _on_enter(act)
+    on_enter(act)
 
 
 def _spoil_sample(fault: Fault) -> None:
@@ -209,7 +207,7 @@ def _trace(folder: Path) -> None:
         metrics = before(self, batches, *args, **kwargs)
         if self.pg.mp.rank() == 0 and self.pg.cp.rank() == 0:
             samples = [sample for batch in batches for sample in batch.sample_ids]
-            row = {"iteration": own_beat().iteration, "samples": samples, "time": time.time()}
+            row = {"iteration": own_beat().iteration, "samples": samples}
             with (folder / f"rank_{rank()}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         return metrics

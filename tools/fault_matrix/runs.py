@@ -1,0 +1,98 @@
+"""The runs that faults are put into: data made on the spot, a tiny model, and their traces."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fault_matrix.inject import Fault
+
+NUM_IMAGES = 60
+STAGE = "pretrain_croc"
+
+MODEL = (
+    "--num-layers=2",
+    "--hidden-size=64",
+    "--ffn-hidden-size=96",
+    "--vision-num-layers=3",
+    "--vision-hidden-size=32",
+    "--vision-ffn-hidden-size=64",
+    "--img-size=56",
+    "--pool-size=32",
+    "--micro-batch-size=1",
+    "--global-batch-size=4",
+    "--image-decoder=pil",
+    "--num-workers=1",
+    "--no-tensorboard",
+)
+"""A Croc of two layers; 4 samples a step."""
+
+
+def make_data(folder: Path) -> Path:
+    """Draw a data set with tokenizer and shards; returns `folder`."""
+    from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
+    from megatron_croc.data.preprocess import Preprocessor
+
+    list(write_images(folder / "images", NUM_IMAGES, seed=1, num_workers=1))
+    write_annotations(folder, NUM_IMAGES, seed=1)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(seed=1))
+    for name in (STAGE, f"valid_{STAGE}"):
+        job = Preprocessor(
+            input_path=folder / f"{name}.json",
+            image_folder=folder / "images",
+            output=folder / name,
+            samples_per_shard=16,
+        )
+        list(job.make_shards(1))
+        job.finish()
+    return folder
+
+
+def train_words(data: Path, save: Path, *more: str) -> list[str]:
+    """The train command's words for a run of 6 steps that saves every second one and resumes."""
+    return [
+        f"--recipe=tiny/{STAGE}",
+        f"--data-path={data / STAGE}",
+        f"--tokenizer-model={data / 'tokenizer.model'}",
+        f"--save={save}",
+        f"--load={save}",
+        "--train-iters=6",
+        "--save-interval=2",
+        *MODEL,
+        *more,
+    ]
+
+
+def faulty_train(faults: Sequence[Fault], words: Sequence[str]) -> int:
+    """The train command in this process, with faults; its exit status."""
+    from fault_matrix.inject import inject
+    from megatron_croc.cli.train import main
+
+    for fault in faults:
+        inject(fault)
+    return main(words)
+
+
+def trace_fault(folder: Path) -> Fault:
+    """No fault: only notes what is trained on."""
+    return Fault(fault="trace", trace=str(folder))
+
+
+def curve(save: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what is a time."""
+    timed = ("per_second", "seconds", "wait", "per_device", "mfu", "matching_share")
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
+
+
+def effective_samples(trace: Path) -> dict[int, list[str]]:
+    """Step -> samples of the weights the run ended with: of a step done again, the last time."""
+    steps: dict[int, dict[str, list[str]]] = {}
+    for path in sorted(trace.glob("rank_*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            steps.setdefault(row["iteration"], {})[path.stem] = row["samples"]
+    return {
+        iteration: sorted(sample for samples in by_rank.values() for sample in samples)
+        for iteration, by_rank in sorted(steps.items())
+    }
