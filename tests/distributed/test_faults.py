@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_matrix.inject import Fault
+from fault_matrix.launch import Exit, run_to_exit
 from fault_matrix.runs import (
     curve,
     effective_samples,
@@ -18,7 +19,7 @@ from fault_matrix.runs import (
     train_words,
 )
 
-from tests.support.distributed import Exit, run_distributed, run_to_exit
+from tests.support.distributed import run_distributed
 from tests.support.synthetic import make_step, tiny_run
 
 pytestmark = pytest.mark.distributed

@@ -8,13 +8,8 @@ import multiprocessing as mp
 import os
 import pickle
 import socket
-import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 context = mp.get_context("forkserver")
@@ -48,62 +43,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     return [results[rank] for rank in range(world_size)]
 
 
-@dataclass(frozen=True)
-class Exit:
-    """How a rank ended."""
-
-    status: int
-    """Exit status; -9 after SIGKILL."""
-
-    output: str
-    """All that it printed."""
-
-
-def run_to_exit(
-    function: Callable[..., int], world_size: int, *args: Any, timeout: float = TIMEOUT
-) -> list[Exit]:
-    """function(*args) on every rank, which may be killed or hang; how each rank ended.
-
-    Fails when a rank is still there after `timeout` seconds.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / f"rank_{rank}" for rank in range(world_size)]
-        processes = [
-            _context.Process(
-                target=_printing_entry, args=(output, rank, world_size, port, function, args)
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + timeout
-        for process in processes:
-            process.join(timeout=max(deadline - time.monotonic(), 0.0))
-        left = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        texts = [output.read_text() for output in outputs]
-    assert not left, f"ranks {left} were still there after {timeout} s:\n{texts}"
-    return [
-        Exit(process.exitcode or 0, text) for process, text in zip(processes, texts, strict=True)
-    ]
-
-
-def _printing_entry(
-    output: Path, rank: int, world_size: int, port: int, function: Callable, args: tuple
+def _entry(
+    queue: mp.Queue, rank: int, world_size: int, port: int, function: Callable, args: tuple
 ) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    _become_rank(rank, world_size, port)
-    sys.exit(function(*args))
-
-
-def _become_rank(rank: int, world_size: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -115,12 +57,6 @@ def _become_rank(rank: int, world_size: int, port: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def _entry(
-    queue: mp.Queue, rank: int, world_size: int, port: int, function: Callable, args: tuple
-) -> None:
-    _become_rank(rank, world_size, port)
     try:
         result = function(*args)
     except BaseException:

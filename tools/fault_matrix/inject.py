@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -30,8 +31,8 @@ class Fault:
 
     fault: str
     """kill | signal | stop | hang | hang_in_c | raise at a place; nan_loss | spike | nan_gradient
-    in a step; bad_sample whenever a sample is met; kill_at_call at a call during a save;
-    trace: none, only note what is trained on."""
+    in a step; bad_sample whenever a sample is met; kill_at_call at a call during a save; disk_full
+    during a save; trace: none, only note what is trained on."""
 
     rank: int = 0
     """Whom it befalls."""
@@ -82,6 +83,7 @@ def inject(fault: Fault) -> None:
         "nan_gradient": _spoil_gradient,
         "bad_sample": _spoil_sample,
         "kill_at_call": _kill_at_call,
+        "disk_full": _fill_disk,
         "trace": lambda fault: None,
     }
     installers.get(fault.fault, _strike_at_place)(fault)
@@ -196,6 +198,18 @@ def _kill_at_call(fault: Fault) -> None:
     setattr(module, name, called)
 
 
+def _fill_disk(fault: Fault) -> None:
+    """No file can grow beyond 4 KiB while a checkpoint is written."""
+
+    def act(phase: str, _: int | None) -> None:
+        is_full = phase.startswith("saving") and fault.strikes()
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if is_full else hard, hard))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    on_enter(act)
+
+
 def _trace(folder: Path) -> None:
     from megatron_croc.training.heartbeat import own_beat
     from megatron_croc.training.step import Stepper
@@ -207,7 +221,7 @@ def _trace(folder: Path) -> None:
         metrics = before(self, batches, *args, **kwargs)
         if self.pg.mp.rank() == 0 and self.pg.cp.rank() == 0:
             samples = [sample for batch in batches for sample in batch.sample_ids]
-            row = {"iteration": own_beat().iteration, "samples": samples}
+            row = {"iteration": own_beat().iteration, "samples": samples, "time": time.time()}
             with (folder / f"rank_{rank()}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         return metrics

@@ -74,5 +74,3 @@ def test_workers_and_their_children_die_with_their_launcher():
     process.wait()
     for pid in pids:
         wait_until_gone(pid)
-
-
