@@ -23,6 +23,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import MicroBatchLoader
 from megatron_croc.data.row_plan import OrderState
 from megatron_croc.parallel.broadcast import broadcast_object, broadcast_tensor, is_source
+from megatron_croc.training.heartbeat import enter
 
 
 class Feeder:
@@ -57,11 +58,13 @@ class Feeder:
         error: Exception | None = None
         state: OrderState | None = None
         if self.loader is not None:
+            enter("reading data")
             try:
                 batches = [next(self.loader) for _ in range(self.num_microbatches)]
                 state = self.loader.state
             except Exception as exception:  # re-raised below, everywhere
                 error = exception
+        enter("sharing data (broadcast)")
         bare = [replace(batch, pixel_values=None) for batch in batches]
         bare, state, error = self._share((bare, state, error))
         if error is not None:

@@ -1,7 +1,7 @@
 """Where each rank stands, in a small file that outlives the process: heartbeats/rank_00003.json.
 
     {"rank": 3, "host": "node1", "pid": 4711, "iteration": 12, "phase": "forward",
-     "micro_batch": 2, "since": 1764000000.0}
+     "micro_batch": 2, "num_collectives": 71, "since": 1764000000.0}
 
 A process has one heartbeat. It is beaten from deep inside megatron's schedule, so it is found here
 like a logger, not passed along. A beat is one pwrite of 256 bytes into the page cache: what it says
@@ -37,13 +37,21 @@ class Beat:
     """The step under way."""
 
     phase: str = "starting"
-    """What it does in that step; a phase that waits for others carries their collective's name."""
+    """What it does in that step; one that waits for all others ends in (the collective)."""
 
     micro_batch: int | None = None
     """Which micro-batch, in a phase that has one."""
 
+    num_collectives: int = 0
+    """Phases so far that wait for all others: every rank goes through the same ones."""
+
     since: float = 0.0
     """When that began, seconds since 1970."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in a collective, so that the cause of standing still may be elsewhere."""
+        return self.phase.endswith(")")
 
     @property
     def place(self) -> str:
@@ -90,6 +98,7 @@ def enter(phase: str, *, iteration: int | None = None, micro_batch: int | None =
     """Note that a phase begins; the iteration stays the same where none is given."""
     if iteration is not None:
         _own.iteration = iteration
+    _own.num_collectives += phase.endswith(")")
     _own.phase, _own.micro_batch, _own.since = phase, micro_batch, time.time()
     if _file is not None:
         os.pwrite(_file, json.dumps(asdict(_own)).ljust(_BYTES - 1).encode() + b"\n", 0)

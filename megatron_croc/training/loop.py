@@ -51,7 +51,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
         is_over = state.iteration >= last
         while not is_over:
             started = time.perf_counter()
-            enter("waiting for data (broadcast)", iteration=state.iteration + 1)
+            enter("waiting for data", iteration=state.iteration + 1)
             batches = feeder.next_step()
             waited = time.perf_counter() - started
 

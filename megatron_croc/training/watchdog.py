@@ -77,8 +77,9 @@ def watch_over(run: RunConfig) -> Iterator[None]:
 def describe_lost_ranks(folder: Path | None) -> str | None:
     """Which ranks the others wait for, a line each; None when no rank is behind this one.
 
-    A rank whose process has ended is lost. If there is none, those whose last beat is older than
-    this rank's are, the oldest first.
+    A rank whose process has ended is lost. If there is none, those are that do not wait in a
+    collective (and began before this one, if it does not either); else those that wait in an
+    earlier one. The oldest comes first.
     """
     if folder is None:
         return None
@@ -86,8 +87,9 @@ def describe_lost_ranks(folder: Path | None) -> str | None:
     beats = read_heartbeats(folder, world_size())
     others = [beat for beat in beats if beat.rank != own.rank]
     gone = [beat for beat in others if beat.is_gone()]
-    lost = gone or [beat for beat in others if beat.since < own.since]
-    lost.sort(key=lambda beat: (beat.iteration, beat.since))
+    at_work = [b for b in others if not b.waits and (own.waits or b.since < own.since)]
+    behind = [b for b in others if own.waits and b.num_collectives < own.num_collectives]
+    lost = sorted(gone or at_work or behind, key=lambda beat: beat.since)
     lines = [_describe(beat, is_gone=bool(gone), folder=folder) for beat in lost[:NUM_NAMED]]
     if len(lost) > NUM_NAMED:
         lines.append(f"and {len(lost) - NUM_NAMED} more, see {folder}")

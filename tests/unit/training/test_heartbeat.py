@@ -48,10 +48,13 @@ def write(folder: Path, number: int, **changes: object) -> None:
 
 def test_the_rank_that_is_waited_for_is_named(folder: Path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    enter("summing gradients", iteration=5)
-    now = own_beat().since
-    write(folder, 1, since=now + 0.1)  # waits too, and came later
+    enter("summing gradients (reduce-scatter)", iteration=5)
+    now, waited = own_beat().since, own_beat().num_collectives
+    write(folder, 1, since=now + 0.1)  # waits for the same
     assert watchdog.describe_lost_ranks(folder) is None
+    write(folder, 1, phase="sharing data (broadcast)", num_collectives=waited - 1)
+    told = watchdog.describe_lost_ranks(folder)  # in an earlier collective
+    assert told is not None and told.startswith("rank 1 (")
     write(folder, 2, iteration=4, phase="forward", micro_batch=3, since=now - 9)
     told = watchdog.describe_lost_ranks(folder)
     assert told is not None and len(told.splitlines()) == 1
@@ -63,6 +66,10 @@ def test_the_rank_that_is_waited_for_is_named(folder: Path, monkeypatch):
     told = watchdog.describe_lost_ranks(folder)  # a dead rank explains the ones that wait
     assert told is not None and told.startswith("rank 3 (") and "is gone" in told
     assert "rank 2" not in told
+    enter("backward", micro_batch=0)  # this rank may itself be the cause
+    write(folder, 3, phase="forward", since=own_beat().since + 1)
+    write(folder, 2, phase="forward", since=own_beat().since + 1)
+    assert watchdog.describe_lost_ranks(folder) is None
     assert watchdog.describe_lost_ranks(None) is None
 
 
