@@ -2,12 +2,12 @@
 
 import json
 
-import torch
+from torch._C import _distributed_c10d as distributed_c10d  # type: ignore[attr-defined]
 
 
 def last_collective() -> str | None:
     """The last recorded collective that did not complete: its name, group and shape."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    dump = getattr(distributed_c10d, "_dump_fr_trace_json", None)
     if dump is None:
         return None
     try:

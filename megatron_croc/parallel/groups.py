@@ -43,7 +43,7 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
-        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

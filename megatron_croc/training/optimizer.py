@@ -98,7 +98,11 @@ def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     for part in _parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,  # type: ignore[arg-type]
+                part.config.clip_grad,
+                grad_norm,
+            )
     optimizer.step_with_ready_grads()
 
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError, RunError, first_line
@@ -180,5 +180,5 @@ class _Watchdog:
             # Not sys.exit: that is for the main thread, which hangs.
             os._exit(1)
 
-    def _destination(self) -> dict[str, TextIO]:
+    def _destination(self) -> dict[str, Any]:
         return {} if self.stacks is None else {"file": self.stacks}

@@ -69,6 +69,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         assert "rank 1" in exits[0].output and "is gone" in exits[0].output
         assert "step 4, backward, micro-batch 1" in exits[0].output
         assert f"stopped at step 4, {GRADIENTS}" in exits[0].output
+        assert "(collective gloo:" in exits[0].output  # torch's flight recorder
     assert [row["iteration"] for row in curve(tmp_path)] == [1, 2, 3]
     run(data, tmp_path)
     assert curve(tmp_path) == curve(unbroken)  # every digit
@@ -211,7 +212,7 @@ def test_replay_finds_the_sample_and_the_module(data: Path, unbroken: Path, tmp_
     assert absent.status == 1 and "none.json" in absent.output
 
 
-def refuse_and_compare(bf16: bool, spike: bool) -> dict:
+def refuse_and_compare(spike: bool, changes: dict) -> dict:
     """One good step, one that is refused, and whether anything moved."""
     from fault_matrix.inject import inject
 
@@ -220,7 +221,7 @@ def refuse_and_compare(bf16: bool, spike: bool) -> dict:
     from megatron_croc.training.build import build_trainer
     from megatron_croc.training.heartbeat import enter
 
-    run = tiny_run(bf16=bf16, spike_factor=5.0 if spike else 0.0)
+    run = tiny_run(spike_factor=5.0 if spike else 0.0, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
     trainer = build_trainer(run, pg, train_iters=40)
     guard = AnomalyGuard(run, trainer.state, pg, train_iters=40, folder=None)
@@ -249,10 +250,18 @@ def refuse_and_compare(bf16: bool, spike: bool) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("bf16", "spike"), [(False, False), (True, False), (False, True)], ids=["fp32", "bf16", "spike"]
+    ("spike", "changes"),
+    [
+        (False, {"bf16": False}),
+        (False, {"bf16": True}),
+        (False, {"pipeline_model_parallel_size": 2}),
+        (False, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (True, {}),
+    ],
+    ids=["fp32", "bf16", "pp2", "tp2", "spike"],
 )
-def test_a_refused_step_moves_nothing_on_any_rank(bf16: bool, spike: bool):
-    results = run_distributed(refuse_and_compare, 2, bf16, spike)
+def test_a_refused_step_moves_nothing_on_any_rank(spike: bool, changes: dict):
+    results = run_distributed(refuse_and_compare, 2, spike, changes)
     assert [result["skipped"] for result in results] == [1, 1]
     assert math.isnan(results[0]["loss"]) != spike
 
