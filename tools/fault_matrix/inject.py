@@ -206,8 +206,9 @@ def _fill_disk(fault: Fault) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if is_full else hard, hard))
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    on_enter(act)
+    if rank() == fault.rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        on_enter(act)
 
 
 def _trace(folder: Path) -> None:
