@@ -292,7 +292,7 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
         _bad_step,
     ),
     "nan-for-ever": (
-        "NaN in three steps in a row, one allowed",
+        "NaN in two steps in a row, one allowed",
         "the run stops with a report and a checkpoint from before; " + _SAME,
         break_and_resume(
             *(Fault(fault="nan_gradient", rank=1, iteration=i) for i in (4, 5)),
