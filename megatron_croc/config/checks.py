@@ -70,7 +70,6 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         "eval_interval": training.eval_interval,
         "eval_answers_iters": training.eval_answers_iters,
         "num_workers": run.data.num_workers,
-        "max_consecutive_skips": run.reliability.max_consecutive_skips,
     }.items():
         if value < 0:
             yield f"{name}={value}: must not be negative; 0 turns it off"
@@ -79,6 +78,8 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
             f"eval_interval={training.eval_interval} without valid_data_path: "
             "give shards to validate on, or set eval_interval to 0"
         )
+    if (skips := run.reliability.max_consecutive_skips) < 0:
+        yield f"max_consecutive_skips={skips}: must not be negative; 0 ends the run at the first"
     factor = run.reliability.spike_factor
     if factor != 0 and factor <= 1:
         yield f"spike_factor={factor}: must be above 1; 0 turns it off"

@@ -15,7 +15,7 @@ def write(folder: Path, iterations: list[int], torn: str = "") -> list[str]:
 
 
 def test_lines_of_lost_steps_move_out_of_the_curve(tmp_path: Path):
-    rows = write(tmp_path, [10, 20, 20, 30, 40], torn='{"iteration": 50, "lo')
+    rows = write(tmp_path, [10, 20, 20, 21, 40], torn='{"iteration": 50, "lo')
     assert drop_undone_steps(tmp_path, 20) == 3
     assert lines(tmp_path / "metrics.jsonl") == rows[:3]
     superseded = tmp_path / "metrics.superseded.jsonl"

@@ -25,9 +25,13 @@ def test_the_file_says_where_the_rank_stands(folder: Path):
     assert beat == own_beat()
     assert beat.place == "step 7, forward, micro-batch 2"
     assert beat.pid == os.getpid() and started <= beat.since <= time.time()
+    before = own_beat().num_collectives
+    enter("summing gradients (reduce-scatter)")
+    assert own_beat().num_collectives == before + 1 and own_beat().waits
     enter("saving")  # shorter: nothing of the line before is left
     (beat,) = read_heartbeats(folder, 3)
-    assert beat.place == "step 7, saving"
+    assert beat.place == "step 7, saving" and beat.num_collectives == before + 1
+    assert not beat.waits
     assert len(beat_file(folder, 0).read_bytes()) == 256
 
 
