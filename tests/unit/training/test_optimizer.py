@@ -72,17 +72,15 @@ class Reference:
 def train_step(trainer, number: int) -> tuple[dict[str, torch.Tensor], object]:
     """One real step; the gradients the optimizer was given, and its metrics."""
     gradients = {}
-    real = trainer.optimizer.step
 
-    def step():
+    def note_gradients():
         for name, parameter in parameters_of(trainer).items():
             gradients[name] = parameter.main_grad.detach().clone()
-        return real()
 
-    trainer.optimizer.step = step
     batches = make_step(trainer.run, number, dp_rank=0, dp_size=1, images=(1, 0, 2, 1))
-    metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-    trainer.optimizer.step = real
+    metrics = trainer.stepper.train(
+        batches, trainer.optimizer, trainer.scheduler, on_gradients=note_gradients
+    )
     return gradients, metrics
 
 
