@@ -143,7 +143,7 @@ def open_webdataset(folder: Path, batch: int) -> Iterator[torch.Tensor]:
 
     tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
     dataset = WebDataset(tars, shardshuffle=False, empty_check=False).repeat()
-    dataset = dataset.map(_webdataset_image)
+    dataset = dataset.map(_webdataset_image)  # type: ignore[attr-defined]
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch, num_workers=1)
     return iter(loader)
 
@@ -208,7 +208,7 @@ def open_ours(folder: Path, batch: int) -> Iterator[torch.Tensor]:
     run.data.tokenizer_model = str(folder / "tokenizer.model")
     run.data.num_workers, run.data.prefetch_factor = 1, 2
     run.training.micro_batch_size = run.training.global_batch_size = batch
-    with build_train_loader(run, dp_rank=0, dp_size=1, consumed_samples=0) as loader:
+    with build_train_loader(run, dp_rank=0, dp_size=1, state=None) as loader:
         for made in loader:
             assert made.pixel_values is not None and len(made.pixel_values) == batch
             yield made.pixel_values

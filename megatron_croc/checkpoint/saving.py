@@ -79,18 +79,20 @@ class CheckpointSaver:
         optimizer: MegatronOptimizer,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        """Clear what a killed run left half-written or half-deleted in the run's folder."""
-        assert run.checkpoint.save is not None
+        """Clear what a killed run left half-written or half-deleted in the run's folder.
+
+        Without a folder (`run.checkpoint.save` is None) nothing is ever saved.
+        """
         self.run = run
         self.chunks = chunks
         self.optimizer = optimizer
         self.pg_collection = pg_collection
-        self.root = Path(run.checkpoint.save)
+        self.root = Path(run.checkpoint.save) if run.checkpoint.save else None
         self._pending: _Pending | None = None
         self._gone: list[Path] = []
         self._deleting: list[threading.Thread] = []
         self._failure: str | None = None
-        if rank() == 0:
+        if self.root is not None and rank() == 0:
             sweep(self.root)
 
     def save(self, state: TrainState) -> None:
@@ -98,6 +100,8 @@ class CheckpointSaver:
 
         A save that fails is logged, and the run goes on from memory.
         """
+        if self.root is None:
+            return
         self.finish()
         final = iteration_folder(self.root, state.iteration)
         staged = final.with_name(final.name + STAGED)
@@ -185,10 +189,11 @@ class CheckpointSaver:
             if (away := retire(final)) is None:
                 raise CheckpointError("one of that name is being read")
             self._gone.append(away)
+        root = final.parent
         os.replace(staged, final)
-        sync_directory(self.root)
-        write_atomically(self.root / LATEST_FILE, f"{pending.state.iteration}\n".encode())
-        sync_directory(self.root)
+        sync_directory(root)
+        write_atomically(root / LATEST_FILE, f"{pending.state.iteration}\n".encode())
+        sync_directory(root)
 
     def _prune(self, latest: Path) -> None:
         """On rank 0: rename now, delete in the background."""

@@ -33,6 +33,38 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     """What a spike is measured against; empty when spikes are not looked for."""
 
+    order: OrderState | None = None
+    """Where the run stands in its order of samples; None before its first step."""
+
+    def resume_point(self) -> OrderState | None:
+        """Where the order of samples goes on; None at the start of a run.
+
+        Raises:
+            CheckpointError: the checkpoint does not say.
+        """
+        if self.iteration and self.order is None:
+            raise CheckpointError(
+                f"the checkpoint of iteration {self.iteration} does not say which samples are done "
+                f'(no "order" in {STATE_FILE}): start a new run from it with '
+                "--pretrained-checkpoint"
+            )
+        return self.order
+
+    def advance(self, num_samples: int, order: OrderState | None) -> None:
+        """Count a step of `num_samples`; `order` says where the next one begins."""
+        self.iteration += 1
+        self.consumed_samples += num_samples
+        self.order = order
+
+    def progress(self) -> dict[str, float]:
+        """Counters of the samples done, in all and of each source."""
+        counters: dict[str, float] = {"consumed_samples": self.consumed_samples}
+        if self.order is not None:
+            for name, samples in zip(self.order.sources, self.order.consumed, strict=True):
+                counters[f"samples/{name}"] = samples
+                counters[f"epochs/{name}"] = self.order.epochs[name]
+        return counters
+
     def save(self, folder: Path) -> None:
         """Write it beside the weights."""
         (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")

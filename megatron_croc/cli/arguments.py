@@ -73,7 +73,8 @@ def parse_command(
             faults.append(str(error))
     elif options.config is None:
         faults.append(f"--recipe is not given; there are {', '.join(list_recipes())}")
-    apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=options.config))
+    source = options.config or "--config"
+    apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=source))
     apply_changes(run, changes_from_words(RunConfig, words, faults))
     raise_faults(faults)
     return options, run

@@ -83,6 +83,16 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
     factor = run.reliability.spike_factor
     if factor != 0 and factor <= 1:
         yield f"spike_factor={factor}: must be above 1; 0 turns it off"
+    if training.eval_answers_iters > 0 and training.eval_interval == 0:
+        yield (
+            f"eval_answers_iters={training.eval_answers_iters} without validation: set "
+            "eval_interval, or eval_answers_iters to 0"
+        )
+    if training.eval_answers_iters > 0 and run.reconstructs:
+        yield (
+            f"eval_answers_iters={training.eval_answers_iters} with stage={run.stage}, whose model "
+            "replaces visual tokens: check answers in finetune, or with megatron_croc.cli.generate"
+        )
     stages = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     if (
         training.recompute_granularity == "full"

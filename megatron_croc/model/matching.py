@@ -60,9 +60,6 @@ class Matches(NamedTuple):
     sample: MatchingSample | None
     """The first image this rank matched, if any."""
 
-    num_unsolved: Tensor
-    """int64 scalar, images of this rank whose cost was not finite; their index is 0."""
-
 
 class Pending(NamedTuple):
     """A matching under way."""
@@ -109,7 +106,9 @@ class Matcher:
         rank = self.cp.rank() * self.tp.size() + self.tp.rank()
         mine = tokens[rank::size]
         with beside(enabled=ahead) as side:
-            cost = pairwise_cost(mine, pool)
+            # What is not finite must reach the loss, which is refused on all ranks together; the
+            # search would raise on this rank alone. Any match will do for it.
+            cost = pairwise_cost(mine, pool).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             result = self._search(cost, side, ahead=ahead)
         seconds = time.perf_counter() - started
         return Pending(len(tokens), mine, cost, side, result, seconds)
@@ -122,7 +121,7 @@ class Matcher:
             return lambda: (found, 0.0)
         backend = choose_backend(self.assign_backend, cost.device)
         if backend == "triton" or not ahead:
-            # On a GPU nothing waits: what is not finite is told by `num_unsolved`.
+            # The cost is finite: a GPU need not wait to be told so.
             found = assign(cost, backend=backend, check=backend != "triton")
             return lambda: (found, 0.0)
         on_host = side.to_host(cost)
@@ -136,25 +135,20 @@ class Matcher:
 
     @torch.no_grad()
     def finish(self, pending: Pending) -> Matches:
-        """Wait for the search, then let all ranks know all images.
-
-        Raises:
-            DataError: a cost is not finite, and the host searched.
-        """
+        """Wait for the search, then let all ranks know all images."""
         started = time.perf_counter()
         found, searched = pending.result()
         waited = time.perf_counter() - started
         pending.side.wait_on_device()
         cost = pending.cost
-        index = found.index.to(cost.device).clamp(min=0)
+        index = found.index.to(cost.device)
         distance = cost.gather(2, index.unsqueeze(2)).squeeze(2)
         sample = MatchingSample(cost[0], index[0]) if len(cost) else None
-        num_unsolved = (~found.solved).sum().to(cost.device)
         if self.tp.size() * self.cp.size() > 1:
             index, distance = self._exchange(index, distance, pending.num_images)
         seconds = pending.seconds + time.perf_counter() - started
         hidden = max(0.0, searched - waited)
-        return Matches(index, distance, seconds, hidden, sample, num_unsolved)
+        return Matches(index, distance, seconds, hidden, sample)
 
     def _exchange(self, index: Tensor, distance: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
         """This rank's [m, R] -> everyone's [n, R], in the order of the images."""

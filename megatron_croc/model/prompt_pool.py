@@ -49,9 +49,6 @@ class Replacement(NamedTuple):
     sample: MatchingSample | None = None
     """The first image this rank matched, if any."""
 
-    num_unsolved: Tensor | int = 0
-    """Images of this rank whose cost was not finite, where a GPU matched them."""
-
 
 class PromptPool(nn.Module):
     """`pool_size` learnable tokens; `weight` is [P, h]."""
@@ -83,36 +80,22 @@ class PromptPool(nn.Module):
         tokens = _take_rows(visual_embeddings.detach(), positions)
         return Begun(positions, self.matcher.begin(tokens, self.weight, ahead=ahead))
 
-    @torch.no_grad()
-    def match(self, tokens: Tensor) -> tuple[Tensor, Tensor, MatchingSample | None]:
-        """Pool row [n, R] and distance [n, R] of each token [n, R, h], and an image to check."""
-        size = self.tp.size() * self.cp.size()
-        rank = self.cp.rank() * self.tp.size() + self.tp.rank()
-        num_images = tokens.shape[0]
-        mine = tokens[rank::size]
-        # What is not finite must reach the loss, which is then refused on all ranks together; the
-        # matching would raise on this rank alone. Any match will do for it.
-        cost = pairwise_cost(mine, self.weight).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        if self.assign_mode == "nearest":
-            index = nearest(cost).index
-        else:
-            index = assign(cost, backend=self.assign_backend, certify=False).index
-        distance = cost.gather(2, index.unsqueeze(2)).squeeze(2)
-        sample = MatchingSample(cost[0], index[0]) if len(mine) else None
-        if size == 1:
-            return index, distance, sample
-        per_rank = -(-num_images // size)  # ranks with one image less send an empty row
-        packed = torch.zeros(per_rank, self.num_replaced, 2, dtype=torch.float64)
-        packed = packed.to(tokens.device)
-        packed[: len(mine), :, 0] = index.double()
-        packed[: len(mine), :, 1] = distance.double()
-        for group in (self.tp, self.cp):
-            parts = [torch.empty_like(packed) for _ in range(group.size())]
-            dist.all_gather(parts, packed, group=group)
-            packed = torch.stack(parts)
-        everyone = packed.view(size, per_rank, self.num_replaced, 2).transpose(0, 1)
-        everyone = everyone.flatten(0, 1)[:num_images]  # back to image order
-        return everyone[..., 0].long(), everyone[..., 1].float(), sample
+    def forward(
+        self, visual_embeddings: Tensor, replaced: Tensor, begun: Begun | None = None
+    ) -> Replacement:
+        """Replace the chosen tokens.
+
+        Args:
+            visual_embeddings: [n, N, h].
+            replaced: bool [n, N].
+            begun: what `begin` returned for the same two, if that was early.
+        """
+        if begun is None:
+            begun = self.begin(visual_embeddings, replaced)
+        matches = self.matcher.finish(begun.matching)
+        prompt = self.weight[matches.index].to(visual_embeddings.dtype)
+        target = begun.positions.unsqueeze(-1).expand_as(prompt)
+        return Replacement(visual_embeddings.scatter(1, target, prompt), *matches)
 
 
 def _take_rows(x: Tensor, positions: Tensor) -> Tensor:

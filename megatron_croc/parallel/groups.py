@@ -36,8 +36,7 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
     tie_processes_together()
-    if not dist.is_initialized():
-        _start_torch(config, processes)
+    start_torch(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,

@@ -2,8 +2,7 @@
 
 import time
 
-from megatron_croc.checkpoint.sharded import save_checkpoint
-from megatron_croc.checkpoint.state import TrainState
+from megatron_croc.checkpoint.saving import CheckpointSaver
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import rank, world_size
@@ -29,6 +28,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
         weights: see `build_trainer`.
 
     Raises:
+        CheckpointError: the last state could not be saved.
         RunError: step after step was not finite, or another rank was lost.
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
@@ -38,7 +38,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
         drop_undone_steps(folder, state.iteration)
     reporter = Reporter(run, train_iters=last, world_size=world_size())
     guard = AnomalyGuard(run, state, pg, train_iters=last, folder=folder)
-    position = {"consumed_samples": state.consumed_samples}
+    saver = CheckpointSaver(run, trainer.chunks, trainer.optimizer, pg)
 
     def due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
@@ -46,7 +46,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
     with (
         watch_over(run),
         stop_requests(run.reliability) as stop,
-        open_feeder(run, pg, build_train_loader, **position) as feeder,
+        open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder,
     ):
         is_over = state.iteration >= last
         while not is_over:
@@ -58,31 +58,27 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
             metrics = trainer.stepper.train(
                 batches, trainer.optimizer, trainer.scheduler, guard=guard
             )
-            state.iteration += 1
-            state.consumed_samples += run.training.global_batch_size
-            reporter.add_step(state.iteration, metrics, waited=waited)
+            state.advance(metrics.num_samples, feeder.order_state)
+            reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
             if guard.gives_up():
-                save(trainer, guard.last_good)
+                enter("saving a checkpoint (barrier)")
+                saver.save(guard.last_good)
+                saver.close()
                 raise guard.error()
 
             if due(run.training.eval_interval):
                 enter("validation")
                 reporter.add_validation(state.iteration, evaluate(trainer))
                 reporter.restart_clock()
+
             enter("agreeing on whether to stop (all-reduce)")
             is_over = state.iteration >= last or stop.agreed(state.iteration)
+            saver.poll()
             if is_over or due(run.checkpoint.save_interval):
-                save(trainer, state)
+                enter("saving a checkpoint (barrier)")
+                saver.save(state)
                 reporter.restart_clock()
-    reporter.close()
-    if saver is not None:
+        enter("finishing the last checkpoint (all-reduce)")
         saver.close()
+    reporter.close()
     return trainer
-
-
-def save(trainer: Trainer, state: TrainState) -> None:
-    """Write a checkpoint that says `state`, where checkpoints are written at all."""
-    run = trainer.run
-    if run.checkpoint.save:
-        enter("saving a checkpoint (barrier)")
-        save_checkpoint(run, state, trainer.chunks, trainer.optimizer, trainer.pg_collection)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
-from megatron_croc.errors import DataError
 from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
@@ -113,7 +112,6 @@ class StepTotals:
         self.distance_sum: Tensor | None = None
         self.num_replaced = 0
         self.matching_seconds = self.matching_hidden_seconds = 0.0
-        self.num_unsolved: Tensor | int = 0
         self.matching_sample: MatchingSample | None = None
         self.pool_counts: Tensor | None = None
 
@@ -153,7 +151,6 @@ class StepTotals:
         self.num_replaced += replacement.distance.numel()
         self.matching_seconds += replacement.seconds
         self.matching_hidden_seconds += replacement.hidden_seconds
-        self.num_unsolved = self.num_unsolved + replacement.num_unsolved
         self.matching_sample = replacement.sample
 
     def count_losses(self, losses: list[dict[str, Tensor]]) -> None:
@@ -163,12 +160,8 @@ class StepTotals:
     def reduce(
         self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
     ) -> StepMetrics:
-        """Sum over all ranks; every rank gets the same metrics.
-
-        Raises:
-            DataError: a matching cost was not finite, on every rank.
-        """
-        sums = torch.zeros(11, dtype=torch.float64, device=current_device())
+        """Sum over all ranks; every rank gets the same metrics."""
+        sums = torch.zeros(10, dtype=torch.float64, device=current_device())
         if self.pg.tp.rank() == 0:
             for part in self.losses:  # context-parallel ranks hold shares of them
                 sums[0] += part["text"].double()
@@ -184,14 +177,8 @@ class StepTotals:
                 flops = sum(count_flops(self.run, work).values())
                 counts = [work.num_tokens, work.num_images, self.num_samples, flops]
                 sums[6:10] = torch.tensor(counts, dtype=torch.float64)
-        sums[10] = self.num_unsolved  # each rank's own images
         dist.all_reduce(sums)
         text, reconstruction, distance, num_replaced, seconds, hidden, *counts = sums.tolist()
-        if counts[4]:
-            raise DataError(
-                f"matching cost of {int(counts[4])} image(s) of the step is not finite: the visual "
-                "embeddings or the prompt pool are; go back to a checkpoint, with a smaller --lr"
-            )
         weight = self.run.model.reconstruction.reconstruction_loss_weight
         return StepMetrics(
             text_loss=text,

@@ -132,13 +132,13 @@ def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
             f"--load {run.checkpoint.load} stands at iteration {start}, past the step "
             f"{report['iteration']} to replay: give an earlier checkpoint"
         )
-    position = {"consumed_samples": state.consumed_samples}
-    with open_feeder(run, pg, build_train_loader, **position) as feeder:
+    with open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder:
         while state.iteration < report["iteration"] - 1:
             batches = feeder.next_step()
-            trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler, guard=guard)
-            state.iteration += 1
-            state.consumed_samples += run.training.global_batch_size
+            metrics = trainer.stepper.train(
+                batches, trainer.optimizer, trainer.scheduler, guard=guard
+            )
+            state.advance(metrics.num_samples, feeder.order_state)
         batches = feeder.next_step()
     metrics = _whole_step(trainer, batches)
     dp = pg.dp

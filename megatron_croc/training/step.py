@@ -159,9 +159,9 @@ def _forward_step(
     totals: StepTotals,
 ) -> tuple[Tensor | ModelOutput, partial]:
     """What megatron's schedule calls for each micro-batch on each model chunk."""
-    inputs = next(iterator)
+    inputs, upcoming = next(iterator)
     enter("forward", micro_batch=totals.start_micro_batch())
-    output = chunk(inputs)
+    output = chunk(inputs, upcoming)
     model = _unwrap(chunk)
     if model.last_replacement is not None:
         totals.count_replacement(model.last_replacement)

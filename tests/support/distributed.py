@@ -43,9 +43,17 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     return [results[rank] for rank in range(world_size)]
 
 
-def _entry(
+def free_port() -> int:
+    """A port for one job's rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def entry(
     queue: mp.Queue, rank: int, world_size: int, port: int, function: Callable, args: tuple
 ) -> None:
+    """One rank: run, and answer through the queue."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -27,8 +27,9 @@ class Result:
     def loss(self, metric: str) -> float | None:
         """The metric where it is a positive number."""
         value = (self.validation or {}).get(metric)
-        is_usable = isinstance(value, int | float) and math.isfinite(value) and value > 0
-        return float(value) if is_usable else None
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            return None
+        return float(value)
 
     def why_left_out(self, metric: str) -> str | None:
         """Why this run is not in the fit; None when it is."""

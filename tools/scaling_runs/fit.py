@@ -192,7 +192,7 @@ def _fit(points: Points, *, near: Law | None = None) -> Law:
         result = least_squares(
             lambda theta: _log_loss(theta, n, d) - target,
             np.clip(start, np.add(low, 1e-6), np.subtract(high, 1e-6)),
-            jac=lambda theta: _jacobian(theta, n, d),
+            jac=lambda theta: _jacobian(theta, n, d),  # type: ignore[arg-type]
             bounds=(low, high),
             loss="huber",
             f_scale=HUBER_DELTA,

@@ -98,6 +98,8 @@ IMPOSSIBLE = [
     ("--distributed-timeout-minutes 0", 1, "distributed_timeout_minutes=0"),
     ("--max-consecutive-skips=-1", 1, "max_consecutive_skips=-1"),
     ("--spike-factor 0.5", 1, "spike_factor=0.5: must be above 1"),
+    ("--eval-answers-iters 2", 1, "eval_answers_iters=2 without validation"),
+    ("--eval-answers-iters 2", 1, "eval_answers_iters=2 with stage=pretrain_croc"),
     ("--train-iters 0", 1, "train_iters=0"),
     ("--train-epochs 0", 1, "train_epochs=0.0"),
     ("--num-workers -1", 1, "num_workers=-1"),

@@ -9,7 +9,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
-from megatron_croc.errors import DataError
 from megatron_croc.model.prompt_pool import PromptPool
 from megatron_croc.ops.assignment import assign
 from megatron_croc.ops.patch_selection import select_replaced
@@ -131,13 +130,21 @@ def test_begun_early_it_is_the_same_and_a_thread_searches(pg_collection, monkeyp
     assert early.hidden_seconds > 0.005
 
 
-def test_an_error_of_the_thread_is_raised_where_its_result_is_used(pg_collection):
-    pool, visual, replaced = build(pg_collection, "hungarian")
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("assign_mode", ["hungarian", "nearest"])
+def test_what_is_not_finite_reaches_the_model_instead_of_ending_one_rank(
+    pg_collection, assign_mode, ahead
+):
+    pool, visual, replaced = build(pg_collection, assign_mode)
     with torch.no_grad():
         pool.weight[3, 3] = float("nan")
-    begun = pool.begin(visual, replaced, ahead=True)
-    with pytest.raises(DataError, match="not finite"):
-        pool(visual, replaced, begun)
+    matched = pool(visual, replaced, pool.begin(visual, replaced, ahead=ahead))
+    assert matched.embeddings.isnan().any()  # the loss will tell all ranks
+    with torch.no_grad():
+        pool.weight[3, 3] = 0.0
+        visual[0, 0, 0] = float("inf")
+    matched = pool(visual, replaced, pool.begin(visual, replaced, ahead=ahead))
+    assert (matched.index >= 0).all()
 
 
 def match_on_every_rank(sizes: dict, num_images: int, ahead: bool) -> tuple:

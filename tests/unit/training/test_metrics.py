@@ -100,30 +100,6 @@ def test_a_step_without_images_has_no_distance(pg_collection):
     assert other.reconstruction_loss is None and other.pool_usage is None
 
 
-def unsolved_on_one_rank() -> str:
-    """What every rank is told when only the last one met a cost that is not finite."""
-    from megatron_croc.errors import DataError
-    from megatron_croc.model.prompt_pool import Replacement
-    from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.metrics import StepTotals
-
-    run = tiny_run(tensor_model_parallel_size=2)
-    pg = start_distributed(run.parallel, seed=1)
-    totals = StepTotals(run, pg)
-    unsolved = torch.tensor(pg.tp.rank())
-    index, distance = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3)
-    totals.count_replacement(Replacement(torch.empty(0), index, distance, num_unsolved=unsolved))
-    with pytest.raises(DataError) as raised:
-        totals.reduce()
-    return str(raised.value)
-
-
-@pytest.mark.distributed
-def test_a_cost_that_is_not_finite_stops_every_rank():
-    for message in run_distributed(unsolved_on_one_rank, 2):
-        assert "cost of 1 image(s) of the step is not finite" in message
-
-
 def make_metrics(number: int, **changes):
     from megatron_croc.training.metrics import StepMetrics
 
