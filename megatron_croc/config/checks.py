@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_croc.config.base import raise_faults
 from megatron_croc.config.layout_checks import find_layout_faults
+from megatron_croc.config.logging_checks import find_logging_faults
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, log_on_rank_zero
 
@@ -42,6 +43,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
         *_optimizer_faults(run),
         *_croc_faults(run),
         *_checkpoint_faults(run),
+        *find_logging_faults(run, world_size, for_training=for_training),
     ]
     if for_training:
         faults += _missing_inputs(run)

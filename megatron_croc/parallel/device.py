@@ -10,9 +10,10 @@ transformers asks torch.cuda what it can do when it is imported: import it befor
 
 import functools
 import logging
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
@@ -96,6 +97,36 @@ def describe_cuda() -> str:
 def max_memory_allocated() -> int:
     """Peak bytes of device memory since the start; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if has_cuda() else 0
+
+
+def moment() -> Any:
+    """Now: an event on the device's compute stream, not waited for; host seconds on a CPU."""
+    if not has_cuda():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds from one `moment` to a later one, which the host waits for."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000.0
+
+
+def record_memory_history() -> bool:
+    """Begin to note every allocation with its stack; False on a CPU, which has no such record."""
+    if has_cuda():
+        torch.cuda.memory._record_memory_history()
+    return has_cuda()
+
+
+def write_memory_history(path: Path) -> None:
+    """Write what was noted (for pytorch.org/memory_viz), and stop noting."""
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def manual_generator(seed: int) -> torch.Generator:

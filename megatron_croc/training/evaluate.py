@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 
 from megatron_croc.data.loader import build_valid_loader
-from megatron_croc.training.answers import check_answers
+from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.build import Trainer
 from megatron_croc.training.feeder import open_feeder
 from megatron_croc.training.metrics import StepMetrics
@@ -11,6 +11,7 @@ from megatron_croc.training.metrics import StepMetrics
 _AVERAGED = ("text_loss", "reconstruction_loss", "loss")
 
 
+@region("validation", whole=True)
 def evaluate(trainer: Trainer) -> StepMetrics:
     """Mean of `eval_iters` global batches' losses, counts summed; and the answers, if asked for."""
     run = trainer.run

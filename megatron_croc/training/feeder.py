@@ -23,7 +23,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import MicroBatchLoader
 from megatron_croc.data.row_plan import OrderState
 from megatron_croc.parallel.broadcast import broadcast_object, broadcast_tensor, is_source
-from megatron_croc.training.heartbeat import enter
+from megatron_croc.parallel.stopwatch import region
 
 
 class Feeder:
@@ -52,6 +52,7 @@ class Feeder:
         self.order_state: OrderState | None = None
         """Where the run stands in its order of samples after the last step, on every rank."""
 
+    @region("data_wait")
     def next_step(self) -> list[Batch]:
         """The next step's micro-batches; an error of the reader is raised on the whole replica."""
         batches: list[Batch] = []

@@ -20,6 +20,7 @@ from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
 from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.optimizer import part_of_group
 
 
@@ -157,6 +158,7 @@ class StepTotals:
         """Add what the schedule collected (last stage; empty elsewhere)."""
         self.losses.extend(losses)
 
+    @region("sync")
     def reduce(
         self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
     ) -> StepMetrics:

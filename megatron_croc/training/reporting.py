@@ -1,4 +1,4 @@
-"""Where metrics go: console, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 writes."""
+"""Where metrics go: console, metrics.jsonl, TensorBoard, W&B, Prometheus. Rank 0 writes."""
 
 import json
 import math
@@ -15,6 +15,9 @@ from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
 from megatron_croc.training.metrics import StepMetrics, entropy, usage
+from megatron_croc.training.prometheus import Endpoint, open_endpoint
+from megatron_croc.training.stragglers import STRAGGLERS_FILE, append_stragglers, find_stragglers
+from megatron_croc.training.time_split import PAUSES, IntervalTimes, TimeSplit
 
 logger = get_logger(__name__)
 
@@ -34,9 +37,24 @@ def peak_flops(name: str) -> float | None:
 class Reporter:
     """Turns step metrics into log lines; does nothing on ranks other than 0."""
 
-    def __init__(self, run: RunConfig, *, train_iters: int, world_size: int) -> None:
-        """Open the writers that `run.logging` asks for."""
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        train_iters: int,
+        world_size: int,
+        times: TimeSplit | None = None,
+    ) -> None:
+        """Open the writers that `run.logging` asks for.
+
+        Args:
+            run: the run.
+            train_iters: optimizer steps of the whole run.
+            world_size: processes of the run.
+            times: where time goes, read each interval; None: not asked for.
+        """
         self.run, self.train_iters, self.world_size = run, train_iters, world_size
+        self.times = times
         self.interval: list[StepMetrics] = []
         self.waited = 0.0
         self.warned_of_collapse = False
@@ -45,11 +63,15 @@ class Reporter:
         folder = run.logging.log_dir or run.checkpoint.save
         self.is_writer = rank() == 0
         self.jsonl = self.tensorboard = self.wandb = None
+        self.folder: Path | None = None
+        self.endpoint: Endpoint | None = None
         if not self.is_writer:
             return
+        self.endpoint = open_endpoint(run.logging.prometheus_port)
         if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.jsonl = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self.folder = Path(folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
             if run.logging.tensorboard:
                 self.tensorboard = _open_tensorboard(folder)
         if run.logging.wandb_project is not None:
@@ -79,11 +101,16 @@ class Reporter:
         """
         self.interval.append(replace(metrics, matching_sample=None))  # some MB a step
         self.waited += waited
+        self._count(metrics)
         if iteration % self.run.logging.log_interval and iteration != self.train_iters:
             return
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
-        row = self._summary(iteration, elapsed) | dict(progress)
+        row = self._summary(iteration, elapsed)
+        if self.times is not None:
+            times = self.times.read(num_steps=len(self.interval))
+            row |= times.row()
+            self._compare_ranks(iteration, times, self.times)
         if self.is_writer:  # rank 0 always matches an image, if there is one
             row |= self._matching(metrics, elapsed)
         self._write(iteration, row)
@@ -125,6 +152,7 @@ class Reporter:
             "samples_per_second": samples / elapsed,
             "tokens_per_second": total["num_tokens"] / elapsed,
             "world_size": self.world_size,
+            "train_iters": self.train_iters,
             "tflops_per_device": total["flops"] / elapsed / self.world_size / 1e12,
             "data_wait_share": self.waited / elapsed,
             **{f"lr/{part}": rate for part, rate in last.learning_rates.items()},
@@ -135,6 +163,23 @@ class Reporter:
         if self.peak is not None:
             row["mfu"] = total["flops"] / elapsed / self.world_size / self.peak
         return row
+
+    def _count(self, metrics: StepMetrics) -> None:
+        """Move the endpoint's counters on."""
+        if self.endpoint is not None:
+            self.endpoint.count(samples=metrics.num_samples, tokens=metrics.num_tokens)
+
+    def _compare_ranks(self, iteration: int, times: IntervalTimes, split: TimeSplit) -> None:
+        """Write every rank's times, and warn of slow ones."""
+        if not (self.is_writer and self.run.logging.log_straggler and self.world_size > 1):
+            return
+        percent, by_rank = self.run.logging.straggler_percent, times.rank_times()
+        slow = find_stragglers(by_rank, split.places, percent=percent)
+        if self.folder is not None:
+            append_stragglers(self.folder, iteration, by_rank, slow)
+        if slow:
+            more = f" and {len(slow) - 4} more, see {STRAGGLERS_FILE}" if len(slow) > 4 else ""
+            logger.warning(f"stragglers: {'; '.join(map(str, slow[:4]))}{more}")
 
     def _matching(self, metrics: StepMetrics, elapsed: float) -> dict[str, Any]:
         """Cost, quality and spread of the interval's matching; warns once if it has collapsed."""
@@ -183,6 +228,8 @@ class Reporter:
         if self.jsonl is not None:
             self.jsonl.write(json.dumps(row) + "\n")
         scalars = {name: value for name, value in row.items() if name != "iteration"}
+        if self.endpoint is not None:
+            self.endpoint.set({"iteration": iteration, **scalars})
         if self.tensorboard is not None:
             for name, value in scalars.items():
                 self.tensorboard.add_scalar(name, value, iteration)
@@ -190,7 +237,18 @@ class Reporter:
             self.wandb.log(scalars, step=iteration)
 
     def close(self) -> None:
-        """Flush and close all writers."""
+        """Close all writers; pauses (checkpoint, validation) after the last line are written."""
+        if self.times is not None:
+            pauses = {
+                f"{name}_seconds": seconds
+                for name, seconds in self.times.read_own().items()
+                if name in PAUSES and seconds
+            }
+            if self.jsonl is not None and pauses:
+                self.jsonl.write(json.dumps({"iteration": self.train_iters, **pauses}) + "\n")
+            self.times.close()
+        if self.endpoint is not None:
+            self.endpoint.close()
         if self.jsonl is not None:
             self.jsonl.close()
         if self.tensorboard is not None:
@@ -247,7 +305,15 @@ def _line(row: dict[str, Any], train_iters: int) -> str:
     rates = [f"{name[3:]} {rate:.2e}" for name, rate in row.items() if name.startswith("lr/")]
     if rates:
         parts.append("lr " + ", ".join(rates))
+    parts += _time_line(row)
     if "seconds_per_step" in row and iteration < train_iters:
         left = row["seconds_per_step"] * (train_iters - iteration)
         parts.append(f"{left / 60:.1f} min left" if left < 5400 else f"{left / 3600:.1f} h left")
     return " | ".join(parts)
+
+
+def _time_line(row: dict[str, Any]) -> list[str]:
+    """`forward 31%, backward 52%, vision 9%`: the largest regions, if times are taken."""
+    shares = {n[11:]: s for n, s in row.items() if n.startswith("time_share/") and s >= 0.02}
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:6]
+    return [", ".join(f"{name} {share:.0%}" for name, share in largest)] if largest else []

@@ -20,8 +20,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
 from megatron_croc.parallel.device import current_device
-from megatron_croc.training.anomaly import AnomalyGuard
-from megatron_croc.training.heartbeat import enter
+from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.metrics import StepMetrics, StepTotals
 from megatron_croc.training.optimizer import measure_gradients, update_weights
 
@@ -84,8 +83,8 @@ class Stepper:
         totals = self.forward_backward(batches)
         if on_gradients is not None:
             on_gradients()
-        enter("measuring gradients and losses (all-reduce)")
-        grad_norm = measure_gradients(optimizer)
+        with region("optimizer"):
+            _, grad_norm, _ = optimizer.step()  # type: ignore[misc]
         metrics = totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
         if guard is None or guard.accepts(metrics):
             enter("updating weights (all-gather)")
@@ -134,6 +133,7 @@ class Stepper:
         totals.count_losses(losses)
         return totals
 
+    @region("sync")
     def _denominators(self, batches: list[Batch]) -> Denominators:
         """Counts over all micro-batches and replicas, known before the first forward pass."""
         model = self.run.model

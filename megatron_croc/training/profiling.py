@@ -1,0 +1,99 @@
+"""A window of steps under torch.profiler, and a record of the device memory over the same steps.
+
+<log_dir>/profile/rank_00000_steps_10_11.json.gz      chrome://tracing, ui.perfetto.dev
+<log_dir>/profile/rank_00000_memory.pickle            pytorch.org/memory_viz (CUDA)
+"""
+
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.log import get_logger, rank
+from megatron_croc.parallel.device import (
+    has_cuda,
+    record_memory_history,
+    synchronize,
+    write_memory_history,
+)
+
+logger = get_logger(__name__)
+
+
+class ProfileWindow:
+    """Watches the steps profile_step_start up to, but without, profile_step_end."""
+
+    def __init__(self, run: RunConfig, iteration: int) -> None:
+        """Prepare.
+
+        Args:
+            run: the run; its `logging` says what to watch and on which ranks.
+            iteration: steps done so far.
+        """
+        log, folder = run.logging, run.logging.log_dir or run.checkpoint.save
+        self._first, self._end = log.profile_step_start, log.profile_step_end
+        self._profiles, self._records = log.profile, log.record_memory_history
+        self._profiler: profile | None = None
+        self._is_open = self._has_memory = False
+        chosen = folder is not None and rank() in log.profile_ranks
+        self._folder = Path(folder) / "profile" if folder is not None and chosen else None
+        if (self._profiles or self._records) and iteration >= self._first:
+            logger.warning(
+                f"profile_step_start={self._first}: the run is at step {iteration} already, "
+                "nothing is profiled"
+            )
+        self.after_step(iteration)
+
+    def after_step(self, iteration: int) -> None:
+        """Begin before the first step of the window, end after its last.
+
+        Args:
+            iteration: steps done.
+        """
+        if self._folder is None or not (self._profiles or self._records):
+            return
+        if iteration == self._first - 1:
+            self._begin()
+        elif iteration == self._end - 1:
+            self.close(last=iteration)
+
+    def close(self, last: int | None = None) -> None:
+        """End the window, if it is open.
+
+        Args:
+            last: the last step in it; None: the run ends before the window does.
+        """
+        if not self._is_open:
+            return
+        assert self._folder is not None
+        self._is_open = False
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stem = f"rank_{rank():05d}"
+        if self._profiler is not None:
+            synchronize()
+            self._profiler.stop()
+            steps = f"steps_{self._first}_{'end' if last is None else last}"
+            path = self._folder / f"{stem}_{steps}.json.gz"
+            self._profiler.export_chrome_trace(str(path))
+            self._profiler = None
+            logger.info(f"profile: {path}")
+        if self._has_memory:
+            path = self._folder / f"{stem}_memory.pickle"
+            write_memory_history(path)
+            logger.info(f"memory history: {path}")
+
+    def _begin(self) -> None:
+        self._is_open = True
+        if self._profiles:
+            activities = [ProfilerActivity.CPU]
+            if has_cuda():
+                activities.append(ProfilerActivity.CUDA)
+            synchronize()
+            self._profiler = profile(activities=activities, record_shapes=True)
+            self._profiler.start()
+        if self._records:
+            self._has_memory = record_memory_history()
+            if not self._has_memory:
+                logger.warning(
+                    "record_memory_history: only a CUDA device keeps one; nothing is recorded"
+                )
