@@ -17,7 +17,7 @@ from megatron_croc.parallel.device import device_name
 from megatron_croc.training.metrics import StepMetrics, entropy, usage
 from megatron_croc.training.prometheus import Endpoint, open_endpoint
 from megatron_croc.training.stragglers import STRAGGLERS_FILE, append_stragglers, find_stragglers
-from megatron_croc.training.time_split import PAUSES, IntervalTimes, TimeSplit
+from megatron_croc.training.time_split import IntervalTimes, TimeSplit
 
 logger = get_logger(__name__)
 
@@ -237,15 +237,8 @@ class Reporter:
             self.wandb.log(scalars, step=iteration)
 
     def close(self) -> None:
-        """Close all writers; pauses (checkpoint, validation) after the last line are written."""
+        """Flush and close all writers."""
         if self.times is not None:
-            pauses = {
-                f"{name}_seconds": seconds
-                for name, seconds in self.times.read_own().items()
-                if name in PAUSES and seconds
-            }
-            if self.jsonl is not None and pauses:
-                self.jsonl.write(json.dumps({"iteration": self.train_iters, **pauses}) + "\n")
             self.times.close()
         if self.endpoint is not None:
             self.endpoint.close()

@@ -25,7 +25,7 @@ from megatron_croc.parallel.stopwatch import (
 )
 from megatron_croc.training.stragglers import Place, RankTimes
 
-PAUSES = ("checkpoint", "validation")
+_PAUSES = ("checkpoint", "validation")
 """Regions that are not part of a step."""
 
 
@@ -47,7 +47,7 @@ class IntervalTimes:
             if max(shares) > 0:
                 row[f"time_share/{name}"] = sum(shares) / len(shares)
                 row[f"time_share_max/{name}"] = max(shares)
-        for name in PAUSES:
+        for name in _PAUSES:
             if longest := max(rank[name] for rank in self.ranks):
                 row[f"{name}_seconds"] = longest
         for name in MEGATRON_TIMERS:
@@ -61,7 +61,7 @@ class IntervalTimes:
         """What the search for stragglers reads, by rank."""
         return [
             RankTimes(
-                step=(_total(rank) - sum(rank[name] for name in PAUSES)) / self.num_steps,
+                step=(_total(rank) - sum(rank[name] for name in _PAUSES)) / self.num_steps,
                 compute=_compute(rank) / self.num_steps,
                 data_wait=rank["data_wait"] / self.num_steps,
             )

@@ -58,7 +58,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 def numbers_of(rows: list[dict]) -> list[dict]:
     """What must repeat: everything but times."""
-    timed = ("per_second", "seconds", "wait", "per_device", "mfu", "matching_share")
+    timed = ("per_second", "seconds", "wait", "per_device", "mfu", "matching_share", "time_share")
     return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
 
 
