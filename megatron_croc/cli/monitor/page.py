@@ -2,7 +2,7 @@
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_croc.cli.monitor.charts import Series, bar_chart, line_chart, stacked_chart
@@ -42,7 +42,7 @@ _OF_ONE: tuple[tuple[str, str, dict[str, str]], ...] = (
 def write_page(path: Path, runs: Sequence[RunView]) -> None:
     """Write the page about these runs."""
     names = ", ".join(run.name for run in runs)
-    sections = [_tiles(run) for run in runs]
+    sections = [_tiles(run, is_named=len(runs) > 1) for run in runs]
     sections += [_grid(_compare(runs) + [card for run in runs for card in _own(run, runs)])]
     sections += [_tables(run) for run in runs]
     body = "\n".join(sections)
@@ -74,7 +74,7 @@ def _links(path: Path, runs: Sequence[RunView]) -> str:
     return "".join(links)
 
 
-def _tiles(run: RunView) -> str:
+def _tiles(run: RunView, *, is_named: bool) -> str:
     last = run.train[-1] if run.train else {}
     steps = f"{run.iteration}" + (f" / {run.train_iters}" if run.train_iters else "")
     if run.is_done:
@@ -118,7 +118,8 @@ def _tiles(run: RunView) -> str:
         f"<i>{html.escape(more)}</i></div>"
         for name, value, more in tiles
     )
-    return f'<section class="tiles"><h2>{html.escape(run.name)}</h2><div>{cells}</div></section>'
+    heading = f"<h2>{html.escape(run.name)}</h2>" if is_named else ""
+    return f'<section class="tiles">{heading}<div>{cells}</div></section>'
 
 
 def _compare(runs: Sequence[RunView]) -> list[str]:
@@ -128,7 +129,8 @@ def _compare(runs: Sequence[RunView]) -> list[str]:
         lines: list[Series] = []
         for colour, run in enumerate(runs):
             if points := run.series(column):
-                lines.append(Series(name=run.name, points=points, colour=colour))
+                name = run.name if len(runs) > 1 else "training"
+                lines.append(Series(name=name, points=points, colour=colour))
             if points := run.series(f"valid_{column}"):
                 name = f"{run.name}, held-out" if len(runs) > 1 else "held-out"
                 lines.append(Series(name=name, points=points, colour=colour, dots=True))
@@ -145,18 +147,25 @@ def _own(run: RunView, runs: Sequence[RunView]) -> list[str]:
     rates = {name: name[3:] for row in run.train for name in row if name.startswith("lr/")}
     cards: list[str] = []
     for title, unit, columns in (*_OF_ONE, ("Learning rates", "of each trained part", rates)):
-        lines = [
-            Series(name=label, points=points, colour=colour)
-            for colour, (column, label) in enumerate(columns.items())
-            if (points := run.series(column))
-        ]
-        if lines:
+        if lines := _distinct(run, columns):
             named = [(line.name, f"c{line.colour}", False) for line in lines]
             cards.append(_card(title + behind, unit, line_chart(lines, from_zero=True), named))
     for draw in (_time_split, _ranks):
         if card := draw(run, behind):
             cards.append(card)
     return cards
+
+
+def _distinct(run: RunView, columns: Mapping[str, str]) -> list[Series]:
+    """A line per column; equal ones share one, for one would hide the other."""
+    names: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    for column, label in columns.items():
+        if points := run.series(column):
+            names.setdefault(tuple(points), []).append(label)
+    return [
+        Series(name=", ".join(labels), points=points, colour=colour)
+        for colour, (points, labels) in enumerate(names.items())
+    ]
 
 
 def _time_split(run: RunView, behind: str) -> str | None:

@@ -115,7 +115,8 @@ def _title(run: RunView, style: Style) -> str:
     if run.is_done:
         state = style.dim("done")
     elif run.silence > max(60.0, 5 * (run.seconds_per_step or 0.0) * _interval(run)):
-        state = style.alarm(f"silent for {duration(run.silence)}")
+        silent = f"silent for {duration(run.silence)}"
+        state = style.alarm(silent) if run.train_iters else style.dim(silent)
     else:
         state = style.paint("running", "32")
     return f"{style.bold(run.name)}{size}  {state}"
