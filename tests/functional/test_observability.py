@@ -163,3 +163,14 @@ def test_a_slow_rank_is_named_and_the_others_wait_for_it(demo: Path, tmp_path: P
     assert slow == {(1, socket.gethostname())}
     (row,) = rows_of(tmp_path)
     assert row["time_share_max/sync"] > row["time_share/sync"]
+
+
+@pytest.mark.distributed
+def test_every_metric_is_explained(pipelined):
+    text = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+    names = {name for row in rows_of(pipelined[0]) for name in row}
+    for name in names:
+        group = name.partition("/")[0]
+        assert f"`{group}`" in text or f"`{group}/<" in text, f"docs/observability.md lacks {name}"
+        if group == "time_share":
+            assert f"`{name.partition('/')[2]}`" in text

@@ -44,7 +44,7 @@ def write_page(path: Path, runs: Sequence[RunView]) -> None:
     names = ", ".join(run.name for run in runs)
     sections = [_tiles(run, is_named=len(runs) > 1) for run in runs]
     sections += [_grid(_compare(runs) + [card for run in runs for card in _own(run, runs)])]
-    sections += [_tables(run) for run in runs]
+    sections += [_tables(run, is_named=len(runs) > 1) for run in runs]
     body = "\n".join(sections)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -107,7 +107,7 @@ def _tiles(run: RunView, *, is_named: bool) -> str:
         (
             "checkpoint",
             "none" if saved is None else f"step {saved.iteration}",
-            "" if saved is None else f"{duration(saved.age)} before this page",
+            "" if saved is None else f"{duration(saved.age)} ago",
         )
     )
     tiles.append(
@@ -150,10 +150,8 @@ def _own(run: RunView, runs: Sequence[RunView]) -> list[str]:
         if lines := _distinct(run, columns):
             named = [(line.name, f"c{line.colour}", False) for line in lines]
             cards.append(_card(title + behind, unit, line_chart(lines, from_zero=True), named))
-    for draw in (_time_split, _ranks):
-        if card := draw(run, behind):
-            cards.append(card)
-    return cards
+    drawn = (_time_split(run, behind), _ranks(run, behind))
+    return [card for card in drawn if card] + cards
 
 
 def _distinct(run: RunView, columns: Mapping[str, str]) -> list[Series]:
@@ -219,12 +217,10 @@ def _grid(cards: Sequence[str]) -> str:
     return '<section class="grid-of-charts">' + "\n".join(cards) + "</section>"
 
 
-def _tables(run: RunView) -> str:
-    tables = [draw(run) for draw in (_validations, _events)]
-    shown = "".join(table for table in tables if table)
-    return (
-        f'<section class="card"><h2>{html.escape(run.name)}</h2>{shown}</section>' if shown else ""
-    )
+def _tables(run: RunView, *, is_named: bool) -> str:
+    shown = _validations(run) + _events(run)
+    heading = f"<h2>{html.escape(run.name)}</h2>" if is_named else ""
+    return f'<section class="card">{heading}{shown}</section>' if shown else ""
 
 
 def _validations(run: RunView) -> str:

@@ -112,3 +112,34 @@ def test_megatron_is_not_touched_where_nothing_of_parallel_is_imported():
         "assert torch.zeros is not before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_moments_on_a_cpu_are_host_seconds(monkeypatch):
+    monkeypatch.setattr(device.time, "perf_counter", lambda: 7.0)
+    begin = device.moment()
+    monkeypatch.setattr(device.time, "perf_counter", lambda: 9.5)
+    assert device.seconds_between(begin, device.moment()) == 2.5
+
+
+def test_moments_on_a_gpu_are_events_that_only_reading_waits_for(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 1500.0  # milliseconds
+
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    begin, end = device.moment(), device.moment()
+    assert calls == ["record", "record"]
+    assert device.seconds_between(begin, end) == 1.5
+    assert calls == ["record", "record", "synchronize"]

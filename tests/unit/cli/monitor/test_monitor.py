@@ -139,6 +139,22 @@ def test_a_frame_says_what_is_going_on(folder: Path):
         assert re.search(fragment, frame), (fragment, frame)
 
 
+def test_a_narrow_terminal_keeps_every_region(folder: Path):
+    from megatron_croc.cli.monitor.terminal import REGION_LETTERS
+
+    row = {k: v for k, v in train_row(40).items() if not k.startswith("time_share/")}
+    row |= {f"time_share/{name}": 1 / 12 for name in REGION_LETTERS}
+    write_lines(folder / "metrics.jsonl", [row])
+    frame = draw_frame([read_run(folder)], Style(width=64, colour=False, unicode=False))
+    (bar,) = (k for k, line in enumerate(frame.splitlines()) if "DDDDDVVVVV" in line)
+    drawn, *legend = frame.splitlines()[bar : bar + 6]
+    assert drawn.strip() == "".join(letter * 5 for letter, _ in REGION_LETTERS.values())
+    legend = legend[: 1 + next(k for k, line in enumerate(legend) if "other" in line)]
+    assert all(len(line) <= 64 for line in legend), legend
+    words = "".join(legend)
+    assert all(f"{name} 8%" in words for name in REGION_LETTERS)
+
+
 def test_several_runs_are_compared(folder: Path, tmp_path: Path):
     done = tmp_path / "done"
     done.mkdir()
