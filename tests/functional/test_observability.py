@@ -68,6 +68,7 @@ def pipelined(demo: Path, tmp_path_factory) -> tuple[Path, str]:
         f"--valid-data-path={demo / 'valid_pretrain_croc'}",
         "--pipeline-model-parallel-size=2",
         "--timing-log-level=2",
+        "--straggler-percent=0.01",  # any two ranks with the same work would differ by more
         "--profile",
         "--profile-step-start=2",
         "--profile-step-end=3",
@@ -139,7 +140,8 @@ def test_ranks_alone_in_their_stage_are_never_stragglers(pipelined):
     lines = rows_of(pipelined[0], "stragglers.jsonl")
     assert [line["iteration"] for line in lines] == [2, 4]
     for line in lines:
-        assert len(line["compute_seconds"]) == 2 and line["slow"] == []
+        assert len(line["compute_seconds"]) == 2
+        assert all(entry["cause"] != "compute" for entry in line["slow"])
         pairs = zip(line["compute_seconds"], line["step_seconds"], strict=True)
         assert all(0 < compute < step for compute, step in pairs)
 
