@@ -38,6 +38,7 @@ from megatron_croc.data.shard_writer import write_atomically
 from megatron_croc.errors import CheckpointError
 from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.stopwatch import region
 
 logger = get_logger(__name__)
 
@@ -95,6 +96,7 @@ class CheckpointSaver:
         if self.root is not None and rank() == 0:
             sweep(self.root)
 
+    @region("checkpoint", whole=True)
     def save(self, state: TrainState) -> None:
         """Save the state as it is now; first finishes the save before it.
 
@@ -121,6 +123,7 @@ class CheckpointSaver:
         if self._pending is not None and self._pending.is_written_everywhere():
             self.finish()
 
+    @region("checkpoint", whole=True)
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and publish it."""
         if self._pending is None:

@@ -28,9 +28,8 @@ from megatron_croc.checkpoint.choosing import open_for_resume, open_for_start
 from megatron_croc.checkpoint.safe_reading import load_state, read_index
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import CheckpointError
-from megatron_croc.log import get_logger, log_on_rank_zero, rank
-from megatron_croc.parallel.stopwatch import region
+from megatron_croc.errors import CheckpointError, first_line
+from megatron_croc.log import get_logger, log_on_rank_zero
 
 logger = get_logger(__name__)
 
@@ -65,31 +64,10 @@ def _unwrap(chunk: nn.Module) -> nn.Module:
     return chunk.module if hasattr(chunk, "ddp_config") else chunk  # type: ignore[return-value]
 
 
-@region("checkpoint", whole=True)
-def save_checkpoint(
-    run: RunConfig,
-    state: TrainState,
-    chunks: Sequence[nn.Module],
-    optimizer: MegatronOptimizer,
-    pg_collection: ProcessGroupCollection,
-) -> Path:
-    """Write a complete checkpoint and make it the latest; every rank must call it.
-
-    Returns:
-        the checkpoint's folder.
-    """
-    assert run.checkpoint.save is not None
-    root = Path(run.checkpoint.save)
-    final = iteration_folder(root, state.iteration)
-    staged = final.with_name(final.name + ".incomplete")
-    if rank() == 0:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    dist.barrier()
-    for chunk in chunks:
-        if run.optimizer.overlap_param_gather:
-            # Otherwise the weights saved are those of the step before.
-            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+def checkpoint_content(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, pg_collection: ProcessGroupCollection
+) -> dict[str, Any]:
+    """megatron's sharded state of weights and optimizer; every rank must ask for it."""
     metadata = _metadata(pg_collection)
     model_state = _model_state(chunks, metadata)
     optimizer_state = optimizer.sharded_state_dict(_flat(model_state), metadata=metadata)

@@ -213,9 +213,32 @@ class CrocModel(MegatronModule):
             return output
         return self._losses(output, labels, inputs)
 
+    def _take_embedded(self, inputs: ModelInputs) -> _Embedded:
+        """This micro-batch's images: embedded ahead, or now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is inputs:
+            return ahead[1]
+        return self._embed_images(inputs)
+
+    def _embed_ahead(self, upcoming: ModelInputs, *, after: ModelInputs) -> None:
+        """Embed the next micro-batch's images, so that they are matched while this one computes.
+
+        Weights only change between optimizer steps, so its numbers are those it would have later.
+        It costs the memory of one more micro-batch of visual embeddings, which a trained tower's
+        activations would make large. The pool is read outside of its forward pass: only after a
+        micro-batch that called it does `overlap_param_gather` have its rows in place.
+        """
+        pool = self.prompt_pool
+        if pool is None or not self._embeds_ahead:
+            return
+        if len(after.replaced) == 0 or len(upcoming.replaced) == 0:
+            return
+        embedded = self._embed_images(upcoming)
+        begun = pool.begin(embedded.visual, upcoming.replaced, ahead=True)
+        self._ahead = upcoming, embedded._replace(begun=begun)
+
     @region("vision")
-    def _embed_images(self, inputs: ModelInputs) -> tuple[Tensor, Tensor | float]:
-        """visual_embeddings [n, N, h], and a zero that ties a dummy image into the graph."""
+    def _embed_images(self, inputs: ModelInputs) -> _Embedded:
         assert self.vision_tower is not None and self.projector is not None
         pixels = inputs.pixel_values
         assert pixels is not None, "the first stage needs pixel_values"
@@ -234,7 +257,7 @@ class CrocModel(MegatronModule):
         return _Embedded(visual, 0.0)
 
     @region("matching")
-    def _replace(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
+    def _replace(self, embedded: _Embedded, inputs: ModelInputs) -> Tensor:
         """Pool tokens in place of the chosen visual tokens."""
         visual = embedded.visual
         if self.prompt_pool is None or visual.shape[0] == 0:

@@ -16,6 +16,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.model.matching import Matcher, MatchingSample, Pending
 from megatron_croc.model.transformer_configs import params_dtype
 from megatron_croc.ops.patch_selection import num_kept
+from megatron_croc.parallel.stopwatch import region
 
 
 class Begun(NamedTuple):
@@ -66,6 +67,7 @@ class PromptPool(nn.Module):
             torch.empty(pool.pool_size, hidden_size, dtype=params_dtype(run))
         )
 
+    @region("matching")
     def begin(self, visual_embeddings: Tensor, replaced: Tensor, *, ahead: bool = False) -> Begun:
         """Choose the tokens and begin to match them; the pool must not change until `forward`.
 

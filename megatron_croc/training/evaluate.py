@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.parallel.stopwatch import region
+from megatron_croc.training.answers import check_answers
 from megatron_croc.training.build import Trainer
 from megatron_croc.training.feeder import open_feeder
 from megatron_croc.training.metrics import StepMetrics

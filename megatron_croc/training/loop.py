@@ -17,7 +17,9 @@ from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.length import resolve_train_iters
 from megatron_croc.training.profiling import ProfileWindow
 from megatron_croc.training.reporting import Reporter
+from megatron_croc.training.stopping import stop_requests
 from megatron_croc.training.time_split import TimeSplit
+from megatron_croc.training.watchdog import run_folder, watch_over
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
@@ -33,10 +35,14 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
     trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run), weights=weights)
+    state, last, folder = trainer.state, trainer.train_iters, run_folder(run)
+    if folder is not None and rank() == 0:
+        drop_undone_steps(folder, state.iteration)
     times = TimeSplit(run, trainer.chunks, pg) if run.logging.timing_log_level else None
-    reporter = Reporter(run, train_iters=trainer.train_iters, world_size=world_size(), times=times)
-    profile = ProfileWindow(run, trainer.state.iteration)
-    state, last = trainer.state, trainer.train_iters
+    reporter = Reporter(run, train_iters=last, world_size=world_size(), times=times)
+    profile = ProfileWindow(run, state.iteration)
+    guard = AnomalyGuard(run, state, pg, train_iters=last, folder=folder)
+    saver = CheckpointSaver(run, trainer.chunks, trainer.optimizer, pg)
 
     def due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
@@ -53,11 +59,17 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
             batches = feeder.next_step()
             waited = time.perf_counter() - started
 
-            metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-            state.iteration += 1
-            state.consumed_samples += run.training.global_batch_size
-            reporter.add_step(state.iteration, metrics, waited=waited)
+            metrics = trainer.stepper.train(
+                batches, trainer.optimizer, trainer.scheduler, guard=guard
+            )
+            state.advance(metrics.num_samples, feeder.order_state)
+            reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
             profile.after_step(state.iteration)
+            if guard.gives_up():
+                enter("saving a checkpoint (barrier)")
+                saver.save(guard.last_good)
+                saver.close()
+                raise guard.error()
 
             if due(run.training.eval_interval):
                 enter("validation")
@@ -71,6 +83,8 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
                 enter("saving a checkpoint (barrier)")
                 saver.save(state)
                 reporter.restart_clock()
+        enter("finishing the last checkpoint (all-reduce)")
+        saver.close()
     profile.close()
     reporter.close()
     return trainer

@@ -13,6 +13,7 @@ from megatron_croc.errors import ConfigError
 from megatron_croc.model.parameters import PARTS
 from megatron_croc.model.transformer_configs import params_dtype
 from megatron_croc.parallel.device import has_cuda
+from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.torch_adam import adopt_torch_adam
 
 
@@ -84,12 +85,14 @@ def _overrides(run: RunConfig) -> dict:
     return overrides
 
 
+@region("sync")
 def measure_gradients(optimizer: MegatronOptimizer) -> float:
     """Norm of the whole gradient, over all ranks; nothing is changed by it."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
+@region("optimizer")
 def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     """Clip the measured gradients and step: the second half of ChainedOptimizer.step.
 

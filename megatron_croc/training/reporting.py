@@ -106,7 +106,7 @@ class Reporter:
             return
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
-        row = self._summary(iteration, elapsed)
+        row = self._summary(iteration, elapsed) | dict(progress)
         if self.times is not None:
             times = self.times.read(num_steps=len(self.interval))
             row |= times.row()
@@ -167,7 +167,12 @@ class Reporter:
     def _count(self, metrics: StepMetrics) -> None:
         """Move the endpoint's counters on."""
         if self.endpoint is not None:
-            self.endpoint.count(samples=metrics.num_samples, tokens=metrics.num_tokens)
+            trained = not metrics.is_skipped
+            self.endpoint.count(
+                samples=metrics.num_samples * trained,
+                tokens=metrics.num_tokens * trained,
+                skipped_steps=float(metrics.is_skipped),
+            )
 
     def _compare_ranks(self, iteration: int, times: IntervalTimes, split: TimeSplit) -> None:
         """Write every rank's times, and warn of slow ones."""

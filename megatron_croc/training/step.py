@@ -21,6 +21,8 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
 from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.stopwatch import region
+from megatron_croc.training.anomaly import AnomalyGuard
+from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.metrics import StepMetrics, StepTotals
 from megatron_croc.training.optimizer import measure_gradients, update_weights
 
@@ -83,8 +85,8 @@ class Stepper:
         totals = self.forward_backward(batches)
         if on_gradients is not None:
             on_gradients()
-        with region("optimizer"):
-            _, grad_norm, _ = optimizer.step()  # type: ignore[misc]
+        enter("measuring gradients and losses (all-reduce)")
+        grad_norm = measure_gradients(optimizer)
         metrics = totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
         if guard is None or guard.accepts(metrics):
             enter("updating weights (all-gather)")
