@@ -94,6 +94,8 @@ def find_damage(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
         share: which share of the pieces to read, 0..shares-1.
         shares: into how many the pieces are dealt.
     """
+    if not folder.is_dir():
+        return ["there is no such folder"]
     try:
         files = read_manifest(folder)
     except CheckpointError as error:

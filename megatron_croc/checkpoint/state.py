@@ -61,8 +61,8 @@ class TrainState:
         counters: dict[str, float] = {"consumed_samples": self.consumed_samples}
         if self.order is not None:
             for name, samples in zip(self.order.sources, self.order.consumed, strict=True):
-                counters[f"samples/{name}"] = samples
-                counters[f"epochs/{name}"] = self.order.epochs[name]
+                counters[f"source_samples/{name}"] = samples
+                counters[f"source_epochs/{name}"] = self.order.epochs[name]
         return counters
 
     def save(self, folder: Path) -> None:

@@ -118,7 +118,6 @@ def build_trainer(
     models = build_model(run, pg_collection)
     chunks = wrap_model(run, models, pg_collection)
     optimizer = build_optimizer(run, chunks, pg_collection)
-    models[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = build_scheduler(run, optimizer, train_iters)
     state = load_checkpoint(run, chunks, optimizer, pg_collection)
     if state is None:

@@ -2,10 +2,15 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
+
+_TIMED = ("per_second", "seconds", "per_device", "mfu", "_share", "timers")
+"""Parts of the names of metrics that depend on the clock."""
 
 
 def drop_undone_steps(folder: Path, iteration: int) -> int:
@@ -38,3 +43,8 @@ def _iteration_of(line: str) -> float:
         return float(json.loads(line)["iteration"])
     except (KeyError, TypeError, ValueError):
         return float("inf")
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line of metrics.jsonl says that another run of the same steps must say too."""
+    return {name: value for name, value in row.items() if not any(t in name for t in _TIMED)}

@@ -115,6 +115,8 @@ def test_training_inputs_are_required_on_request(capsys: pytest.CaptureFixture[s
 def _shard(samples: int) -> dict:
     info = ShardInfo(
         name=shard_name(0),
+        tar=f"{shard_name(0)}.tar",
+        text_format="json",
         num_samples=samples,
         num_images=0,
         num_text_only=samples,
