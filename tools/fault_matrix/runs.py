@@ -79,10 +79,10 @@ def trace_fault(folder: Path) -> Fault:
 
 def curve(save: Path) -> list[dict]:
     """The lines of metrics.jsonl without what is a time."""
-    timed = ("per_second", "seconds", "wait", "per_device", "mfu", "matching_share")
+    from megatron_croc.training.curve import without_times
+
     lines = (save / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
+    return [without_times(json.loads(line)) for line in lines]
 
 
 def effective_samples(trace: Path) -> dict[int, list[str]]:
