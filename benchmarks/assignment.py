@@ -14,8 +14,8 @@ shapes: at 2304x8192 it would take longer than all the rest.
 
 Distributions: `randn` and `unit` are the pool's two initial scales, under random tokens;
 `clustered` has tokens and pool around 16 common centres; `photos` has demo pictures through a
-vision tower (CLIP's shape, random weights) and projector before a randn pool, so that tokens are
-as correlated as an image's are.
+vision tower of two layers (random weights) and a projector before a randn pool, so that tokens
+are correlated as those of an image are.
 """
 
 import argparse

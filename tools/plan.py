@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(comparison())
         return 0
     parser = run_parser(prog="python tools/plan.py", description=__doc__ or "")
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     parser.add_argument("--gpu", default="h100", help=", ".join(GPUS))
     parser.add_argument("--text-tokens", type=float, default=200.0, help="mean of a sample")
     parser.add_argument("--text-spread", type=float, default=0.5, help="sd of the log of it")
