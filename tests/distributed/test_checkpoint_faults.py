@@ -279,7 +279,9 @@ def save_in_the_background(root: str) -> list[list[str]]:
 
     def published() -> list[str]:
         torch.distributed.barrier()
-        return sorted(os.listdir(root + "/async"))
+        names = sorted(os.listdir(root + "/async"))
+        torch.distributed.barrier()  # no rank goes on and changes what another is looking at
+        return names
 
     Share.write = write  # type: ignore[method-assign]
     saver = saver_of(trainer)
