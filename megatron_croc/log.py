@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 
 ROOT = "megatron_croc"
 
@@ -58,3 +59,15 @@ def log_once(logger: logging.Logger, level: int, message: str, *args: object) ->
     if key not in _said:
         _said.add(key)
         log_on_rank_zero(logger, level, message, *args)
+
+
+def quiet_megatron() -> None:
+    """Silence megatron-core's notes on absent apex and Transformer Engine on every rank."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
+    # megatron 0.16 calls torch.distributed by names that torch 2.13 has just renamed.
+    for module in (r"torch\.distributed.*", r"megatron\.core.*"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+quiet_megatron()  # its notes come while it is imported, which this module is before

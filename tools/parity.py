@@ -62,7 +62,7 @@ def golden(words: list[str]) -> int:
         launcher += ["--nproc-per-node", str(world_size), __file__, "golden", *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         return subprocess.run(launcher, env=environment, check=False).returncode
-    from megatron_croc.parallel.device import quiet_megatron
+    from megatron_croc.log import quiet_megatron
 
     quiet_megatron()  # before it is imported
     from golden_parity.run import run_golden

@@ -9,9 +9,7 @@ transformers asks torch.cuda what it can do when it is imported: import it befor
 """
 
 import functools
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -253,14 +251,4 @@ def _on_cpu(factory, cpu: torch.device):
     return made_on_cpu
 
 
-def quiet_megatron() -> None:
-    """Silence megatron-core's notes on absent apex and Transformer Engine on every rank."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
-    # megatron 0.16 calls torch.distributed by names that torch 2.13 has just renamed.
-    for module in (r"torch\.distributed.*", r"megatron\.core.*"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-
-
-quiet_megatron()
 install_cpu_stand_in()

@@ -197,10 +197,11 @@ def _bad_image(place: Workplace, save: Path) -> Outcome:
     shutil.copytree(place.data, save / "data")
     tar = sorted((save / "data" / STAGE).glob("*.tar"))[0]
     with tarfile.open(tar) as archive:
-        image = next(member for member in archive if not member.name.endswith(".json"))
+        images = [member for member in archive if not member.name.endswith(".json")]
     with tar.open("r+b") as file:
-        file.seek(image.offset_data)
-        file.write(bytes(image.size))
+        for image in images[:4]:  # an epoch leaves out up to 3 samples, which fill no step
+            file.seek(image.offset_data)
+            file.write(bytes(image.size))
     exits = place.train(save, more=("--train-iters=none", "--train-epochs=1"))
     check_exits(exits, [0, 0])
     check_said(exits, r"bad sample \(image\).*sample " + re.escape(STAGE))
@@ -366,8 +367,8 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
         ),
     ),
     "bad-image": (
-        "an image's bytes are zeroed in a shard",
-        "the sample is named and left out, training goes on",
+        "the bytes of four images are zeroed in a shard",
+        "the samples are named and left out, training goes on",
         _bad_image,
     ),
     "cut-shard": (

@@ -54,7 +54,7 @@ def _parse_layouts(words: str) -> list[Layout]:
 
 def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
     """One process of one layout."""
-    from megatron_croc.parallel.device import quiet_megatron
+    from megatron_croc.log import quiet_megatron
 
     quiet_megatron()  # before it is imported
     from layout_parity.faults import FAULTS
