@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from megatron_croc.errors import DataError
 from megatron_croc.ops.assignment import (
@@ -19,6 +21,7 @@ from megatron_croc.ops.assignment import (
     on_cpu,
     optimality_gap,
     pairwise_cost,
+    restricted,
     shortest_paths,
     solve,
 )
@@ -165,35 +168,106 @@ def test_triton_is_imported_only_where_it_runs():
 # What makes it fast must not make it wrong.
 
 
+LARGE = 256, 800
+"""Rows and columns from which a part of the cost is tried first."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guarantee_where_a_part_of_the_cost_is_tried(kind):
+    cost = made(kind, *LARGE)
+    result = assign(cost, backend="cpu", certify=True)
+    for matrix, index, *numbers in zip(cost, *result[:3], strict=True):
+        check_optimal(matrix, index.tolist(), *(number.item() for number in numbers))
+    again = assign(cost.clone(), backend="cpu", certify=True)
+    assert all(torch.equal(one, two) for one, two in zip(result, again, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["randn", "correlated"])
-def test_pruning_is_used_where_rows_agree(kind, monkeypatch):
-    monkeypatch.setattr(on_cpu, "linear_sum_assignment", watch := Watch(linear_sum_assignment))
-    assign(made(kind), backend="cpu")
-    assert all(shape[1] < NUM_COLUMNS for shape in watch.shapes)
-    watch.shapes.clear()
-    assign(made("unit"), backend="cpu")
-    assert watch.shapes == [(NUM_ROWS, NUM_COLUMNS)] * 2
+def test_columns_are_left_out_where_rows_agree_on_the_cheap_ones(kind, searched):
+    assign(made(kind, *LARGE), backend="cpu")
+    assert searched["whole"] == searched["entries"] == []
+    assert len(searched["columns"]) >= 2
+    assert all(rows == columns < LARGE[1] / 2 for rows, columns in searched["columns"])
 
 
-def test_too_few_columns_are_noticed_by_the_bound(monkeypatch):
+@pytest.mark.parametrize("kind", ["unit", "clustered"])
+def test_entries_are_left_out_where_each_row_can_have_a_cheap_one(kind, searched):
+    assign(made(kind, *LARGE), backend="cpu")
+    assert searched["whole"] == searched["columns"] == []
+    assert len(searched["entries"]) >= 2
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("unit", (24, 80)), ("ties", LARGE)])
+def test_the_whole_is_searched_where_it_is_small_or_all_alike(kind, sizes, searched):
+    assign(made(kind, *sizes), backend="cpu")
+    assert searched == {"whole": [sizes] * 2, "columns": [], "entries": []}
+
+
+@pytest.mark.parametrize("num_rounds", [1, 4])
+def test_entries_that_are_missing_are_let_in_while_it_pays(num_rounds, searched, monkeypatch):
+    monkeypatch.setattr(restricted, "NUM_CANDIDATES", 3)  # too few, for both images
+    monkeypatch.setattr(restricted, "NUM_ROUNDS", num_rounds)
+    cost = costs(2, 380, 800)
+    check_as_good_as_scipy(cost, assign(cost, backend="cpu").index)
+    assert len(searched["entries"]) == (2 if num_rounds == 1 else 4)
+    assert len(searched["whole"]) == (2 if num_rounds == 1 else 0)
+
+
+def test_columns_that_are_missing_are_let_in_while_it_pays(searched, monkeypatch):
     """Row 1's best column is dear to all others, so no set of cheap columns holds it."""
-    cost = made("a cheap column only one row wants")
-    monkeypatch.setattr(on_cpu, "linear_sum_assignment", watch := Watch(linear_sum_assignment))
+    cost = made("a cheap column only one row wants", *LARGE)
     index = assign(cost, backend="cpu").index
-    assert (index[:, 1] == NUM_COLUMNS - 1).all()
-    assert min(shape[1] for shape in watch.shapes) < NUM_COLUMNS  # pruning was tried
-    assert max(shape[1] for shape in watch.shapes) == NUM_COLUMNS  # and given up
+    assert (index[:, 1] == LARGE[1] - 1).all()
+    check_as_good_as_scipy(cost, index)
+    at_first = int(LARGE[0] * restricted.COLUMNS_PER_ROW[0])
+    assert {columns for _, columns in searched["columns"]} == {at_first, at_first + 1}
+    assert searched["whole"] == []
+    monkeypatch.setattr(restricted, "COLUMNS_PER_ROW", (1.125, 1.125))
+    check_as_good_as_scipy(cost, assign(cost, backend="cpu").index)
+    assert searched["whole"] == [LARGE] * 2
 
 
-class Watch:
-    """A function that notes the shapes it is called with."""
+def check_as_good_as_scipy(cost, index):
+    for matrix, columns in zip(cost.double().numpy(), index.tolist(), strict=True):
+        best = matrix[linear_sum_assignment(matrix)].sum()
+        assert matrix[range(len(columns)), columns].sum() == pytest.approx(best, rel=1e-12)
 
-    def __init__(self, function):
-        self.function, self.shapes = function, []
 
-    def __call__(self, matrix):
-        self.shapes.append(matrix.shape)
-        return self.function(matrix)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "no rows"])
+def test_a_part_is_called_optimal_only_if_it_is(kind):
+    for matrix in made(kind, 100, 300):
+        cost = matrix.numpy()
+        best = cost.astype(float)[linear_sum_assignment(cost)].sum()
+        proofs = [restricted.match_columns(cost).proof]
+        in_reach = np.full(cost.shape, fill_value=True)
+        in_reach[:, len(cost) + 1 :] = False  # any part in which all rows have room
+        proofs.append(restricted.match_entries(cost, np.flatnonzero(in_reach)).proof)
+        for proof in proofs:
+            scale = max(1.0, abs(proof.objective))
+            assert proof.bound <= best + 1e-6 * scale
+            assert proof.objective >= best - 1e-9 * scale
+            assert not proof.is_optimal or proof.objective <= best + 1e-6 * scale
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Shapes of what scipy searched: the whole cost, columns of it made square, and entries."""
+    shapes = {"whole": [], "columns": [], "entries": []}
+
+    def watch(module, name, key):
+        function = getattr(module, name)
+
+        def noted(matrix):
+            shapes[key].append(matrix.shape)
+            return function(matrix)
+
+        monkeypatch.setattr(module, name, noted)
+
+    watch(on_cpu, "linear_sum_assignment", "whole")
+    watch(restricted, "linear_sum_assignment", "columns")
+    watch(restricted, "min_weight_full_bipartite_matching", "entries")
+    monkeypatch.setattr(on_cpu, "num_threads", lambda: 1)
+    return shapes
 
 
 def test_threads_solve_what_one_thread_solves(monkeypatch):
@@ -224,10 +298,10 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
 
 
 def test_the_bound_is_left_out_only_where_it_costs_time():
-    bound = assign(made("unit"), backend="cpu").bound
-    assert bound.isnan().all()
-    pruned = assign(made("randn"), backend="cpu")
-    torch.testing.assert_close(pruned.bound, pruned.objective, rtol=1e-6, atol=0.0)
+    assert assign(made("unit"), backend="cpu").bound.isnan().all()
+    for kind in ("randn", "unit"):
+        partial = assign(made(kind, *LARGE), backend="cpu")
+        torch.testing.assert_close(partial.bound, partial.objective, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -235,7 +309,23 @@ def test_the_bound_exposes_a_worse_assignment(seed):
     cost = costs(6, 9, seed=seed).numpy()
     columns = np.random.default_rng(seed).permutation(9)[:6]
     best = cost.astype(float)[linear_sum_assignment(cost)].sum()
-    assert bounds.lower_bound(cost, columns) <= best + 1e-6
+    proof = bounds.prove(cost, columns)
+    assert proof.bound <= best + 1e-6
+    assert proof.objective > best + 1e-3 and not proof.is_optimal
+    assert bounds.prove(cost, linear_sum_assignment(cost)[1]).is_optimal
+
+
+def test_prices_settle_among_the_entries_an_assignment_is_best_of():
+    cost = costs(200, 240, seed=3).numpy()
+    cheapest = np.partition(cost, 4, axis=1)[:, 4:5]
+    graph = csr_array(np.where(cost <= cheapest, cost, 0.0))
+    columns = min_weight_full_bipartite_matching(graph)[1]
+    proof = bounds.prove(cost, columns, among=graph)
+    assert not proof.is_optimal
+    reduced = cost - proof.of_rows[:, None] - proof.of_columns
+    assert reduced[graph.nonzero()].min() > -1e-6  # nobody would rather have another of those
+    assert reduced.min() < -1e-3  # somebody would of the rest
+    assert (proof.least < proof.of_columns - 1e-3).sum() == (reduced.min(axis=0) < -1e-3).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
