@@ -1,6 +1,6 @@
 """What matching costs: the released loop, scipy in threads, lapx and every backend, side by side.
 
-    python benchmarks/assignment.py                     # all of it, about ten minutes
+    python benchmarks/assignment.py                     # all of it, about 20 minutes
     python benchmarks/assignment.py --quick             # one shape, about a minute
     python benchmarks/assignment.py --device cuda       # adds triton, on the GPU
 
@@ -13,9 +13,11 @@ many. Nothing is extrapolated. lapx takes part if it is installed, at one thread
 shapes: at 2304x8192 it would take longer than all the rest.
 
 Distributions: `randn` and `unit` are the pool's two initial scales, under random tokens;
-`clustered` has tokens and pool around 16 common centres; `photos` has demo pictures through a
-vision tower of two layers (random weights) and a projector before a randn pool, so that tokens
-are correlated as those of an image are.
+`clustered` has tokens and pool around 16 common centres. The others have demo pictures through a
+vision tower of two layers (random weights) and a projector, so that tokens are correlated as those
+of an image are, many of them nearly the same: before a randn pool (`photos`), a unit pool
+(`photos-unit`), and a pool of other pictures' tokens with some noise, which is what training draws
+it to (`photos-pool`).
 """
 
 import argparse
@@ -41,7 +43,7 @@ from megatron_croc.data.demo.scenes import render_scene, sample_scene
 from megatron_croc.ops.assignment import Backend, assign, on_gpu, pairwise_cost
 
 PATCH = 14
-DISTRIBUTIONS = ("randn", "unit", "clustered", "photos")
+DISTRIBUTIONS = ("randn", "unit", "clustered", "photos", "photos-unit", "photos-pool")
 SHAPES = ("432x2048", "547x2048", "2304x8192")
 TURNS = 5
 LOOP = "scipy loop"
@@ -60,9 +62,14 @@ def draw(kind: str, num_images: int, shape: tuple[int, int], hidden_size: int) -
     if kind == "clustered":
         near = torch.randint(16, (num_columns,), generator=generator)
         pool = centres[near] + 0.3 * pool
-    if kind in ("unit", "clustered"):
+    if kind in ("unit", "clustered", "photos-unit"):
         pool = normalize(pool, dim=-1)
-    see = tower(hidden_size) if kind == "photos" else None
+    see = tower(hidden_size) if kind.startswith("photos") else None
+    if kind == "photos-pool":
+        assert see is not None
+        others = range(num_images, num_images + num_columns // num_rows + 1)
+        tokens = torch.cat([see(photo_patches(number, num_rows)) for number in others])
+        pool = normalize(tokens[:num_columns], dim=-1) + 0.02 * normalize(pool, dim=-1)
     for image in range(num_images):
         if see is not None:
             tokens = see(photo_patches(image, num_rows))
@@ -276,7 +283,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(5 * len(shapes), 3.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 3.5), squeeze=False)
     names = [n for n in (LOOP, "lapx", "cpu", "triton") if n in {row["solver"] for row in rows}]
     for axis, shape in zip(axes[0], shapes, strict=True):
         for offset, solver in enumerate(names):
@@ -287,7 +294,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             }
             places = [DISTRIBUTIONS.index(kind) + 0.2 * offset - 0.3 for kind in found]
             axis.bar(places, list(found.values()), width=0.2, label=solver)
-        axis.set_xticks(range(len(DISTRIBUTIONS)), DISTRIBUTIONS)
+        axis.set_xticks(range(len(DISTRIBUTIONS)), DISTRIBUTIONS, fontsize="small")
         axis.set(title=shape, yscale="log", ylabel="ms per image, one thread")
     axes[0][0].legend(frameon=False)
     figure.tight_layout()

@@ -28,19 +28,16 @@ Columns = NDArray[np.int64]
 Places = NDArray[np.int64]
 """Ascending, in the flattened cost."""
 
-NUM_CANDIDATES = 16
-"""Entries at least that each row brings into the graph."""
+GROUPS_PER_CANDIDATE = 4
+"""Groups of columns whose minima tell what is cheap: far fewer numbers to sort than columns."""
 
-NUM_GROUPS = 64
-"""Groups of columns, at least, whose minima tell what is cheap: far fewer to sort."""
-
-MOST_CANDIDATES = 4 * NUM_CANDIDATES
-"""Of a row on average. Ties can bring in more, and a dense search is then the better one."""
+MOST_PER_CANDIDATE = 4
+"""Entries of a row on average. Ties can bring in more; a dense search is then the better one."""
 
 NUM_ROUNDS = 4
 """Of a search for entries; most need one, and each costs about as much."""
 
-COLUMNS_PER_ROW = 1.125, 1.75
+COLUMNS_PER_ROW = 1.06, 1.75
 """Columns let in at first, and at most: each that stays free costs a row of zeros."""
 
 TEMPERATURES = (0.3, 0.1, 0.03, 0.01)
@@ -57,20 +54,21 @@ class Match(NamedTuple):
     proof: Proof
 
 
-def cheapest_entries(cost: Cost) -> Places | None:
-    """Each row's `NUM_CANDIDATES` cheapest entries and a few more; None if ties make it many.
+def cheapest_entries(cost: Cost, num_candidates: int) -> Places | None:
+    """Each row's `num_candidates` cheapest entries and a few more; None if ties make it many.
 
     A row's minima over groups of columns give the limit: at least that many entries are below it.
 
     Args:
-        cost: [n, P], P >= `NUM_GROUPS`.
+        cost: [n, P], P >= num_candidates.
+        num_candidates: of each row.
     """
     minima = cost
-    while (half := minima.shape[1] // 2) >= NUM_GROUPS:
+    while (half := minima.shape[1] // 2) >= GROUPS_PER_CANDIDATE * num_candidates:
         minima = np.minimum(minima[:, :half], minima[:, half : 2 * half])
-    limits = np.partition(minima, NUM_CANDIDATES - 1, axis=1)[:, NUM_CANDIDATES - 1]
+    limits = np.partition(minima, num_candidates - 1, axis=1)[:, num_candidates - 1]
     places = np.flatnonzero(cost <= limits[:, None])
-    return places if places.size <= MOST_CANDIDATES * len(cost) else None
+    return places if places.size <= MOST_PER_CANDIDATE * num_candidates * len(cost) else None
 
 
 def share_crowded_out(cost: Cost, places: Places) -> float:
@@ -126,7 +124,7 @@ def match_columns(cost: Cost) -> Match:
         wanted = np.union1d(candidates, np.flatnonzero(proof.least < proof.of_columns))
         if proof.is_optimal or not candidates.size < wanted.size <= at_most:
             return Match(columns, proof)
-        candidates, prices = wanted, proof.least[wanted].astype(np.float64)
+        candidates, prices = wanted, proof.of_columns[wanted].astype(np.float64)
 
 
 def _match_square(cost: Cost, prices: NDArray[np.float64]) -> Columns:

@@ -197,6 +197,20 @@ def test_entries_are_left_out_where_each_row_can_have_a_cheap_one(kind, searched
     assert len(searched["entries"]) >= 2
 
 
+def test_more_entries_are_tried_where_few_rows_find_no_column(searched):
+    cost = made("unit", *LARGE)
+    cost[:, :20] = cost[:, :1] + 1e-6 * costs(2, 20, LARGE[1])  # 20 tokens nearly the same
+    cheapest = [on_cpu.cheapest_entries(matrix.numpy(), 16) for matrix in cost]
+    crowded = [
+        on_cpu.share_crowded_out(matrix.numpy(), places)
+        for matrix, places in zip(cost, cheapest, strict=True)
+    ]
+    assert all(0.0 < share < 0.05 for share in crowded)
+    check_as_good_as_scipy(cost, assign(cost, backend="cpu").index)
+    assert searched["whole"] == searched["columns"] == []
+    assert len(searched["entries"]) >= 2
+
+
 @pytest.mark.parametrize(("kind", "sizes"), [("unit", (24, 80)), ("ties", LARGE)])
 def test_the_whole_is_searched_where_it_is_small_or_all_alike(kind, sizes, searched):
     assign(made(kind, *sizes), backend="cpu")
@@ -205,7 +219,7 @@ def test_the_whole_is_searched_where_it_is_small_or_all_alike(kind, sizes, searc
 
 @pytest.mark.parametrize("num_rounds", [1, 4])
 def test_entries_that_are_missing_are_let_in_while_it_pays(num_rounds, searched, monkeypatch):
-    monkeypatch.setattr(restricted, "NUM_CANDIDATES", 3)  # too few, for both images
+    monkeypatch.setattr(on_cpu, "NUM_CANDIDATES", (3,))  # too few, for both images
     monkeypatch.setattr(restricted, "NUM_ROUNDS", num_rounds)
     cost = costs(2, 380, 800)
     check_as_good_as_scipy(cost, assign(cost, backend="cpu").index)
