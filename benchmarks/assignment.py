@@ -9,8 +9,9 @@ them alike; the least of the turns is given, on the wall clock and in CPU second
 `threads` is the number of cores they may use. `cost` is what the distances take, once for all
 solvers; the released loop is both. Each cell has a budget of seconds (--budget); a solver that
 one image has shown to be too slow for a batch gets as many images as fit and the row says how
-many. Nothing is extrapolated. lapx takes part if it is installed, at one thread and the smaller
-shapes: at 2304x8192 it would take longer than all the rest.
+many. Nothing is extrapolated, and ratios are those of images that both have solved. lapx
+(`pip install -e '.[bench]'`) takes part if it is installed, at one thread and the smaller shapes:
+at 2304x8192 it would take longer than all the rest.
 
 Distributions: `randn` and `unit` are the pool's two initial scales, under random tokens;
 `clustered` has tokens and pool around 16 common centres. The others have demo pictures through a
@@ -141,9 +142,10 @@ def solvers(num_threads: int, device: str, *, is_large: bool) -> dict[str, Solve
     except ImportError:
         return found
 
-    def solve_lapx(cost: Tensor) -> Tensor:
-        columns = [lap.lapjv(matrix.double().numpy(), extend_cost=True)[1] for matrix in cost]
-        return torch.from_numpy(np.stack(columns)).long()
+    def solve_lapx(cost: Tensor) -> Tensor:  # lapjvr: the fastest of its solvers here
+        return torch.from_numpy(
+            np.stack([lap.lapjvr(m.numpy(), extend_cost=True, return_cost=False)[1] for m in cost])
+        )
 
     return {**found, "lapx": solve_lapx}
 
@@ -168,6 +170,18 @@ class Turns:
         self.wall, self.cpu = min(self.wall, wall), min(self.cpu, cpu)
         self.spent += wall
 
+    def on_first(self, num_images: int) -> "Turns":
+        """The same solver on fewer images, nothing measured yet."""
+        return Turns(self.solve, self.images[:num_images])
+
+
+def take_turns(turns: list[Turns], budget: float) -> None:
+    """One turn each, and again up to `TURNS` times while a solver stays in its budget."""
+    for turn in range(TURNS):
+        for each in turns:
+            if turn == 0 or each.spent + each.spent / turn <= budget:
+                each.take()
+
 
 def wait() -> None:
     """Until the GPU, if there is one, has finished."""
@@ -187,7 +201,8 @@ def run_cell(
     per_image: dict[tuple[int, str], float] = {}
     for batch in most:
         optima: dict[int, float] = {}
-        for num_threads in sorted({1, len(cores)}):
+        num_shared = batch
+        for num_threads in sorted({1, len(cores)}):  # one first: it says what all can share
             os.sched_setaffinity(0, sorted(cores)[:num_threads])
             turns = {}
             known_solvers = solvers(num_threads, options.device, is_large=is_large)
@@ -199,10 +214,15 @@ def run_cell(
                 images = cost[: max(1, min(batch, fits))]
                 images = images.to(options.device) if name == "triton" else images
                 turns[name] = Turns(solve, images)
-            for turn in range(TURNS):
-                for each in turns.values():
-                    if turn == 0 or each.spent + each.spent / turn <= options.budget:
-                        each.take()
+            take_turns(list(turns.values()), options.budget)
+            if num_threads == 1:
+                num_shared = min(len(each.images) for each in turns.values())
+            shared = {
+                name: each if len(each.images) == num_shared else each.on_first(num_shared)
+                for name, each in turns.items()
+                if len(each.images) >= num_shared
+            }
+            take_turns([each for each in shared.values() if each.spent == 0.0], options.budget)
             os.sched_setaffinity(0, cores)
             for name, each in turns.items():
                 num_images = len(each.images)
@@ -212,7 +232,7 @@ def run_cell(
                 for image, objective in enumerate(taken.tolist()):
                     optima.setdefault(image, objective)  # scipy's comes first
                 gaps = [value / optima[image] - 1.0 for image, value in enumerate(taken.tolist())]
-                yield {
+                row = {
                     "distribution": kind,
                     "shape": f"{shape[0]}x{shape[1]}",
                     "batch": batch,
@@ -224,6 +244,11 @@ def run_cell(
                     "cost_ms_per_image": 1e3 * seconds_of_cost,
                     "gap": max(gaps),
                 }
+                if name in shared:
+                    row["images_shared"] = num_shared
+                    row["shared_wall_ms_per_image"] = 1e3 * shared[name].wall / num_shared
+                    row["shared_cpu_ms_per_image"] = 1e3 * shared[name].cpu / num_shared
+                yield row
 
 
 def time_of_cost(shape: tuple[int, int], hidden_size: int) -> float:
@@ -240,7 +265,8 @@ def time_of_cost(shape: tuple[int, int], hidden_size: int) -> float:
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row with its speed over the scipy loop of the same batch, alone and with the cost.
 
-    Per image, of as many images as each row says. CPU seconds at one thread, else wall clock.
+    On the images that both have measured: no two take the same time. CPU seconds at one thread,
+    else wall clock.
     """
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -249,9 +275,9 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     loop = {key(row): row for row in rows if row["solver"] == LOOP}
     for row in rows:
         base = loop.get(key(row))
-        if base is not None:
+        if base is not None and "images_shared" in row:
             on_core = row["threads"] == 1 and row["solver"] != "triton"
-            clock = "cpu_ms_per_image" if on_core else "wall_ms_per_image"
+            clock = "shared_cpu_ms_per_image" if on_core else "shared_wall_ms_per_image"
             row["ratio"] = base[clock] / row[clock]
             if on_core:
                 cost = row["cost_ms_per_image"]

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,19 +59,24 @@ def save_small(roots: list[str], iteration: int, die_at: int | None) -> int:
     return count
 
 
-def run_and_die(function, world_size: int, *args) -> list[int | None]:
-    """Run on every rank, and wait for all to end however they end; their exit codes."""
-    queue, port = context.Queue(), free_port()
-    processes = [
-        context.Process(target=entry, args=(queue, rank, world_size, port, function, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    return [process.exitcode for process in processes]
+def run_and_die(function, jobs: list[tuple], at_once: int = 4) -> list[int | None]:
+    """Run each job in a process of its own, and wait for it to end however it ends; exit codes.
+
+    From one thread only: a process that several threads wait for loses its exit code.
+    """
+    codes = []
+    for first in range(0, len(jobs), at_once):
+        processes = [
+            context.Process(target=entry, args=(context.Queue(), 0, 1, free_port(), function, job))
+            for job in jobs[first : first + at_once]
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            process.kill()
+            codes.append(process.exitcode)
+    return codes
 
 
 @pytest.mark.distributed
@@ -83,10 +87,8 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
     (operations,) = run_distributed(save_small, 1, [str(tmp_path / "counted")], 2, None)
     assert operations > 25
     roots = [shutil.copytree(base, tmp_path / f"killed{n:02}") for n in range(operations)]
-    with ThreadPoolExecutor(4) as pool:
-        jobs = [([str(root)], 2, number) for number, root in enumerate(roots)]
-        codes = list(pool.map(lambda job: run_and_die(save_small, 1, *job), jobs))
-    assert codes == [[-signal.SIGKILL]] * operations
+    codes = run_and_die(save_small, [([str(root)], 2, n) for n, root in enumerate(roots)])
+    assert codes == [-signal.SIGKILL] * operations
     latest = [resume_candidates(root)[0] for root in roots]
     assert [find_damage(folder) for folder in latest] == [[]] * operations
     iterations = [folder.name for folder in latest]

@@ -28,10 +28,10 @@ SPACIOUS = 2
 NUM_CANDIDATES = 16, 128
 """Entries of each row that are tried, one after the other."""
 
-SLIGHTLY_CROWDED, CROWDED = 0.25, 0.7
+SLIGHTLY_CROWDED, CROWDED = 0.15, 0.7
 """Shares of rows that find no column among so many: up to the first, more entries are likely to
-do; from the second, rows agree on which columns are cheap. Between them nothing has been found
-that beats scipy on the whole cost."""
+do; from the second, rows agree on which columns are cheap. Between them scipy may take longer to
+find out whether more entries would do than to search the whole cost."""
 
 
 def solve_cpu(costs: Sequence[Cost], *, certify: bool) -> list[tuple[Columns, float]]:
