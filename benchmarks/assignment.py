@@ -216,11 +216,11 @@ def run_cell(
                 turns[name] = Turns(solve, images)
             take_turns(list(turns.values()), options.budget)
             if num_threads == 1:
-                num_shared = min(len(each.images) for each in turns.values())
+                num_shared = min((len(each.images) for each in turns.values()), default=0)
             shared = {
                 name: each if len(each.images) == num_shared else each.on_first(num_shared)
                 for name, each in turns.items()
-                if len(each.images) >= num_shared
+                if len(each.images) >= num_shared > 0
             }
             take_turns([each for each in shared.values() if each.spent == 0.0], options.budget)
             os.sched_setaffinity(0, cores)
