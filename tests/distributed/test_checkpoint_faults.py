@@ -6,9 +6,10 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,23 +60,34 @@ def save_small(roots: list[str], iteration: int, die_at: int | None) -> int:
     return count
 
 
-def run_and_die(function, jobs: list[tuple], at_once: int = 4) -> list[int | None]:
-    """Run each job in a process of its own, and wait for it to end however it ends; exit codes.
+def run_and_die(
+    function: Callable[..., Any], world_size: int, *jobs: tuple, at_once: int = 4
+) -> list[list[int | None]]:
+    """Run function(*job) on its own `world_size` ranks, and wait for them to end however they end.
 
     From one thread only: a process that several threads wait for loses its exit code.
+
+    Returns:
+        The exit codes of each job's ranks.
     """
     codes = []
     for first in range(0, len(jobs), at_once):
-        processes = [
-            context.Process(target=entry, args=(context.Queue(), 0, 1, free_port(), function, job))
-            for job in jobs[first : first + at_once]
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            process.kill()
-            codes.append(process.exitcode)
+        queue = context.Queue()  # kept until the processes end: they open its locks by name
+        started = []
+        for job in jobs[first : first + at_once]:
+            port = free_port()
+            ranks = [
+                context.Process(target=entry, args=(queue, rank, world_size, port, function, job))
+                for rank in range(world_size)
+            ]
+            for process in ranks:
+                process.start()
+            started.append(ranks)
+        for ranks in started:
+            for process in ranks:
+                process.join(120)
+                process.kill()
+            codes.append([process.exitcode for process in ranks])
     return codes
 
 
@@ -87,8 +99,8 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
     (operations,) = run_distributed(save_small, 1, [str(tmp_path / "counted")], 2, None)
     assert operations > 25
     roots = [shutil.copytree(base, tmp_path / f"killed{n:02}") for n in range(operations)]
-    codes = run_and_die(save_small, [([str(root)], 2, n) for n, root in enumerate(roots)])
-    assert codes == [-signal.SIGKILL] * operations
+    codes = run_and_die(save_small, 1, *(([str(root)], 2, n) for n, root in enumerate(roots)))
+    assert codes == [[-signal.SIGKILL]] * operations
     latest = [resume_candidates(root)[0] for root in roots]
     assert [find_damage(folder) for folder in latest] == [[]] * operations
     iterations = [folder.name for folder in latest]
@@ -254,7 +266,7 @@ def resume_all(root: str) -> list[str]:
 @pytest.mark.distributed
 def test_a_rank_killed_while_writing_and_a_flipped_bit(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    codes = run_and_die(save_and_die, 2, str(root))
+    (codes,) = run_and_die(save_and_die, 2, (str(root),))
     assert codes[1] == -signal.SIGXFSZ and codes[0] != 0
     staged = root / "iter_0000002.incomplete"
     assert (staged / "__1_0.distcp").stat().st_size == 20_000

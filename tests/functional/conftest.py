@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.demo import write_demo
+from megatron_croc.data.demo.small import write_demo
 
 
 @pytest.fixture(scope="session")

@@ -29,22 +29,9 @@ MODEL = (
 
 def make_data(folder: Path) -> Path:
     """Draw a data set with tokenizer and shards; returns `folder`."""
-    from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
-    from megatron_croc.data.preprocess import Preprocessor
+    from megatron_croc.data.demo.small import write_demo
 
-    list(write_images(folder / "images", NUM_IMAGES, seed=1, num_workers=1))
-    write_annotations(folder, NUM_IMAGES, seed=1)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(seed=1))
-    for name in (STAGE, f"valid_{STAGE}"):
-        job = Preprocessor(
-            input_path=folder / f"{name}.json",
-            image_folder=folder / "images",
-            output=folder / name,
-            samples_per_shard=16,
-        )
-        list(job.make_shards(1))
-        job.finish()
-    return folder
+    return write_demo(folder, (STAGE, f"valid_{STAGE}"), num_images=NUM_IMAGES)
 
 
 def train_words(data: Path, save: Path, *more: str) -> list[str]:

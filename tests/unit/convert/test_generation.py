@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.demo import write_demo
+from megatron_croc.data.demo.small import write_demo
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
 
