@@ -215,15 +215,15 @@ class _Shard:
         if hashlib.sha256(stored).hexdigest() != self.info.idx_sha256:
             raise DataError(f"{self.index} is not the index that was written; {AGAIN}")
         rows = _read_index(stored, self.index)
-        end = int(rows[:, 1:].sum(axis=1).max(initial=0))
+        end = int((rows[:, 1] + rows[:, 2]).max(initial=0))
         if tar_bytes != self.info.tar_bytes or end > tar_bytes:
             raise DataError(
                 f"{self.tar} has {tar_bytes} bytes, its manifest says {self.info.tar_bytes} and "
                 f"its index reaches to {end}; {AGAIN}"
             )
-        samples, counts = np.unique(rows[:, 0], return_counts=True)
-        is_whole = np.array_equal(samples, np.arange(self.num_samples)) and counts.min(initial=1)
-        if (rows < 0).any() or (np.diff(rows[:, 0]) < 0).any() or not is_whole:
+        steps = np.diff(rows[:, 0], prepend=-1, append=self.num_samples)  # none left out
+        in_order = 0 <= steps.min() <= steps.max() <= 1 == steps[-1]
+        if (rows < 0).any() or not in_order:
             raise DataError(f"{self.index} does not fit the samples of {self.tar}; {AGAIN}")
         self._is_checked = True
 

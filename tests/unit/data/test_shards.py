@@ -163,6 +163,34 @@ def test_damaged_shards_are_refused(tmp_path):
         ShardedDataset(tmp_path / "gone")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda rows: rows[1:], id="first sample missing"),
+        pytest.param(lambda rows: rows[rows[:, 0] != 1], id="middle sample missing"),
+        pytest.param(lambda rows: rows[rows[:, 0] != 2], id="last sample missing"),
+        pytest.param(lambda rows: rows[:0], id="all missing"),
+        pytest.param(lambda rows: rows[[0, 1, 0, 1, 3]], id="out of order"),
+        pytest.param(lambda rows: np.add(rows, [1, 0, 0]), id="numbered from 1"),
+        pytest.param(lambda rows: np.add(rows, [0, -513, 0]), id="before the tar"),
+        pytest.param(lambda rows: [*rows, rows[-1] + [1, 0, 0]], id="one sample more"),
+    ],
+)
+def test_an_index_of_other_samples_is_refused(tmp_path, change):
+    """Though it is the one its manifest names: whoever wrote both was wrong."""
+    folder = write(tmp_path / "a")
+    index = folder / "shard-000000.idx.npy"
+    rows = np.load(index)
+    assert rows[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+    np.save(index, change(rows))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["idx_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    manifest["shards"][0]["idx_bytes"] = index.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"idx\.npy does not fit the samples of .*000000\.tar"):
+        ShardedDataset(folder)
+
+
 def test_a_tar_cut_while_reading_is_refused(tmp_path):
     folder = write(tmp_path / "a")
     dataset = ShardedDataset(folder)
