@@ -96,16 +96,10 @@ def make_folder(folder: Path) -> None:
 def resume(folder: Path, kind: str) -> dict[str, float]:
     """In this process: from a state at POSITION to a planned and located global batch."""
     started = time.perf_counter()
+    from megatron_croc.data.arrangement import grouped, packed, separate
     from megatron_croc.data.blend import read_blend
     from megatron_croc.data.lengths import look_up
-    from megatron_croc.data.row_plan import (
-        OrderState,
-        RowPlan,
-        RowStream,
-        grouped,
-        packed,
-        separate,
-    )
+    from megatron_croc.data.row_plan import OrderState, RowPlan, RowStream
     from megatron_croc.data.shards import ShardedDataset
     from megatron_croc.data.stored_array import open_array
 

@@ -11,6 +11,10 @@ Sample 10^9 of epoch 7 costs as much as the first one, and nothing depends on wh
 
 import numpy as np
 
+SHUFFLE, ARRANGE = 0, 1
+"""First word of every key, so that the two share no random numbers: a source's order in an epoch,
+and that of a window's rows."""
+
 _ROUNDS = 10
 """Rounds of the network; the shuffle tests pass from 6 on, for ranges as small as 3."""
 

@@ -12,29 +12,17 @@ counts alone: not on ranks, micro-batches or workers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.data.arrangement import Arrangement, Rows, build_arrangement, separate
 from megatron_croc.data.blend import Blend, read_blend
-from megatron_croc.data.grouping import group_by_modality_length
-from megatron_croc.data.lengths import SampleLengths
-from megatron_croc.data.order import Permutation
-from megatron_croc.data.packing import pack
-from megatron_croc.data.tokenization import build_tokenizer
+from megatron_croc.data.order import SHUFFLE, Permutation
 from megatron_croc.errors import DataError
-
-_SHUFFLE, _ARRANGE = 0, 1
-"""First word of every key, so that shuffles and arrangements share no random numbers."""
-
-SEPARATE_WINDOW = 1024
-"""Samples of a window without packing or grouping; changes nothing but the work done at once."""
-
-GROUPED_WINDOW = 64
-"""Optimizer steps of a window when samples are grouped: at most one of them mixes modalities."""
 
 
 class Slot(NamedTuple):
@@ -106,7 +94,7 @@ class Window:
     planned_tokens: np.ndarray | None
     """int64 [n]; None where rows are not packed."""
 
-    rows: "Sequence[Sequence[int]] | np.ndarray"
+    rows: Rows
     """For each row the places of its samples in the arrays above."""
 
     def row(self, number: int) -> Row:
@@ -119,86 +107,6 @@ class Window:
             )
             for i in self.rows[number]
         )
-
-
-Rows = Sequence[Sequence[int]] | np.ndarray
-Arranged = tuple[Rows, np.ndarray | None]
-"""Rows, as places in the window, and the planned tokens of its samples if they are packed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """How the samples of a window become rows."""
-
-    kind: str
-    """In words, with all that it depends on; part of the order's identity."""
-
-    window_size: int
-    """Samples of a window, at most."""
-
-    arrange: Callable[[np.ndarray, int], Arranged]
-    """(sample numbers of a window, samples of the run before it) -> rows."""
-
-    one_sample_a_row: bool = True
-
-
-def separate() -> Arrangement:
-    """One sample a row, in the order of the blend."""
-    return Arrangement(
-        kind="separate samples",
-        window_size=SEPARATE_WINDOW,
-        arrange=lambda index, _: (np.arange(len(index))[:, None], None),
-    )
-
-
-def grouped(
-    tokens_of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    *,
-    global_batch_size: int,
-    seed: int,
-) -> Arrangement:
-    """One sample a row; `tokens_of` gives tokens and number of images of samples."""
-
-    def arrange(index: np.ndarray, begin: int) -> Arranged:
-        tokens, images = tokens_of(index)
-        order = group_by_modality_length(
-            tokens,
-            images > 0,
-            global_batch_size=global_batch_size,
-            begin=begin,
-            key=(_ARRANGE, seed, begin),
-        )
-        return order[:, None], None
-
-    return Arrangement(
-        kind=f"steps of {global_batch_size} grouped by modality and length",
-        window_size=GROUPED_WINDOW * global_batch_size,
-        arrange=arrange,
-    )
-
-
-def packed(
-    tokens_of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    *,
-    packing_length: int,
-    packing_buffer_size: int,
-    measured: str,
-    seed: int,
-) -> Arrangement:
-    """Samples share rows, which come in shuffled order; `measured` says what `tokens_of` counts."""
-
-    def arrange(index: np.ndarray, begin: int) -> Arranged:
-        tokens = tokens_of(index)[0]
-        rows = pack(tokens.tolist(), packing_length)
-        shuffled = Permutation(len(rows), (_ARRANGE, seed, begin))(np.arange(len(rows)))
-        return [rows[i] for i in shuffled], tokens
-
-    return Arrangement(
-        kind=f"packs of {packing_length} tokens from {packing_buffer_size} samples ({measured})",
-        window_size=packing_buffer_size,
-        arrange=arrange,
-        one_sample_a_row=False,
-    )
 
 
 class RowPlan:
@@ -251,7 +159,7 @@ class RowPlan:
             epoch[here] = passes
             if self._shuffle:
                 for one in np.unique(passes):
-                    key = (_SHUFFLE, self._seed, number, int(one))
+                    key = (SHUFFLE, self._seed, number, int(one))
                     places[passes == one] = Permutation(size, key)(places[passes == one])
             index[here] = places + self._bases[number]
         rows, tokens = self.arrangement.arrange(index, begin)
@@ -329,27 +237,6 @@ def build_row_plan(
     Raises:
         DataError: data missing, or without the sample lengths that packing and grouping need.
     """
-    data = run.data
     blend = read_blend(data_path)
-    if not is_training or not (data.packing or data.group_by_modality_length):
-        return RowPlan(blend, separate(), seed=seed, shuffle=is_training)
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
-    lengths = SampleLengths(blend.folders, tokenizer, data.conversation_template)
-    num_visual_tokens = run.model.vision_tower.num_visual_tokens
-
-    def tokens_of(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        text, images = lengths(index)
-        return np.clip(text + images * num_visual_tokens, 1, data.seq_length), images
-
-    if data.packing:
-        arrangement = packed(
-            tokens_of,
-            packing_length=data.row_length,
-            packing_buffer_size=data.packing_buffer_size,
-            measured=f"at most {data.seq_length} tokens each, {num_visual_tokens} for an image",
-            seed=seed,
-        )
-    else:
-        size = run.training.global_batch_size
-        arrangement = grouped(tokens_of, global_batch_size=size, seed=seed)
-    return RowPlan(blend, arrangement, seed=seed)
+    arrangement = build_arrangement(run, blend, seed=seed) if is_training else separate()
+    return RowPlan(blend, arrangement, seed=seed, shuffle=is_training)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data import loader, row_plan
+from megatron_croc.data import arrangement, loader
+from megatron_croc.data.arrangement import grouped, packed, separate
 from megatron_croc.data.blend import Blend, Source
 from megatron_croc.data.loader import MicroBatchLoader
-from megatron_croc.data.row_plan import RowPlan, RowStream, grouped, packed, separate
+from megatron_croc.data.row_plan import OrderState, RowPlan, RowStream
 from megatron_croc.errors import CheckpointError, DataError
 
 CAPACITY = 100
@@ -48,8 +49,8 @@ def plan_of(kind: str, sizes, weights, seed=1) -> RowPlan:
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(row_plan, "SEPARATE_WINDOW", 16)
-    monkeypatch.setattr(row_plan, "GROUPED_WINDOW", 3)
+    monkeypatch.setattr(arrangement, "SEPARATE_WINDOW", 16)
+    monkeypatch.setattr(arrangement, "GROUPED_WINDOW", 3)
 
 
 class FakeBuilder:
@@ -113,7 +114,7 @@ def test_any_schedule_of_layouts_reads_the_same_rows(kind, sources, schedule):
             slots, state = read_step(
                 plan, state, dp_size=dp_size, micro_batch_size=micro_batch_size, workers=workers
             )
-            state = row_plan.OrderState.from_tree(json.loads(json.dumps(asdict(state))))
+            state = OrderState.from_tree(json.loads(json.dumps(asdict(state))))
             steps += slots
     finally:
         loader.BatchBuilder = real
