@@ -25,6 +25,13 @@ def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) 
         yield f"prometheus_port={log.prometheus_port}: a port is at most 65535; 0 turns it off"
     elif log.prometheus_port and for_training:
         yield from _port_faults(log.prometheus_port)
+    if log.wandb_exp_name is not None and log.wandb_project is None:
+        yield f"wandb_exp_name={log.wandb_exp_name}: names nothing without wandb_project"
+    if log.wandb_project is not None and for_training and not _is_installed("wandb"):
+        yield (
+            f"wandb_project={log.wandb_project}: wandb is not installed: "
+            "pip install 'megatron-croc[wandb]', or leave the project out"
+        )
     if not (log.profile or log.record_memory_history):
         return
     if not 1 <= log.profile_step_start < log.profile_step_end:
@@ -40,7 +47,7 @@ def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) 
 
 
 def _port_faults(port: int) -> Iterator[str]:
-    if importlib.util.find_spec("prometheus_client") is None:
+    if not _is_installed("prometheus_client"):
         yield (
             f"prometheus_port={port}: prometheus-client is not installed: "
             "pip install 'megatron-croc[prometheus]', or set the port to 0"
@@ -53,3 +60,8 @@ def _port_faults(port: int) -> Iterator[str]:
             probe.bind(("", port))
         except OSError as error:
             yield f"prometheus_port={port}: {error.strerror}; take another port, or 0"
+
+
+def _is_installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a folder ./wandb is no package

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_croc.config.base import to_tree
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
@@ -18,6 +17,7 @@ from megatron_croc.training.metrics import StepMetrics, entropy, usage
 from megatron_croc.training.prometheus import Endpoint, open_endpoint
 from megatron_croc.training.stragglers import STRAGGLERS_FILE, append_stragglers, find_stragglers
 from megatron_croc.training.time_split import IntervalTimes, TimeSplit
+from megatron_croc.training.weights_and_biases import open_wandb
 
 logger = get_logger(__name__)
 
@@ -74,14 +74,7 @@ class Reporter:
             self.jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
             if run.logging.tensorboard:
                 self.tensorboard = _open_tensorboard(folder)
-        if run.logging.wandb_project is not None:
-            import wandb  # type: ignore[import-not-found]
-
-            self.wandb = wandb.init(
-                project=run.logging.wandb_project,
-                name=run.logging.wandb_exp_name,
-                config=to_tree(run),
-            )
+        self.wandb = open_wandb(run, self.folder)
 
     def add_step(
         self,
