@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
 # Croc's three stages on two processes of one machine, from raw images to a report.
-# Usage: examples/quickstart/run.sh [FOLDER]      (default runs/quickstart)
+# Usage: examples/quickstart/run.sh [FOLDER]           (default runs/quickstart)
+#        examples/quickstart/run.sh --long [FOLDER]    (default runs/quickstart_long)
+# Minutes teach the model to answer in the right words, hardly yet to look; --long, also to look.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-OUT=${1:-runs/quickstart}
+if [[ ${1:-} == --long ]]; then
+    NUM_IMAGES=20000 CROC_ITERS=1200 FINETUNE_ITERS=600 EVAL_INTERVAL=100
+    OUT=${2:-runs/quickstart_long}
+else
+    NUM_IMAGES=4000 CROC_ITERS=100 FINETUNE_ITERS=100 EVAL_INTERVAL=25
+    OUT=${1:-runs/quickstart}
+fi
 DEMO=$OUT/demo
 export OMP_NUM_THREADS=1
 rm -rf "$OUT"/pretrain_mlp "$OUT"/pretrain_croc "$OUT"/finetune
 
 # 1. Data: made-up scenes as a LLaVA JSON + images, then shards; your own data takes the same way.
-python tools/make_demo_data.py --out "$DEMO" --workers 2
+python tools/make_demo_data.py --out "$DEMO" --num-images "$NUM_IMAGES" --workers 2
 for name in {,valid_}{pretrain_mlp,pretrain_croc,finetune}; do
     python tools/preprocess_data.py --input "$DEMO/$name.json" --image-folder "$DEMO/images" \
         --output "$DEMO/shards/$name" --samples-per-shard 1000 --workers 2
@@ -25,16 +33,15 @@ train() {
         --data-path "$DEMO/shards/$stage" \
         --valid-data-path "$DEMO/shards/valid_$stage" \
         --tokenizer-model "$DEMO/tokenizer.model" \
-        --save "$OUT/$stage" --eval-interval 25 --eval-iters 2 --log-interval 5 "$@"
+        --save "$OUT/$stage" --eval-interval "$EVAL_INTERVAL" --eval-iters 2 --log-interval 5 "$@"
 }
-train pretrain_mlp --train-iters 50                                       # data parallel 2
-train pretrain_croc --train-iters 100 --tensor-model-parallel-size 2 \
+train pretrain_mlp --train-iters 50         # data parallel 2
+train pretrain_croc --train-iters "$CROC_ITERS" --tensor-model-parallel-size 2 \
     --pretrained-checkpoint "$OUT/pretrain_mlp"
-train finetune --train-iters 100 --pipeline-model-parallel-size 2 --eval-answers-iters 2 \
-    --pretrained-checkpoint "$OUT/pretrain_croc"
+train finetune --train-iters "$FINETUNE_ITERS" --pipeline-model-parallel-size 2 \
+    --eval-answers-iters 2 --pretrained-checkpoint "$OUT/pretrain_croc"
 
-# 3. What it answers to held-out questions, by type, and what mere guessing would get. A hundred
-#    steps from random weights teach it to answer in the right words, hardly yet to look.
+# 3. What it answers to held-out questions, by type, and what mere guessing would get.
 python -m megatron_croc.cli.generate --model "$OUT/finetune" --tokenizer "$DEMO/tokenizer.model" \
     --input "$DEMO/valid_finetune.json" --image-folder "$DEMO/images" --batch-size 32 \
     --max-new-tokens 16 --output "$OUT/finetune/answers.jsonl" \

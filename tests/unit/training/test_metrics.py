@@ -164,6 +164,32 @@ def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
         )
 
 
+def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from megatron_croc.training.reporting import Reporter
+
+    run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=True)
+    reporter = Reporter(run, train_iters=4, world_size=2)
+    for number in range(1, 5):
+        reporter.add_step(number, make_metrics(number), waited=0.0)
+    reporter.add_validation(4, make_metrics(4))
+    reporter.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "log" / "tensorboard")).Reload()
+    shown = {
+        (event.step, name): event.value
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    written = {
+        (row["iteration"], name): value
+        for row in rows_of(tmp_path)
+        for name, value in row.items()
+        if name != "iteration"
+    }
+    assert len(written) > 20
+    assert shown == pytest.approx(written, rel=1e-6)
+
+
 def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
     clock = iter([10.0, 14.0])
     reporter.started = 0.0
