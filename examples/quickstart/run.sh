@@ -2,7 +2,7 @@
 # Croc's three stages on two processes of one machine, from raw images to a report.
 # Usage: examples/quickstart/run.sh [FOLDER]           (default runs/quickstart)
 #        examples/quickstart/run.sh --long [FOLDER]    (default runs/quickstart_long)
-# Minutes teach the model to answer in the right words, hardly yet to look; --long, also to look.
+# Minutes teach the model to answer in the right words, hardly yet to look; --long (30 minutes), both.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
