@@ -36,7 +36,7 @@ from megatron_croc.data.storage import (
     retry,
 )
 from megatron_croc.data.storage_cache import StorageCache
-from megatron_croc.data.stored_array import let_go, open_array
+from megatron_croc.data.stored_array import let_go, load_array, open_array
 from megatron_croc.errors import DataError, first_line
 
 MAX_OPEN_FILES = 64
@@ -231,7 +231,7 @@ class _Shard:
 def _read_index(stored: bytes, path: str) -> np.ndarray:
     """int64 [members, 3]."""
     try:
-        rows = np.load(io.BytesIO(stored), allow_pickle=False)
+        rows = load_array(io.BytesIO(stored))
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{path} is no index: {first_line(error)}; {AGAIN}") from error
     if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype != np.int64:

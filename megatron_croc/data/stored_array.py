@@ -2,11 +2,28 @@
 
 import io
 import mmap
+import threading
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron_croc.data.storage import is_remote, read_whole
+
+_parsing = threading.Lock()
+
+
+def load_array(file: str | Path | BinaryIO, **options: Any) -> np.ndarray:
+    """`np.load` without pickles, which threads may call at once.
+
+    It parses a header by Python's own parser, of which two at once may end in a SystemError before
+    Python 3.11.8 and 3.12.2 (python/cpython#106905).
+
+    Raises:
+        EOFError, OSError, ValueError: it cannot be read.
+    """
+    with _parsing:
+        return np.load(file, allow_pickle=False, **options)
 
 
 def open_array(location: str | Path) -> np.ndarray:
@@ -16,10 +33,10 @@ def open_array(location: str | Path) -> np.ndarray:
         EOFError, OSError, ValueError: it cannot be read.
     """
     if is_remote(location):
-        return np.load(io.BytesIO(read_whole(location)), allow_pickle=False)
-    array = np.load(location, mmap_mode="r", allow_pickle=False)
+        return load_array(io.BytesIO(read_whole(location)))
+    array = load_array(location, mmap_mode="r")
     # Otherwise the system reads ahead of every number that is looked up.
-    array._mmap.madvise(mmap.MADV_RANDOM)
+    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return array
 
 

@@ -26,13 +26,15 @@ def initialize_weights(chunk: nn.Module, run: RunConfig) -> None:
 def _mark_tensor_parallel(chunk: nn.Module) -> None:
     """Tell the gradient norm which weights are shards.
 
-    megatron sets these marks while it draws weights, which it does not do here; without them only
-    the first tensor-parallel rank's shard would be counted.
+    megatron 0.16 sets these marks while it draws weights, which it does not do here (0.19 always
+    sets them); without them only the first tensor-parallel rank's shard would be counted.
     """
     cut_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
-        if (dim := cut_dim.get(type(module))) is not None and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+        dim, weight = cut_dim.get(type(module)), getattr(module, "weight", None)
+        if dim is None or weight is None or hasattr(weight, "tensor_model_parallel"):
+            continue
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def fresh_weight(shard: Shard, run: RunConfig) -> Tensor:

@@ -3,7 +3,7 @@
 megatron-core calls torch.cuda in many places. Where CUDA is there, nothing here changes anything.
 Where it is not, `install_cpu_stand_in` points those few calls at the CPU, so that the very same
 schedules, layers, optimizer and checkpoints run on CPU and gloo. Each entry below is needed by
-megatron-core 0.16; the comment names where.
+megatron-core 0.16 or 0.19; the comment names where.
 
 transformers asks torch.cuda what it can do when it is imported: import it before the stand-in.
 """
@@ -196,6 +196,8 @@ def install_cpu_stand_in() -> None:
     cuda.current_device = lambda: cpu  # type: ignore[assignment]
     # p2p_communication and the checkpoint writer wait for the device.
     cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+    # param_and_grad_buffer (0.19) waits for replayed CUDA graphs, of which there are none.
+    cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
 
     # tensor_parallel/random keeps named generator states; here they are the CPU generator's.
     def manual_seed(seed: int) -> None:

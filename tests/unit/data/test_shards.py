@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import tarfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -100,6 +102,22 @@ def test_threads_share_few_open_files(tmp_path, monkeypatch):
         for number, sample in zip(order, pool.map(dataset.read, order), strict=True):
             assert sample.image_bytes == [data for _, data in images(number)]
     assert len(dataset._files._files) <= 2
+
+
+def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """Python 3.11.7's own parser is not made for threads."""
+    dataset = ShardedDataset(write(tmp_path / "a", sizes=(1,) * 40))
+    free, load = threading.Lock(), np.load
+
+    def load_alone(*args, **kwargs):
+        assert free.acquire(blocking=False), "two at once"
+        time.sleep(0.001)
+        free.release()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", load_alone)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(dataset.read, range(40)))) == 40
 
 
 def test_short_reads_are_continued(tmp_path, monkeypatch):
