@@ -14,6 +14,7 @@ from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.checks import find_faults
 from megatron_croc.model.memory import estimate_memory
 from tests.support import fake_slurm
+from tests.support.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -78,6 +79,7 @@ def test_three_stages_as_jobs_on_two_nodes(cluster, demo, start, tmp_path):
             "RECIPE": "tiny",
             "CLUSTER": "2x1",
             "OUT": str(out),
+            "MASTER_PORT": str(free_port()),
             "FAKE_SLURM": fresh_state(tmp_path),
         },
     )
@@ -103,6 +105,7 @@ def test_a_job_told_its_end_saves_and_goes_back_into_the_queue(cluster, demo, st
             "DATA": str(demo / "pretrain_croc"),
             "START": str(start),
             "SAVE": str(save),
+            "MASTER_PORT": str(free_port()),  # not by the number: other tests have a job 1
             "FAKE_SLURM": fresh_state(tmp_path),
             "FAKE_SLURM_END_AT": str(save / "metrics.jsonl"),
         },
