@@ -1,4 +1,4 @@
-# make quickstart   train the three stages of a tiny Croc on the CPU
+# make quickstart   train the three stages of a tiny Croc on the CPU; ARGS=--long: until it looks
 # make test         every test a CPU can run
 # make check        what a change must pass: lint, format, types, layers, tests
 # make clean        remove .venv and everything that was made
@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test check clean
 
 quickstart: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,6 +1,6 @@
 """What matching costs: the released loop, scipy in threads, lapx and every backend, side by side.
 
-    python benchmarks/assignment.py                     # all of it, about 20 minutes
+    python benchmarks/assignment.py                     # all of it; 11 minutes at --budget 0.6
     python benchmarks/assignment.py --quick             # one shape, about a minute
     python benchmarks/assignment.py --device cuda       # adds triton, on the GPU
 

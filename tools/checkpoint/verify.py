@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="what --save was, or one checkpoint in it")
     parser.add_argument("--newest", type=int, metavar="N", help="only so many; default: all")
     arguments = parser.parse_args(argv)
+    if arguments.newest is not None and arguments.newest < 1:
+        parser.error(f"--newest {arguments.newest}: at least 1")
     candidates = resume_candidates(arguments.folder)
     if not candidates:
         print(f"{arguments.folder}: no checkpoint there", file=sys.stderr)
