@@ -16,7 +16,7 @@ import torch
 
 from megatron_croc.checkpoint.manifest import find_damage
 from megatron_croc.checkpoint.state import LATEST_FILE, resume_candidates
-from tests.support.distributed import context, entry, free_port, run_distributed
+from tests.support.distributed import context, run_distributed, start_ranks
 from tests.support.synthetic import make_step, tiny_run
 
 TP2 = dict(tensor_model_parallel_size=2)
@@ -72,17 +72,10 @@ def run_and_die(
     """
     codes = []
     for first in range(0, len(jobs), at_once):
-        queue = context.Queue()  # kept until the processes end: they open its locks by name
-        started = []
-        for job in jobs[first : first + at_once]:
-            port = free_port()
-            ranks = [
-                context.Process(target=entry, args=(queue, rank, world_size, port, function, job))
-                for rank in range(world_size)
-            ]
-            for process in ranks:
-                process.start()
-            started.append(ranks)
+        queue = context.Queue()
+        started = [
+            start_ranks(queue, function, world_size, *job) for job in jobs[first : first + at_once]
+        ]
         for ranks in started:
             for process in ranks:
                 process.join(120)

@@ -22,13 +22,7 @@ TIMEOUT = 300
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """function(*args) on every rank; its results in rank order, or the first rank's error."""
     queue: mp.Queue = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=entry, args=(queue, rank, world_size, port, function, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes = start_ranks(queue, function, world_size, *args)
     results: dict[int, Any] = {}
     try:
         while len(results) < world_size:
@@ -41,6 +35,20 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
             process.join(timeout=5)
             process.kill()
     return [results[rank] for rank in range(world_size)]
+
+
+def start_ranks(
+    queue: mp.Queue, function: Callable[..., Any], world_size: int, *args: Any
+) -> list[mp.process.BaseProcess]:
+    """One process per rank of a job of its own; keep `queue`, whose locks they open by name."""
+    port = free_port()
+    processes = [
+        context.Process(target=entry, args=(queue, rank, world_size, port, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def free_port() -> int:
