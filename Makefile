@@ -1,9 +1,13 @@
 # make quickstart   train the three stages of a tiny Croc on the CPU; ARGS=--long: until it looks
 # make test         every test a CPU can run
-# make check        what a change must pass: lint, format, types, layers, tests
+# make check        what a change must pass: lint, format, types, layers, tests, installation
 # make clean        remove .venv and everything that was made
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 \
+	|| command -v python3)
+# For Linux, PyPI only has torch with CUDA (about 2.5 GB with what it needs). PyTorch's own index has
+# a CPU build (about 200 MB); where it cannot be reached, pip takes PyPI's.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 READY := $(VENV)/.installed-by-make
 BIN := $(VENV)/bin
@@ -25,6 +29,7 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(MAKE) test
+	$(BIN)/python -m pytest -m slow tests/functional/test_installation.py
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -34,5 +39,7 @@ clean:
 # A virtual environment that is there is used again, and brought up to date.
 $(READY): setup.py constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) \
+		-c constraints-cpu.txt torch
 	$(BIN)/python -m pip install -e '.[dali,dev]' -c constraints-cpu.txt
 	touch $@

@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Croc and ViCToR multimodal pretraining on megatron-core",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # scipy 1.17 and numpy 2.4 have no build for 3.10
     packages=find_packages(include=["megatron_croc", "megatron_croc.*"]),
     install_requires=[
         "torch>=2.6",

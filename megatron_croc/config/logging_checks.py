@@ -30,7 +30,7 @@ def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) 
     if log.wandb_project is not None and for_training and not _is_installed("wandb"):
         yield (
             f"wandb_project={log.wandb_project}: wandb is not installed: "
-            "pip install 'megatron-croc[wandb]', or leave the project out"
+            "pip install -e '.[wandb]', or leave the project out"
         )
     if not (log.profile or log.record_memory_history):
         return
@@ -50,7 +50,7 @@ def _port_faults(port: int) -> Iterator[str]:
     if not _is_installed("prometheus_client"):
         yield (
             f"prometheus_port={port}: prometheus-client is not installed: "
-            "pip install 'megatron-croc[prometheus]', or set the port to 0"
+            "pip install -e '.[prometheus]', or set the port to 0"
         )
     if rank() != 0:
         return  # rank 0 serves

@@ -27,9 +27,7 @@ def load_export(
         from transformers import AutoModelForImageTextToText
         from transformers.utils import logging
     except ImportError as error:
-        raise CheckpointError(
-            "transformers is needed for this: pip install transformers"
-        ) from error
+        raise CheckpointError("transformers is needed for this: pip install -e '.[hf]'") from error
     from megatron_croc.convert.remote_code import modeling_croc
 
     logging.disable_progress_bar()

@@ -86,7 +86,7 @@ def open_endpoint(port: int) -> Endpoint | None:
     except ImportError:
         logger.warning(
             f"prometheus_port={port}: prometheus-client is not installed, nothing is served: "
-            "pip install 'megatron-croc[prometheus]'"
+            "pip install -e '.[prometheus]'"
         )
         return None
     except OSError as error:

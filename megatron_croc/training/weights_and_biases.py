@@ -29,7 +29,7 @@ def open_wandb(run: RunConfig, folder: Path | None) -> Any | None:
     try:
         from wandb import Error, init  # type: ignore[import-not-found]
     except ImportError:
-        _warn(log.wandb_project, "wandb is not installed: pip install 'megatron-croc[wandb]'")
+        _warn(log.wandb_project, "wandb is not installed: pip install -e '.[wandb]'")
         return None
     try:
         return init(
