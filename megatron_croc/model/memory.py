@@ -85,6 +85,13 @@ def _num_stages(run: RunConfig) -> int:
     return run.parallel.pipeline_model_parallel_size
 
 
+def _stage_output(run: RunConfig) -> float:
+    """Values per token that a stage hands to the next one, on one tensor-parallel rank."""
+    parallel = run.parallel
+    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return run.model.language_model.hidden_size / cut
+
+
 def _bytes(run: RunConfig) -> int:
     return 2 if run.training.bf16 else 4
 
@@ -107,6 +114,9 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
     if is_first:
         in_flight = micro_batches_in_flight(run, world_size, stage)
         activations += _vision_activations(run, row.images) * in_flight
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        # The last output stays until the next one is sent (parallel/pipeline.py).
+        activations += tokens * element * _stage_output(run)
     columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
     logits = tokens * columns * 4.0 if is_last else 0.0
     if is_last:

@@ -74,13 +74,17 @@ def language_model_config(run: RunConfig) -> TransformerConfig:
         recompute_granularity=granularity,
         recompute_method=training.recompute_method if full else None,
         recompute_num_layers=training.recompute_num_layers if full else None,
-        # Rows differ in length; megatron asks for this dispatcher even without experts.
+        # Rows differ in length (parallel/pipeline.py knows each); megatron asks for this dispatcher
+        # even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=True,
         # Batched point-to-point is silently wrong with the interleaved schedule at PP 2 (0.16).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # A wait for the whole device after each call would also wait for the target channel's open
+        # sends, which the last stage cannot take yet: a deadlock. NCCL needs it no longer.
+        batch_p2p_sync=False,
         # Our losses are sums divided by global counts: megatron must not average them again.
         calculate_per_token_loss=True,
     )

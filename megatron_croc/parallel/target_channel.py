@@ -3,10 +3,13 @@
     first stage: visual_embeddings.detach() --isend--> last stage: reconstruction loss
                  (middle stages never see it)
 
-Both ends walk the micro-batches in the same order, so a plain queue is enough. Sends are
-asynchronous, and the schedule never waits for one: when the first stage begins micro-batch i under
-1F1B, it has the gradient of micro-batch i - p, so the last of the p stages took that target long
-ago (interleaved: i - 2 p). Older sends are retired there, and memory stays bounded.
+Both ends walk the micro-batches in the same order, so a plain queue is enough. The two ends meet
+once, when the channel is opened: NCCL makes the communicator of a pair at its first use, and the
+host of either end waits there for the other one. Inside the schedule it would wait for ever.
+
+Sends are asynchronous, and the schedule never waits for one: when the first stage begins
+micro-batch i under 1F1B, it has the gradient of micro-batch i - p, so the last of the p stages took
+that target long ago (interleaved: i - 2 p). Older sends are retired there, so memory is bounded.
 """
 
 from collections import deque
@@ -14,6 +17,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_croc.parallel.device import current_device
 
 
 class TargetChannel:
@@ -26,7 +31,7 @@ class TargetChannel:
         ends: dist.ProcessGroup | None,
         is_interleaved: bool = False,
     ) -> None:
-        """Open the channel.
+        """Open the channel; its two ends wait for each other.
 
         Args:
             pp: the pipeline's group.
@@ -39,6 +44,16 @@ class TargetChannel:
         self._first, self._last = ranks[0], ranks[-1]
         self._queue: deque[Tensor] = deque()
         self._in_flight: deque[tuple[dist.Work, Tensor]] = deque()
+        self._connect()
+
+    def _connect(self) -> None:
+        if self._first == self._last:
+            return
+        greeting = torch.zeros(1, device=current_device())
+        if dist.get_rank() == self._first:
+            dist.send(greeting, dst=self._last, group=self._ends)
+        elif dist.get_rank() == self._last:
+            dist.recv(greeting, src=self._first, group=self._ends)
 
     def put(self, target: Tensor) -> None:
         """First stage: hand over one micro-batch's target [n, N, h]; does not wait."""

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from megatron_croc.parallel.context import gather_sequence
 from megatron_croc.parallel.device import current_device
 from megatron_croc.training.build import Trainer
 from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.schedule import run_schedule
 from megatron_croc.training.step import to_model_inputs
 
 Spans = list[tuple[int, int]]
@@ -71,15 +71,12 @@ def _as_at_inference(run: RunConfig) -> RunConfig:
 def _count(trainer: Trainer, batches: list[Batch], finder: AnswerFinder, num_words: int) -> Tensor:
     """[answers, right ones] of a global batch; zeros except on the last stage."""
     step = partial(_forward_step, finder=finder, num_words=num_words, pg=trainer.pg_collection)
-    iterators = [iter(batches) for _ in trainer.chunks]
-    schedule = get_forward_backward_func()
-    counted = schedule(
-        forward_step_func=step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=trainer.chunks if len(trainer.chunks) > 1 else trainer.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=trainer.run.data.seq_length,
-        micro_batch_size=1,
+    counted = run_schedule(
+        step,
+        batches,
+        [len(batch.input_ids) for batch in batches],
+        chunks=trainer.chunks,
+        pg_collection=trainer.pg_collection,
         forward_only=True,
     )
     start = torch.zeros(2, dtype=torch.float64, device=current_device())

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from megatron_croc.training.anomaly import AnomalyGuard
 from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.metrics import StepMetrics, StepTotals
 from megatron_croc.training.optimizer import measure_gradients, update_weights
+from megatron_croc.training.schedule import run_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +118,12 @@ class Stepper:
         )
         inputs = [to_model_inputs(batch) for batch in batches]
         with_next = list(zip(inputs, [*inputs[1:], None], strict=True))
-        iterators = [iter(with_next) for _ in self.chunks]
-        schedule = get_forward_backward_func()
-        losses = schedule(
-            forward_step_func=step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=self.run.data.seq_length,
-            micro_batch_size=1,  # rows are packed: one row holds micro_batch_size samples
+        losses = run_schedule(
+            step,
+            with_next,
+            [len(batch.input_ids) for batch in batches],
+            chunks=self.chunks,
+            pg_collection=self.pg,
             forward_only=forward_only,
         )
         for model in self.models:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_croc.data.synthetic import MIXED_IMAGES
 from tests.support.distributed import run_distributed
+from tests.support.pipeline_sends import watched_sends
 from tests.support.synthetic import tiny_run
 
 STEPS = 3
@@ -23,7 +24,10 @@ def observe_layout(
     run = Layout.parse(name).apply(tiny_run(stage, **changes))
     if fault is not None:
         FAULTS[fault][0](run)
-    return observe(run, STEPS, images)
+    with watched_sends() as lost:
+        observation = observe(run, STEPS, images)
+    assert not any(lost), f"{name}: {sum(lost)} of {len(lost)} sends lost their memory"
+    return observation
 
 
 def run_layout(
