@@ -22,7 +22,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 1 after a fault the user can mend, or a comparison that failed."""
     arguments = _parser().parse_args(argv)
+    from megatron_croc.parallel.device import compute_on_cpu
+
     try:
+        compute_on_cpu()
         return arguments.command(arguments)
     except CrocError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,6 +34,7 @@ from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.initialization import fresh_weight
 from megatron_croc.model.sharded_weights import Shard, iter_shards
 from megatron_croc.model.transformer_configs import language_model_config
+from megatron_croc.parallel.device import has_cuda
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 
 RELEASE = "release"
@@ -119,13 +120,19 @@ def _run_of(source: Source, seed: int) -> RunConfig:
 
 @contextmanager
 def one_process(run: RunConfig) -> Iterator[object]:
-    """Process groups of a world of one, left again at the end.
+    """Process groups of a world of one on the CPU, left again at the end.
 
     Raises:
-        CheckpointError: started by a launcher with more processes.
+        CheckpointError: started by a launcher with more processes, or for a GPU.
     """
     if world_size() != 1:
         raise CheckpointError("conversion runs in one process; start it without torchrun")
+    if has_cuda():
+        raise CheckpointError(
+            "conversion computes on the CPU, and this process on a GPU; start it as "
+            "python -m megatron_croc.cli.convert, or call "
+            "megatron_croc.parallel.device.compute_on_cpu() before importing anything else of it"
+        )
     try:
         yield start_distributed(type(run.parallel)(), seed=run.training.seed)
     finally:

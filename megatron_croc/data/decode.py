@@ -162,7 +162,10 @@ def _build_dali_decode(device: torch.device) -> DaliDecode:
         # no_copy: the arrays live until run() has returned.
         arrays = [np.frombuffer(data, np.uint8) for data in encoded]
         pipeline.feed_input("encoded", arrays)
-        (decoded,) = pipeline.run()
+        # On torch's stream: what reads the pixels is queued behind the decoder, and DALI uses their
+        # memory again behind what has read them. Without it both would rest on the host alone.
+        stream = torch.cuda.current_stream(device) if on_gpu else None
+        (decoded,) = pipeline.run(stream)
         return [torch.from_dlpack(decoded[i]) for i in range(len(encoded))]
 
     return decode

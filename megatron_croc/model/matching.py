@@ -16,7 +16,6 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -29,7 +28,8 @@ from megatron_croc.ops.assignment import (
     nearest,
     pairwise_cost,
 )
-from megatron_croc.parallel.device import SideWork, beside
+from megatron_croc.parallel.collectives import all_gather
+from megatron_croc.parallel.device import SideWork, beside, to_device
 
 
 class MatchingSample(NamedTuple):
@@ -117,7 +117,7 @@ class Matcher:
         self, cost: Tensor, side: SideWork, *, ahead: bool
     ) -> Callable[[], tuple[Assignment, float]]:
         if self.assign_mode == "nearest":
-            found = nearest(cost)
+            found = nearest(cost, check=False)  # it is finite, see `begin`
             return lambda: (found, 0.0)
         backend = choose_backend(self.assign_backend, cost.device)
         if backend == "triton" or not ahead:
@@ -141,7 +141,7 @@ class Matcher:
         waited = time.perf_counter() - started
         pending.side.wait_on_device()
         cost = pending.cost
-        index = found.index.to(cost.device)
+        index = found.index if found.index.device == cost.device else to_device(found.index)
         distance = cost.gather(2, index.unsqueeze(2)).squeeze(2)
         sample = MatchingSample(cost[0], index[0]) if len(cost) else None
         if self.tp.size() * self.cp.size() > 1:
@@ -158,9 +158,7 @@ class Matcher:
         packed[: len(index), :, 0] = index.double()
         packed[: len(index), :, 1] = distance.double()
         for group in (self.tp, self.cp):
-            parts = [torch.empty_like(packed) for _ in range(group.size())]
-            dist.all_gather(parts, packed, group=group)
-            packed = torch.stack(parts)
+            packed = all_gather(packed, group)
         everyone = packed.view(size, per_rank, -1, 2).transpose(0, 1)
         everyone = everyone.flatten(0, 1)[:num_images]
         return everyone[..., 0].long(), everyone[..., 1].float()

@@ -3,12 +3,14 @@
 megatron-core calls torch.cuda in many places. Where CUDA is there, nothing here changes anything.
 Where it is not, `install_cpu_stand_in` points those few calls at the CPU, so that the very same
 schedules, layers, optimizer and checkpoints run on CPU and gloo. Each entry below is needed by
-megatron-core 0.16 or 0.19; the comment names where.
+megatron-core 0.16 or 0.19; the comment names where. `compute_on_cpu` does the same for a process
+that leaves the machine's GPU alone.
 
 transformers asks torch.cuda what it can do when it is imported: import it before the stand-in.
 """
 
 import functools
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from megatron_croc.errors import ConfigError
 
 _FACTORIES = (
     "arange",
@@ -59,6 +63,23 @@ def current_device() -> torch.device:
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised CPU memory; pinned where there is CUDA, so that copies to it overlap."""
     return torch.empty(shape, dtype=dtype, pin_memory=has_cuda())
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of host memory on the current device, which this process does not wait for."""
+    if not has_cuda():
+        return tensor
+    return tensor.pin_memory().to(current_device(), non_blocking=True)
+
+
+def forbid_tf32() -> None:
+    """Let float32 products be float32's: TF32 keeps 10 bits, and moves 3 to 7 % of the matches.
+
+    Some images allow it through TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and cuDNN does by default.
+    Products in bfloat16 are not concerned.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def set_local_device(local_rank: int) -> None:
@@ -139,6 +160,7 @@ class SideWork:
 
     def __init__(self) -> None:
         """Nothing to wait for yet."""
+        self._copied: torch.Event | None = None
         self._done: torch.Event | None = None
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -146,12 +168,15 @@ class SideWork:
         if not tensor.is_cuda:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        host.copy_(tensor, non_blocking=True)
+        # The copy's own event: a thread that is given `host` may be faster than the block's end.
+        self._copied = torch.cuda.current_stream().record_event()
+        return host
 
     def wait_on_host(self) -> None:
-        """Keep this thread until the work is done."""
-        if self._done is not None:
-            self._done.synchronize()
+        """Keep this thread until the last `to_host` has arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def wait_on_device(self) -> None:
         """Keep the main stream, not this thread, until the work is done."""
@@ -181,6 +206,24 @@ def beside(*, enabled: bool = True) -> Iterator[SideWork]:
 @functools.cache
 def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
+
+
+def compute_on_cpu() -> None:
+    """Keep this process off every GPU there is. Call it before megatron.core is imported.
+
+    CUDA is hidden from all that asks for it from now on, Transformer Engine and transformers
+    included.
+
+    Raises:
+        ConfigError: a GPU is in use already.
+    """
+    if torch.cuda.is_available() and not _installed:
+        if torch.cuda.is_initialized():
+            raise ConfigError("this process uses a GPU already; start another one for the CPU")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that do not ask torch
+        torch.cuda.is_available = lambda: False
+        torch.cuda.device_count = lambda: 0
+    install_cpu_stand_in()
 
 
 def install_cpu_stand_in() -> None:

@@ -11,6 +11,7 @@ from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.log import world_size
 from megatron_croc.parallel import device
+from megatron_croc.parallel.megatron_versions import name_untried_megatron
 from megatron_croc.parallel.processes import tie_processes_together
 
 
@@ -36,6 +37,7 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
     tie_processes_together()
+    name_untried_megatron()
     start_torch(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -53,6 +55,7 @@ def start_torch(config: ParallelConfig) -> None:
     if dist.is_initialized():
         return
     processes = world_size()
+    device.forbid_tf32()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if processes == 1 else "29500")
     device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -22,6 +22,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.data.tokenization import build_tokenizer
 from megatron_croc.model.croc_model import ModelInputs, ModelOutput
+from megatron_croc.parallel.collectives import all_gather, all_reduce
 from megatron_croc.parallel.context import gather_sequence
 from megatron_croc.parallel.device import current_device
 from megatron_croc.training.build import Trainer
@@ -55,7 +56,7 @@ def check_answers(trainer: Trainer) -> AnswerCounts:
             counts += _count(trainer, batches, finder, tokenizer.size)
     if pg.tp.rank() or pg.cp.rank():
         counts.zero_()  # every rank of a replica's last stage has counted the same answers
-    dist.all_reduce(counts)
+    all_reduce(counts)
     num_answers, num_right = (int(count) for count in counts.tolist())
     return AnswerCounts(num_answers=num_answers, num_right=num_right)
 
@@ -136,10 +137,7 @@ def most_likely(logits: Tensor, num_words: int, tp: dist.ProcessGroup) -> Tensor
         logits = logits.clone()
         logits[:, max(num_words - first, 0) :] = -torch.inf
     value, index = logits.max(dim=-1)
-    values = [torch.empty_like(value) for _ in range(tp.size())]
-    indices = [torch.empty_like(index) for _ in range(tp.size())]
-    dist.all_gather(values, value, group=tp)
-    dist.all_gather(indices, index + first, group=tp)
+    values, indices = all_gather(value, tp), all_gather(index + first, tp)
     best, chosen = values[0], indices[0]
     for value, index in zip(values[1:], indices[1:], strict=True):
         chosen = torch.where(value > best, index, chosen)

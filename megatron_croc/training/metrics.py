@@ -1,7 +1,7 @@
 """What one optimizer step did: sums collected where they arise, reduced once per step.
 
 first stage: replaced tokens, their distance, time it took, uses of each pool row
-last stage:  text and reconstruction loss              } one all-reduce over all ranks
+last stage:  text and reconstruction loss      } one all-reduce over all ranks, read once
 any stage:   tokens, images, samples, operations
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
-from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.collectives import all_reduce
+from megatron_croc.parallel.device import to_device
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.optimizer import part_of_group
 
@@ -143,10 +143,13 @@ class StepTotals:
 
     def count_replacement(self, replacement: Replacement) -> None:
         """Add one micro-batch's matching (first stage)."""
-        counts = torch.bincount(
-            replacement.index.flatten(), minlength=self.run.model.prompt_pool.pool_size
-        ).double()
-        self.pool_counts = counts if self.pool_counts is None else self.pool_counts + counts
+        used = replacement.index.flatten()
+        if self.pool_counts is None:
+            size = self.run.model.prompt_pool.pool_size
+            self.pool_counts = torch.zeros(size, dtype=torch.float64, device=used.device)
+        # Not bincount: it reads the smallest and largest index, and waits for them.
+        ones = torch.ones_like(used, dtype=torch.float64)
+        self.pool_counts.scatter_add_(0, used, ones)
         distance = replacement.distance.double().sum()
         self.distance_sum = distance if self.distance_sum is None else self.distance_sum + distance
         self.num_replaced += replacement.distance.numel()
@@ -163,53 +166,54 @@ class StepTotals:
         self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
     ) -> StepMetrics:
         """Sum over all ranks; every rank gets the same metrics."""
-        sums = torch.zeros(10, dtype=torch.float64, device=current_device())
+        sums = to_device(torch.tensor([*self._known_on_host(), 0.0, 0.0, 0.0], dtype=torch.float64))
+        pool_counts = sums.new_zeros(self.run.model.prompt_pool.pool_size)
         if self.pg.tp.rank() == 0:
             for part in self.losses:  # context-parallel ranks hold shares of them
-                sums[0] += part["text"].double()
-                sums[1] += part["reconstruction"].double()
-        if self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0:
-            if self.distance_sum is not None:
-                sums[2] = self.distance_sum
-                sums[3] = self.num_replaced
-                sums[4] = self.matching_seconds
-                sums[5] = self.matching_hidden_seconds
-            if self.pg.pp.rank() == 0:
-                work = self.work
-                flops = sum(count_flops(self.run, work).values())
-                counts = [work.num_tokens, work.num_images, self.num_samples, flops]
-                sums[6:10] = torch.tensor(counts, dtype=torch.float64)
-        dist.all_reduce(sums)
-        text, reconstruction, distance, num_replaced, seconds, hidden, *counts = sums.tolist()
+                sums[-3] += part["text"].double()
+                sums[-2] += part["reconstruction"].double()
+        # Tensor- and context-parallel ranks all know the whole replica's matches.
+        if self._speaks_for_replica and self.distance_sum is not None:
+            assert self.pool_counts is not None
+            sums[-1] += self.distance_sum
+            pool_counts += self.pool_counts
+        everything = torch.cat([sums, pool_counts])
+        all_reduce(everything)
+        num_tokens, num_images, num_samples, flops, num_replaced, seconds, hidden, *more = (
+            everything.tolist()
+        )
+        text, reconstruction, distance, *uses = more
         weight = self.run.model.reconstruction.reconstruction_loss_weight
         return StepMetrics(
             text_loss=text,
             reconstruction_loss=reconstruction if self.run.reconstructs else None,
             loss=text + weight * reconstruction,
-            num_tokens=int(counts[0]),
-            num_images=int(counts[1]),
-            num_samples=int(counts[2]),
-            flops=counts[3],
+            num_tokens=int(num_tokens),
+            num_images=int(num_images),
+            num_samples=int(num_samples),
+            flops=flops,
             matched_distance=distance / num_replaced if num_replaced else None,
             matching_seconds=seconds / self.pg.dp.size() if num_replaced else None,
             matching_hidden_seconds=hidden / self.pg.dp.size() if num_replaced else None,
-            pool_counts=self._pool_counts(),
+            pool_counts=tuple(map(int, uses)) if self.run.reconstructs else None,
             matching_sample=self.matching_sample,
             grad_norm=grad_norm,
             learning_rates=_learning_rates(self.run, param_groups or []),
         )
 
-    def _pool_counts(self) -> tuple[int, ...] | None:
-        if not self.run.reconstructs:
-            return None
-        counts = torch.zeros(
-            self.run.model.prompt_pool.pool_size, dtype=torch.float64, device=current_device()
-        )
-        # Tensor- and context-parallel ranks all know the whole replica's matches.
-        if self.pool_counts is not None and self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0:
-            counts += self.pool_counts
-        dist.all_reduce(counts)
-        return tuple(int(count) for count in counts.tolist())
+    @property
+    def _speaks_for_replica(self) -> bool:
+        return self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0
+
+    def _known_on_host(self) -> list[float]:
+        """Tokens, images, samples, operations; replaced tokens, seconds kept waiting, hidden."""
+        counts, matching = [0.0] * 4, [0.0] * 3
+        if self._speaks_for_replica and self.pg.pp.rank() == 0:
+            flops = sum(count_flops(self.run, self.work).values())
+            counts = [self.work.num_tokens, self.work.num_images, self.num_samples, flops]
+        if self._speaks_for_replica:
+            matching = [self.num_replaced, self.matching_seconds, self.matching_hidden_seconds]
+        return [*counts, *matching]
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:

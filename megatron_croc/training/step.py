@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
-from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.collectives import all_reduce
+from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.anomaly import AnomalyGuard
 from megatron_croc.training.heartbeat import enter
@@ -137,14 +137,12 @@ class Stepper:
         """Counts over all micro-batches and replicas, known before the first forward pass."""
         model = self.run.model
         per_image = model.vision_tower.num_visual_tokens * model.language_model.hidden_size
-        counts = torch.tensor(
-            [
-                sum(batch.num_label_tokens for batch in batches),
-                sum(batch.num_images for batch in batches) * per_image,
-            ],
-            dtype=torch.float64,
-        ).to(current_device())
-        dist.all_reduce(counts, group=self.pg.dp)
+        counts = [
+            sum(batch.num_label_tokens for batch in batches),
+            sum(batch.num_images for batch in batches) * per_image,
+        ]
+        counts = to_device(torch.tensor(counts, dtype=torch.float64))
+        all_reduce(counts, group=self.pg.dp)
         text, reconstruction = counts.clamp(min=1.0)
         return Denominators(text=text, reconstruction=reconstruction)
 
@@ -197,7 +195,7 @@ def _micro_batch_denominators(
     assert inputs.labels is not None
     hidden_size = run.model.language_model.hidden_size
     labelled = (inputs.labels >= 0).sum().double().clamp(min=1.0)
-    elements = labelled.new_tensor(max(inputs.replaced.numel() * hidden_size, 1))
+    elements = torch.full_like(labelled, max(inputs.replaced.numel() * hidden_size, 1))
     return Denominators(
         text=labelled * num_microbatches, reconstruction=elements * num_microbatches
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_croc.config.reliability import ReliabilityConfig
 from megatron_croc.log import get_logger, log_on_rank_zero
-from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.device import to_device
 
 logger = get_logger(__name__)
 
@@ -37,9 +37,11 @@ class StopRequests:
 
         Signals reach ranks in different steps, and clocks differ: one maximum over all ranks.
         """
-        request = torch.tensor(self._own_request(iteration), device=current_device())
-        dist.all_reduce(request, op=dist.ReduceOp.MAX)
-        code = int(request.item())
+        code = self._own_request(iteration)
+        if dist.get_world_size() > 1:
+            request = to_device(torch.tensor(code))
+            dist.all_reduce(request, op=dist.ReduceOp.MAX)
+            code = int(request.item())
         if code:
             log_on_rank_zero(
                 logger, logging.WARNING, "stopping after step %d: %s", iteration, _reason(code)

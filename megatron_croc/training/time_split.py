@@ -15,7 +15,8 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.collectives import all_gather
+from megatron_croc.parallel.device import to_device
 from megatron_croc.parallel.stopwatch import (
     MEGATRON_TIMERS,
     REGIONS,
@@ -95,12 +96,9 @@ class TimeSplit:
     def read(self, *, num_steps: int) -> IntervalTimes:
         """Times since the last read, of all ranks; every rank must call it."""
         own = self.read_own()
-        mine = torch.tensor(
-            [own[name] for name in self._names], dtype=torch.float64, device=current_device()
-        )
-        ranks = [torch.empty_like(mine) for _ in self.places]
-        dist.all_gather(ranks, mine)
-        by_rank = [dict(zip(self._names, rank.tolist(), strict=True)) for rank in ranks]
+        mine = to_device(torch.tensor([own[name] for name in self._names], dtype=torch.float64))
+        ranks = all_gather(mine).tolist()
+        by_rank = [dict(zip(self._names, rank, strict=True)) for rank in ranks]
         return IntervalTimes(ranks=by_rank, num_steps=num_steps)
 
     def read_own(self) -> dict[str, float]:

@@ -59,13 +59,13 @@ class Recorder:
         return keep
 
     def collect(self) -> dict[str, Tensor]:
-        """What was seen anywhere, on every rank; logits joined over the TP ranks."""
+        """What was seen anywhere, on every rank's CPU; logits joined over the TP ranks."""
         if "logits" in self.seen and self.tp.size() > 1:
             parts = [torch.empty_like(self.seen["logits"]) for _ in range(self.tp.size())]
             dist.all_gather(parts, self.seen["logits"].contiguous(), group=self.tp)
             self.seen["logits"] = torch.cat(parts, dim=-1)
         everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, self.seen)
+        dist.all_gather_object(everyone, {name: seen.cpu() for name, seen in self.seen.items()})
         return {name: tensor for seen in everyone for name, tensor in seen.items()}
 
 

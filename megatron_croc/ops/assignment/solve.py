@@ -118,11 +118,12 @@ def choose_backend(backend: Backend, device: torch.device) -> Backend:
 
 
 @torch.no_grad()
-def nearest(cost: Tensor) -> Assignment:
+def nearest(cost: Tensor, *, check: bool = True) -> Assignment:
     """Give every row its cheapest column, which it may share (released Croc code).
 
     Args:
         cost: float32 or float64 [B, n, P], finite.
+        check: refuse a cost that is not finite. Without it nothing waits for the device.
 
     Returns:
         See `Assignment`; the bound is the objective.
@@ -130,7 +131,8 @@ def nearest(cost: Tensor) -> Assignment:
     Raises:
         DataError: as `assign`.
     """
-    if bad := _images_not_finite(cost, _checked_lengths(cost, None)):
+    rows = _checked_lengths(cost, None)
+    if check and (bad := _images_not_finite(cost, rows)):
         _refuse(bad)
     index = cost.argmin(dim=2)
     objective = _objective(cost.detach(), index)

@@ -4,21 +4,33 @@ torch's `create_block_mask` evaluates the mask pair by pair; here a block's row 
 from the smallest and largest interval bounds of its queries. On CUDA the kernel is compiled at the
 first call, once per length: rows are padded to a multiple of `LENGTH_BUCKET` so that there are few.
 On a CPU it runs uncompiled, for tests of the block lists. Not run on a GPU so far.
+
+torch has two kernels for it: Triton's, and FlashAttention 4's, which torch calls experimental and
+leaves to the caller to ask for; `kernel_options` asks where it can run.
 """
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from megatron_croc.log import get_logger, log_once
 from megatron_croc.ops.mixed_mask import MixedMask
 
 BLOCK_SIZE = 128
 LENGTH_BUCKET = 1024
 MIN_HEAD_DIM = 16
+
+FLASH_HEAD_DIMS = (64, 96, 128)
+"""Head dims for which FlashAttention 4 has kernels for both passes on Hopper."""
+
+_logger = get_logger(__name__)
 
 
 def attend_flex(
@@ -51,10 +63,55 @@ def attend_flex(
     )
     attention = _compiled() if query.is_cuda else flex_attention
     out = attention(
-        q, k, v, block_mask=block_mask, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        block_mask=block_mask,
+        scale=softmax_scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=kernel_options(query),
     )
     assert isinstance(out, Tensor) and num_keys == mask.length
     return out.squeeze(0).transpose(0, 1)[:num_rows] * is_real[:, None, None]
+
+
+def kernel_options(query: Tensor) -> "torch_flex.FlexKernelOptions | None":
+    """What FlexAttention is told about its kernel; None leaves the choice (Triton's) to torch."""
+    if not query.is_cuda:
+        return None
+    reason = _flash_fault(query)
+    if reason is None:
+        log_once(_logger, logging.INFO, "attention backend flex stands on FlashAttention 4")
+        return {"BACKEND": "FLASH"}
+    log_once(_logger, logging.INFO, "attention backend flex stands on Triton: %s", reason)
+    return None
+
+
+def _flash_fault(query: Tensor) -> str | None:
+    """Why FlexAttention cannot run on FlashAttention 4; None when it can."""
+    options = getattr(torch_flex, "FlexKernelOptions", None)
+    if "BACKEND" not in getattr(options, "__annotations__", {}):
+        return f"torch {torch.__version__} has no other kernel"
+    if not _has_flash_attention_4():
+        return "flash-attn-4 (flash_attn.cute) is not installed"
+    major, minor = torch.cuda.get_device_capability(query.device)
+    if major != 9:  # Blackwell's wants blocks of 256 queries
+        return f"sm_{major}{minor}; FlashAttention 4 is used on Hopper, sm_90"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"{query.dtype} tensors, FlashAttention 4 takes float16 and bfloat16"
+    if query.shape[-1] not in FLASH_HEAD_DIMS:
+        return f"head dim {query.shape[-1]}, FlashAttention 4 takes {FLASH_HEAD_DIMS} here"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward pass under a mask is not deterministic"
+    return None
+
+
+@functools.cache
+def _has_flash_attention_4() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except (ImportError, OSError, ValueError):  # of flash_attn itself, which is imported for it
+        return False
 
 
 @functools.cache

@@ -1,14 +1,17 @@
 """DALI and PIL give the same pixels, and one broken image harms no other."""
 
 import builtins
+import inspect
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from megatron_croc.data.decode import ImageDecoder, resolve_decoder
+from megatron_croc.data.decode import ImageDecoder, _build_dali_decode, resolve_decoder
 from megatron_croc.data.image_transform import ImageError, ImageTransform, read_header
 from megatron_croc.errors import DataError
 
@@ -68,6 +71,38 @@ def test_broken_images_are_alone_in_failing(dali, decoder):
     assert broken == [1, 21]
     kept = [result for result in results if isinstance(result, torch.Tensor)]
     assert all(torch.equal(a, b) for a, b in zip(kept, alone, strict=True))
+
+
+def test_pixels_on_a_gpu_are_ordered_on_torchs_stream(monkeypatch):
+    """DALI keeps them until that stream is done with them; without it, until the host lets go."""
+
+    class Pipeline:
+        def build(self): ...
+
+        def feed_input(self, name, arrays):
+            self.count = len(arrays)
+
+        def run(self, cuda_stream=None, /):
+            assert cuda_stream == "the stream of cuda:1"
+            return ([torch.full((2, 2, 3), 7, dtype=torch.uint8)] * self.count,)
+
+    made = []
+
+    def pipeline_def(_):
+        return lambda **settings: made.append(settings) or Pipeline()
+
+    dali = types.ModuleType("nvidia.dali")
+    dali.fn, dali.types, dali.pipeline_def = object(), object(), pipeline_def
+    monkeypatch.setitem(sys.modules, "nvidia.dali", dali)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: f"the stream of {where}")
+    decode = _build_dali_decode(torch.device("cuda", 1))
+    assert made[0]["exec_dynamic"] and made[0]["device_id"] == 1  # what a stream needs
+    assert [pixels.shape for pixels in decode([b"1", b"2"])] == [(2, 2, 3)] * 2
+
+
+def test_dali_takes_a_stream():
+    dali = pytest.importorskip("nvidia.dali")
+    assert list(inspect.signature(dali.Pipeline.run).parameters)[1] == "cuda_stream"
 
 
 def test_no_images(dali):
