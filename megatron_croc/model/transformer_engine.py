@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError, first_line
+from megatron_croc.libraries import name_unknown_version
 from megatron_croc.parallel.device import has_cuda
 
 Implementation = Literal["local", "te"]
@@ -43,6 +44,7 @@ def resolve_transformer_impl(run: RunConfig) -> Implementation:
         return "local"
     reason = te_fault()
     if reason is None:
+        name_unknown_version("transformer-engine")
         return "te"
     if wanted == "te" or run.training.fp8_format is not None:
         setting = (
