@@ -4,12 +4,13 @@ Their interfaces are partly private and change without notice, so another versio
 with what is assumed of it. tests/libraries checks the ends of each range against their own Python.
 """
 
+import functools
 import logging
 import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from megatron_croc.log import get_logger, log_once
+from megatron_croc.log import get_logger, log_on_rank_zero
 
 
 class Known(NamedTuple):
@@ -52,6 +53,7 @@ KNOWN = {
 """Distribution -> what is known of it."""
 
 
+@functools.cache
 def name_unknown_version(distribution: str) -> None:
     """Warn once if the installed version of `distribution` is not among the known ones."""
     known = KNOWN[distribution]
@@ -63,7 +65,7 @@ def name_unknown_version(distribution: str) -> None:
     if numbers and known.first <= tuple(int(n) for n in numbers.groups()) <= known.last:
         return
     first, last = ("{}.{}".format(*edge) for edge in (known.first, known.last))
-    log_once(
+    log_on_rank_zero(
         get_logger(__name__),
         logging.WARNING,
         "%s %s is none of the known versions (%s to %s): %s are assumed to be those of %s",

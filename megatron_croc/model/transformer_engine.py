@@ -1,8 +1,8 @@
 """Transformer Engine's linear layers, when they are wanted and there.
 
 TE fuses each norm with the linear layer behind it and can run the matrix products in fp8. Its
-attention is never used: the core attention is ours (ops/attention). Nothing here has been run with
-Transformer Engine so far; the tests stand modules of the same names in its place.
+attention is never used: the core attention is ours (ops/attention). Nothing here has been run on a
+GPU so far; tests/libraries runs Transformer Engine's own Python over a made-up extension.
 """
 
 import functools

@@ -19,6 +19,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_croc.libraries import name_unknown_version
+
 
 class AdamDistributedOptimizer(DistributedOptimizer):
     """DistributedOptimizer whose state is there from the start, in one form for every AdamW."""
@@ -93,6 +95,9 @@ def adopt_adam(optimizer: MegatronOptimizer) -> None:
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for part in parts:
         # A part without anything to train holds no optimizer.
-        if isinstance(part, DistributedOptimizer) and getattr(part, "optimizer", None) is not None:
+        inner = getattr(part, "optimizer", None)
+        if isinstance(part, DistributedOptimizer) and inner is not None:
+            if type(inner).__module__.startswith("transformer_engine."):
+                name_unknown_version("transformer-engine")
             part.__class__ = AdamDistributedOptimizer
             part.allocate_state()  # type: ignore[attr-defined]

@@ -9,6 +9,8 @@ from megatron_croc import libraries
 def warned(monkeypatch):
     """What name_unknown_version logs, for an installed version."""
 
+    libraries.name_unknown_version.cache_clear()
+
     def warn(found: str | None) -> list[str]:
         said = []
 
@@ -19,12 +21,15 @@ def warned(monkeypatch):
 
         monkeypatch.setattr(libraries, "version", version)
         monkeypatch.setattr(
-            libraries, "log_once", lambda _, level, message, *args: said.append(message % args)
+            libraries,
+            "log_on_rank_zero",
+            lambda _, level, message, *args: said.append(message % args),
         )
         libraries.name_unknown_version("transformer-engine")
         return said
 
-    return warn
+    yield warn
+    libraries.name_unknown_version.cache_clear()
 
 
 @pytest.mark.parametrize("found", ["2.8", "2.8.0+5f3a1b2", "2.14.1", "2.20.2"])

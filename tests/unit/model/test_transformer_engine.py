@@ -48,3 +48,14 @@ def test_fp8_reaches_the_language_model_alone():
         "first_last_layers_bf16": False,
     }
     assert vision_tower_config(run).fp8 is None
+
+
+def test_its_version_is_looked_at_when_it_is_used(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(transformer_engine, "name_unknown_version", looked_at.append)
+    run = tiny_run()
+    transformer_engine.resolve_transformer_impl(run)
+    assert looked_at == []
+    monkeypatch.setattr(transformer_engine, "te_fault", lambda: None)
+    assert transformer_engine.resolve_transformer_impl(run) == "te"
+    assert looked_at == ["transformer-engine"]

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from megatron_croc.ops.attention import flash as flash_module
 from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
@@ -18,6 +19,7 @@ from megatron_croc.ops.attention.flash import (
     FlashAttention3,
     TorchFlash,
     _import,
+    choose_flash,
 )
 from megatron_croc.ops.attention.flip import attend_flip
 from megatron_croc.ops.mixed_mask import MixedMask
@@ -156,3 +158,13 @@ def test_torchs_own_functions_take_the_call():
     assert out.shape == inputs.query.shape and lse.shape == (4, 36)
     grads = flash.backward(torch.empty_like(out), inputs, out, lse, call, 0.125)
     assert [x.shape for x in grads] == [x.shape for x in inputs]
+
+
+def test_the_version_of_the_chosen_kernels_is_looked_at(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(flash_module, "name_unknown_version", looked_at.append)
+    assert choose_flash(torch.empty(4, 2, 16)) is EMULATED
+    assert looked_at == []
+    monkeypatch.setattr(FlashAttention2, "fault", lambda self, query: None)
+    assert choose_flash(torch.empty(4, 2, 16)).name == "flash-attn 2"
+    assert looked_at == ["flash-attn"]
