@@ -14,8 +14,8 @@ from tests.support.synthetic import make_step, tiny_run
 class FusedAdam(torch.optim.Optimizer):
     """AdamW in the form of Transformer Engine's and apex's: what it keeps, and where."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
-        assert adam_w_mode
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
+        assert adam_w_mode and not capturable
         super().__init__(
             params,
             {
