@@ -15,7 +15,7 @@ fetch() { # fetch NAME VERSION pip-arguments: one distribution, unpacked
     downloads=$(mktemp -d)
     FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE "$python" -m pip download --quiet --no-deps \
         --dest "$downloads" "$@" "$name==$version"
-    mkdir -p "$target/partial"
+    rm -rf "$target/partial" && mkdir -p "$target/partial"
     "$python" - "$downloads" "$target/partial" <<'END'
 import sys, tarfile, zipfile
 from pathlib import Path
