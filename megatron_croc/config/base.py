@@ -98,6 +98,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return cast(dict[str, Any], tree)
 
 
+RETIRED = frozenset({"optimizer.optimizer_offload_fraction"})
+"""Settings of earlier versions that checkpoints still name in run.yaml; they have no meaning now."""
+
+
 def changes_from_tree(
     config_type: type, tree: Mapping[str, Any], faults: list[str], *, source: str
 ) -> Changes:
@@ -120,6 +124,8 @@ def changes_from_tree(
                 changes[path] = settings[path].from_value(value)
             except ValueError as error:
                 faults.append(f"{source}: {path} {error}")
+        elif path in RETIRED:
+            continue
         elif path in sections:
             faults.append(f"{source}: {path} is a section and needs settings, got {value!r}")
         else:

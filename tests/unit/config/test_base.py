@@ -34,6 +34,13 @@ def test_yaml_gives_back_an_equal_run(name: str, tmp_path: Path):
     assert again == run
 
 
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    tree = {"optimizer": {"optimizer_offload_fraction": 1.0, "lr": 1e-3}}
+    faults: list[str] = []
+    changes = changes_from_tree(RunConfig, tree, faults, source="run.yaml")
+    assert (dict(changes), faults) == ({"optimizer.lr": 1e-3}, [])
+
+
 def test_every_flag_reaches_its_own_field():
     for setting in settings_of(RunConfig):
         if setting.is_bool:

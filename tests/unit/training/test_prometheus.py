@@ -94,7 +94,7 @@ def test_a_missing_package_is_one_line(monkeypatch, caplog):
     faults = logging_checks.find_logging_faults(
         tiny_run(prometheus_port=port), 1, for_training=True
     )
-    assert [f for f in faults if "pip install 'megatron-croc[prometheus]'" in f]
+    assert [f for f in faults if "pip install -e '.[prometheus]'" in f]
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with caplog.at_level("WARNING"):
         assert open_endpoint(port) is None
