@@ -173,7 +173,7 @@ def _s3_client(process: int) -> Any:
         from botocore.config import Config
     except ImportError as error:
         raise DataError(
-            f"s3:// data needs boto3, which does not import ({error}): install megatron-croc[s3]"
+            f"s3:// data needs boto3, which does not import ({error}): pip install -e '.[s3]'"
         ) from error
     # Retries are `retry`'s, so that they are logged and counted once.
     config = Config(

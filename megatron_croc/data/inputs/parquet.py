@@ -140,7 +140,7 @@ def _import_pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            f"parquet input needs pyarrow, which does not import ({error}): install "
-            "megatron-croc[parquet]"
+            f"parquet input needs pyarrow, which does not import ({error}): "
+            "pip install -e '.[parquet]'"
         ) from error
     return pyarrow

@@ -257,7 +257,7 @@ def test_processes_share_a_cache(tmp_path):
 def test_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "boto3", None)
     storage._s3_client.cache_clear()
-    with pytest.raises(DataError, match=r"install megatron-croc\[s3\]"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[s3\]'"):
         open_storage("s3://bucket/key")
     storage._s3_client.cache_clear()
 
