@@ -12,8 +12,8 @@ Use `run_strict` as the function of a job, or `install` in a forked rank.
 from collections.abc import Callable
 from typing import Any
 
-from tests.support.strict_device.job import Job, Options, Report, StrictFault
 from tests.support.strict_device.install import install
+from tests.support.strict_device.job import Job, Options, Report, StrictFault
 
 __all__ = ["Job", "Options", "Report", "StrictFault", "install", "run_strict"]
 

@@ -7,14 +7,13 @@ is there already; nobody waits for anybody, so what NCCL lets overlap still does
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from tests.support.strict_device.job import Job, describe, place
-from tests.support.strict_device.transfers import Transfers, check_contiguous
+from tests.support.strict_device.marks import tensors_in
+from tests.support.strict_device.transfers import Transfers
 
 _ALL = slice(None)
 _OPERATIONS: dict[str, slice | None] = {
@@ -66,8 +65,8 @@ class Collectives:
             if group.size() == 1:
                 return real(group, *args, **kwargs)
             self.job.raise_faults()
-            for tensor in _tensors(args):
-                check_contiguous(self.job, f"{name} at {place()}", tensor)
+            for tensor in tensors_in(args):
+                self.transfers.check(group, f"{name} at {place()}", tensor)
             self.transfers.communicators.add(group.group_name)
             what = f"{name}({_signature(name, args, kwargs)})"
             if self.job.options.order:
@@ -112,19 +111,11 @@ class TimedWork:
         return getattr(self._work, name)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _signature(name: str, args: tuple, kwargs: dict) -> str:
     which = _OPERATIONS[name]
-    parts = [describe(tensor) for tensor in _tensors(args[which])] if which is not None else []
+    parts = [describe(tensor) for tensor in tensors_in(args[which])] if which is not None else []
     if which is None:
-        parts = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(args)})
+        parts = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors_in(args)})
     for options in (*args, *kwargs.values()):
         for field in ("reduceOp", "rootRank"):
             if (value := getattr(options, field, None)) is not None:

@@ -1,13 +1,14 @@
 """The parts put together in one process."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
-from megatron_croc.parallel import device
 from tests.support.strict_device.collectives import Collectives
 from tests.support.strict_device.job import Job, Options, place
+from tests.support.strict_device.marks import Marks, Watch, install_marks
+from tests.support.strict_device.streams import Copies
 from tests.support.strict_device.transfers import Transfers
 
 
@@ -15,15 +16,22 @@ from tests.support.strict_device.transfers import Transfers
 def install(options: Options) -> Iterator[Job]:
     """Make this process strict for good; at the end of the block everything must be received."""
     job = Job(options)
-    transfers = Transfers(job)
+    copies = Copies(job)
+    marks = Marks(job, copies)
+    transfers = Transfers(job, marks)
     transfers.install()
     Collectives(job, transfers).install()
 
     def synchronize(*_: object, **__: object) -> None:
         job.report.synchronizes[place()] += 1
         transfers.synchronize()
+        copies.synchronize()
 
     torch.cuda.synchronize = synchronize
-    yield job
+    if options.marks:
+        copies.install()
+        install_marks(marks)
+    with Watch(marks) if options.marks else nullcontext():
+        yield job
     transfers.synchronize()
     job.raise_faults()

@@ -1,4 +1,4 @@
-"""What a strict job knows of itself: options, faults, places in the code, what every rank is doing."""
+"""Options, faults, places in the code, and what every rank is doing."""
 
 import os
 import sys
@@ -191,3 +191,13 @@ def function() -> str:
     for caller in _callers(sys._getframe(1)):
         return f"{_short(caller.f_code.co_filename)} {caller.f_code.co_name}"
     return "?"
+
+
+def is_object_collective() -> bool:
+    """Whether torch's own object collectives call, which move objects to the device themselves."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if "object" in frame.f_code.co_name and "/torch/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False

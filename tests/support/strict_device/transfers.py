@@ -12,16 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.support.strict_device.job import Job, describe, place
+from tests.support.strict_device.job import Job, describe, is_object_collective, place
+from tests.support.strict_device.marks import Marks
 
 
 class Transfers:
     """All sends and receives of one rank."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, marks: Marks) -> None:
         """Nothing is open."""
-        self.job = job
+        self.job, self.marks = job, marks
         self.open: list[LateSend | Receive] = []
         self.communicators: set[str] = set()
         self.host_groups: set[str] = set()
@@ -57,7 +59,7 @@ class Transfers:
         """An isend's handle; the memory is read later."""
         self.job.raise_faults()
         send = LateSend(self, group, tensor, peer, tag)
-        check_contiguous(self.job, send.name, tensor)
+        self.check(group, send.name, tensor)
         self._meet(send)
         self.open.append(send)
         self.job.report.num_sends += 1
@@ -68,11 +70,20 @@ class Transfers:
         """An irecv's handle."""
         self.job.raise_faults()
         receive = Receive(self, group, tensor, peer, tag)
-        check_contiguous(self.job, receive.name, tensor)
+        self.check(group, receive.name, tensor)
         self._meet(receive)
         receive.work = self.real_recv(group, [tensor], peer, tag)
         self.open.append(receive)
         return receive
+
+    def check(self, group: Any, name: str, tensor: Tensor) -> None:
+        """What NCCL refuses: tensors with holes, and the host's, unless torch moves them itself."""
+        if not tensor.is_contiguous():
+            self.job.fault(f"{name}: NCCL takes contiguous tensors only, not {tensor.stride()}")
+        is_ours = group.group_name not in self.host_groups and self.marks.is_host(tensor)
+        if is_ours and not is_object_collective():
+            self.job.fault(f"{name}: NCCL has no tensors of the host, {describe(tensor)}")
+        self.marks.check_ready(tensor, name)
 
     def synchronize(self) -> None:
         """Wait until everything open is received, as torch.cuda.synchronize does."""
@@ -161,7 +172,8 @@ class LateSend(_Transfer):
         storage = self.tensor.untyped_storage()
         self.memory = StorageWeakRef(storage)
         self.view = (self.tensor.dtype, self.tensor.storage_offset(), tuple(self.tensor.shape))
-        self.promised = self.tensor.detach().clone(memory_format=torch.contiguous_format)
+        with _disable_current_modes():
+            self.promised = self.tensor.detach().clone(memory_format=torch.contiguous_format)
         self.due = time.monotonic() + self.job.options.send_ms / 1000
         self.posted = threading.Event()
         self.error: BaseException | None = None
@@ -173,9 +185,7 @@ class LateSend(_Transfer):
             if self.sent is None:
                 poison = float("nan") if self.promised.is_floating_point() else 0x55
                 self.sent = torch.full_like(self.promised, poison)
-            self.work = self.owner.real_send(
-                self.group, [self.sent], self.peer_in_group, self.tag
-            )
+            self.work = self.owner.real_send(self.group, [self.sent], self.peer_in_group, self.tag)
         except BaseException as error:
             self.error = error
         self.posted.set()
@@ -189,13 +199,13 @@ class LateSend(_Transfer):
         self.job.raise_faults()
 
     def _look(self) -> Tensor | None:
-        """The memory as a tensor, None if it was freed; both what is lost and changed are faults."""
+        """The memory as a tensor, None if it was freed; a loss or a change is a fault."""
         storage = _strong(self.memory)
         if storage is None:
             self.job.fault(f"memory freed before wait(): {self.name}", may_raise=False)
             return None
         dtype, offset, shape = self.view
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             now = torch.empty(0, dtype=dtype).set_(storage, offset, shape)
             if not torch.equal(now.view(torch.uint8), self.promised.view(torch.uint8)):
                 self.job.fault(f"memory changed before wait(): {self.name}", may_raise=False)
@@ -204,9 +214,3 @@ class LateSend(_Transfer):
 
 def _strong(memory: StorageWeakRef) -> torch.UntypedStorage | None:
     return torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
-
-
-def check_contiguous(job: Job, name: str, tensor: Tensor) -> None:
-    """NCCL refuses what has holes."""
-    if not tensor.is_contiguous():
-        job.fault(f"{name}: NCCL takes contiguous tensors only, stride {tensor.stride()}")
