@@ -18,6 +18,9 @@ context.set_forkserver_preload(["megatron_croc.training.build", "megatron_croc.t
 TIMEOUT = 300
 """Seconds after which a hanging job fails."""
 
+strict: Any = None
+"""Options of tests/support/strict_device for every job; set by pytest --strict-device."""
+
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """function(*args) on every rank; its results in rank order, or the first rank's error."""
@@ -41,6 +44,8 @@ def start_ranks(
     queue: mp.Queue, function: Callable[..., Any], world_size: int, *args: Any
 ) -> list[mp.process.BaseProcess]:
     """One process per rank of a job of its own; keep `queue`, whose locks they open by name."""
+    if strict is not None:
+        function, args = _made_strict(function, args)
     port = free_port()
     processes = [
         context.Process(target=entry, args=(queue, rank, world_size, port, function, args))
@@ -49,6 +54,14 @@ def start_ranks(
     for process in processes:
         process.start()
     return processes
+
+
+def _made_strict(function: Callable[..., Any], args: tuple) -> tuple[Callable[..., Any], tuple]:
+    from tests.support.strict_device import result_of, run_strict
+
+    if function in (result_of, run_strict):
+        return function, args
+    return result_of, (strict, function, *args)
 
 
 def free_port() -> int:

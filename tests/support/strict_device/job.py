@@ -78,6 +78,8 @@ class Job:
         self._doing: str | None = None
         self._store: Any = None
         self._lock = threading.Lock()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            threading.Thread(target=self._publish, daemon=True).start()
 
     def fault(self, message: str, *, may_raise: bool = True) -> None:
         """Keep a fault, and raise it unless this thread cannot or the options say no."""
@@ -101,7 +103,6 @@ class Job:
         with self._lock:
             if self._store is None:
                 self._store = _connect()
-                threading.Thread(target=self._publish, daemon=True).start()
         return self._store
 
     @contextmanager

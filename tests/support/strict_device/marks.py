@@ -51,7 +51,7 @@ _FACTORIES = (
     "randint",
     "randperm",
 )
-_ON_DEVICE = ("SideWork.", "beside", "synchronize")
+_ON_DEVICE = ("SideWork.", "beside")
 """What of parallel/device.py takes its CUDA path here."""
 
 
@@ -156,13 +156,9 @@ class Watch(TorchDispatchMode):
         if on_device:
             if func in _READS:
                 self.marks.count_read(_READS[func])
-            elif func in _INDEXING:
-                for index in args[1]:
-                    if (
-                        index is not None
-                        and index.dtype == torch.bool
-                        and self.marks.is_device(index)
-                    ):
+            elif func in _INDEXING and not self._is_masked_fill(args):
+                for index in tensors_in(args[1]):
+                    if index.dtype == torch.bool and self.marks.is_device(index):
                         self.marks.count_read("boolean mask")
         result = func(*args, **kwargs)
         # device=cpu may come from C++, which knows no cpu:0: it says nothing.
@@ -172,6 +168,10 @@ class Watch(TorchDispatchMode):
             for tensor in tensors_in(result):
                 self.marks.put(tensor, where)
         return result
+
+    def _is_masked_fill(self, args: tuple) -> bool:
+        """x[mask] = number: torch needs no positions for it."""
+        return len(args) > 2 and args[2].numel() == 1 and not self.marks.is_device(args[2])
 
     def _check_devices(
         self, func: Any, args: tuple, on_device: list[Tensor], on_host: list[Tensor]
