@@ -51,6 +51,7 @@ _FACTORIES = (
     "randint",
     "randperm",
 )
+_PLAIN = (Tensor, torch.nn.Parameter)
 _ON_DEVICE = ("SideWork.", "beside")
 """What of parallel/device.py takes its CUDA path here."""
 
@@ -77,7 +78,7 @@ class Marks:
 
     def get(self, tensor: Tensor) -> Mark | None:
         """The mark of the tensor's memory; None if its origin is unknown or it is on neither."""
-        if not tensor.is_cpu or tensor.layout != torch.strided:
+        if not _is_plain(tensor):
             return None
         try:
             return self._of.get(memory(tensor))
@@ -96,7 +97,7 @@ class Marks:
 
     def put(self, tensor: Tensor, where: torch.device, *, anew: bool = False) -> Tensor:
         """Mark the tensor's memory, unless it has a mark and `anew` is not set."""
-        if not tensor.is_cpu or tensor.layout != torch.strided:
+        if not _is_plain(tensor):
             return tensor
         storage = tensor.untyped_storage()
         if storage._cdata in self._of and not anew:
@@ -119,7 +120,9 @@ class Marks:
 
     def check_ready(self, tensor: Tensor, operation: str) -> None:
         """A fault if the tensor's memory is still being filled."""
-        if self.copies.pending and (copy := self.copies.pending.get(memory(tensor))):
+        if not _is_plain(tensor):
+            return
+        if copy := self.copies.pending.get(memory(tensor)):
             self.job.fault(f"{operation} at {place()} reads before it is there: {copy.name}")
         mark = self.get(tensor)
         if mark is None or mark.stream is None or mark.stream is current_stream():
@@ -184,6 +187,11 @@ class Watch(TorchDispatchMode):
             f"{func} at {place()} mixes the device's {describe(on_device[0])} with the host's "
             f"{describe(on_host[0])}"
         )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has memory of its own here; a ShardedTensor of checkpoints has not."""
+    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout == torch.strided
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -285,16 +293,26 @@ def _install_methods(marks: Marks) -> None:
 
     def is_cuda(self: Tensor) -> bool:
         caller = sys._getframe(1).f_code.co_qualname
-        return real_is_cuda.__get__(self) or (
+        return _attribute(self, real_is_cuda) or (
             caller.startswith(_ON_DEVICE) and marks.is_device(self)
         )
 
+    def where(self: Tensor) -> torch.device:
+        return DEVICE if marks.is_device(self) else _attribute(self, real_device)
+
     cls.to, cls.cuda, cls.cpu, cls.copy_ = to, cuda, lambda self, *_, **__: to(self, "cpu"), copy_
     cls.tolist, cls.numpy = tolist, numpy
-    cls.device = property(
-        lambda self: DEVICE if marks.is_device(self) else real_device.__get__(self)
-    )
+    cls.device = property(where)
     cls.is_cuda = property(is_cuda)
+
+
+def _attribute(tensor: Tensor, real: Any) -> Any:
+    """A tensor's attribute as it was before it was replaced."""
+    if type(tensor) in _PLAIN:
+        return real.__get__(tensor)
+    # torch would pass a subclass our property, which ShardedTensor does not know.
+    kind = type(tensor)
+    return kind.__torch_function__(real.__get__, (kind,), (tensor,), {})
 
 
 def _marking(marks: Marks, name: str, factory: Any) -> Any:
