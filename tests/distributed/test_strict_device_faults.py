@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 
 def run(function: Callable[[], Any], size: int, **options: Any) -> list[tuple[Any, Report]]:
-    return run_distributed(run_strict, size, Options(**{"wait_s": 3, **options}), function)
+    return run_distributed(run_strict, size, Options(**options), function)
 
 
 def on_device(*shape: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def never_come() -> None:
     if join() == 0:
         dist.all_reduce(on_device(3))
     else:
-        time.sleep(5)
+        time.sleep(4)
 
 
 def reduce_another_shape() -> None:
@@ -126,7 +126,7 @@ def read_as_numpy() -> None:
 )  # fmt: skip
 def test_a_fault_is_named(function: Callable[[], None], size: int, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        run(function, size)
+        run(function, size, wait_s=3)
 
 
 def meet_late() -> list[float]:
