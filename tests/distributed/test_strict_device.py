@@ -90,10 +90,8 @@ def test_a_layout_gives_the_single_processs_numbers(
             "the channel's ends do not meet",
             "pp2",
             {},
-            "send to rank 1 .* target_channel.py.* is the first use of the communicator of ranks "
-            r"\[0, 1\] and blocks the host until ranks \[1\] use it too; .*; "
-            "rank 1: .*receive from rank 0|"
-            "receive from rank 0 .* is the first use .* rank 0: .*send to rank 1 .*target_channel",
+            r"rank \d .* is the first use of the communicator of ranks \[0, 1\] and blocks the "
+            r"host until ranks \[\d\] use it too; waited 3 s; rank \d: ",
         ),
         (
             "stages wait for the device",

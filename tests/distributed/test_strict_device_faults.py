@@ -84,6 +84,13 @@ def wait_for_the_device_with_an_open_send() -> None:
         dist.recv(on_device(5), 0)
 
 
+def send_to_nobody() -> None:
+    if join() == 0:
+        dist.isend(on_device(5), 1)
+    else:
+        time.sleep(4)
+
+
 def move_meta() -> None:
     torch.empty(3, device="meta").cuda()
 
@@ -117,6 +124,12 @@ def read_as_numpy() -> None:
             2,
             r"rank 0: torch.cuda.synchronize at .*faults.py:\d+ with an open send to rank 1 of "
             r"\[5\] float32 .* waited 3 s; rank 1: barrier|barrier.* rank 0: torch.cuda.synchr",
+        ),
+        (
+            send_to_nobody,
+            2,
+            r"rank 0: send to rank 1 of \[5\] .* is the first use of the communicator of ranks "
+            r"\[0, 1\] .* until ranks \[1\] use it too; waited 3 s; rank 1: at .*faults.py:\d+",
         ),
         (move_meta, 1, "Cannot copy out of meta tensor"),
         (mix, 1, r"mul.* mixes the device's \[3\] float32 with the host's \[3\] float32"),

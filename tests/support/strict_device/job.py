@@ -117,11 +117,15 @@ class Job:
     def others(self, ranks: list[int]) -> str:
         """Each of these ranks with what it was doing half a second ago."""
         time.sleep(0.6)
-        keys = {rank: f"strict/doing/{rank}" for rank in ranks if rank != self.rank}
-        return "; ".join(
-            f"rank {rank}: {self.store.get(key).decode() if self.store.check([key]) else 'unseen'}"
-            for rank, key in keys.items()
-        )
+        seen = {rank: self.read(f"strict/doing/{rank}") for rank in ranks if rank != self.rank}
+        return "; ".join(f"rank {rank}: {text or 'not to be seen'}" for rank, text in seen.items())
+
+    def read(self, key: str) -> str | None:
+        """An entry of the store; None if it is not there, or the store's rank has ended."""
+        try:
+            return self.store.get(key).decode() if self.store.check([key]) else None
+        except RuntimeError:
+            return None
 
     def wait(self, work: Any, what: str, ranks: list[int]) -> Any:
         """work.wait() within the time, or a fault that names both sides."""

@@ -103,11 +103,13 @@ class Transfers:
             name += "/" + "-".join(map(str, ranks))
         if name in self.communicators:
             return
-        store, until = self.job.store, time.monotonic() + self.job.options.wait_s
-        store.set(f"strict/meet/{name}/{self.job.rank}", transfer.name)
+        until, entry = time.monotonic() + self.job.options.wait_s, f"strict/meet/{name}"
+        self.job.store.set(f"{entry}/{self.job.rank}", transfer.name)
         missing = [rank for rank in ranks if rank != self.job.rank]
         with self.job.doing(f"first use of a communicator by {transfer.name}"):
-            while missing := [r for r in missing if not store.check([f"strict/meet/{name}/{r}"])]:
+            while missing := [
+                r for r in missing if self.job.read(f"strict/meet/{name}/{r}") is None
+            ]:
                 if time.monotonic() > until:
                     self.job.fault(
                         f"{transfer.name} is the first use of the communicator of ranks {ranks} "
