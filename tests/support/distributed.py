@@ -19,6 +19,9 @@ context.set_forkserver_preload(["megatron_croc.training.build", "megatron_croc.t
 TIMEOUT = 300
 """Seconds after which a hanging job fails."""
 
+strict: Any = None
+"""Options of tests/support/strict_device for every job; set by pytest --strict-device."""
+
 
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, context: BaseContext = context
@@ -48,6 +51,8 @@ def start_ranks(
     context: BaseContext = context,
 ) -> list[mp.process.BaseProcess]:
     """One process per rank of a job of its own; keep `queue`, whose locks they open by name."""
+    if strict is not None:
+        function, args = _made_strict(function, args)
     port = free_port()
     processes = [
         context.Process(  # type: ignore[attr-defined]
@@ -58,6 +63,14 @@ def start_ranks(
     for process in processes:
         process.start()
     return processes
+
+
+def _made_strict(function: Callable[..., Any], args: tuple) -> tuple[Callable[..., Any], tuple]:
+    from tests.support.strict_device import result_of, run_strict
+
+    if function in (result_of, run_strict):
+        return function, args
+    return result_of, (strict, function, *args)
 
 
 def free_port() -> int:
