@@ -61,7 +61,7 @@ def deal_out(model_state: dict[str, Any], group: dist.ProcessGroup) -> set[Tenso
         if any(others):
             continue  # another tensor-parallel rank or pipeline stage writes it
         loads[owner] += _bytes(entry)
-        if owner == rank:
+        if owner == rank and entry.data is not None:
             mine.add(entry.data)
     return mine
 
@@ -183,7 +183,7 @@ def _pieces(
     group = part.data_parallel_group
     size = group.size()
     slice_numel = bucket_numel // size
-    step = max(1, MAX_GATHERED // size)
+    step = max(1, MAX_GATHERED // (size * len(STATE_NAMES)))
     for start in range(0, slice_numel, step):
         length = min(step, slice_numel - start)
         own = {

@@ -103,7 +103,7 @@ def test_all_is_written_once_as_megatron_would_and_by_everyone(world_size: int, 
     for result in results:
         assert not ours.keys() & result["ours"].keys()
         ours |= result["ours"]
-        assert result["gathered"] and max(result["gathered"]) <= max_gathered
+        assert result["gathered"] and 3 * max(result["gathered"]) <= max_gathered
     theirs = {key: piece for result in results for key, piece in result["theirs"].items()}
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
