@@ -1,5 +1,6 @@
 # make quickstart   train the three stages of a tiny Croc on the CPU; ARGS=--long: until it looks
 # make test         every test a CPU can run
+# make libraries    tests against the real Python of Transformer Engine and flash-attn (10 MB from PyPI)
 # make check        what a change must pass: lint, format, types, layers, tests, installation
 # make clean        remove .venv and everything that was made
 
@@ -15,13 +16,17 @@ BIN := $(VENV)/bin
 # One thread per process: distributed tests start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test libraries check clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+libraries: $(READY)
+	PYTHON=$(BIN)/python tests/support/fetch_libraries.sh
+	$(BIN)/python -m pytest -m libraries tests/libraries
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_croc.config.base import raise_faults
+from megatron_croc.config.fp8 import fp8_gathered_unit, fp8_unit
 from megatron_croc.config.layout_checks import find_layout_faults
 from megatron_croc.config.logging_checks import find_logging_faults
 from megatron_croc.config.reliability import WATCHDOG_MARGIN
@@ -146,7 +147,7 @@ def _precision_faults(run: RunConfig) -> Iterator[str]:
             "Engine's; set transformer_impl to te, or unset fp8_format"
         )
     tp = run.parallel.tensor_model_parallel_size
-    unit = 32 if training.fp8_recipe == "mxfp8" else 16
+    unit, gathered = fp8_unit(run), fp8_gathered_unit(run)
     for name, size in {
         "hidden_size": llm.hidden_size,
         "ffn_hidden_size": llm.ffn_hidden_size,
@@ -156,6 +157,11 @@ def _precision_faults(run: RunConfig) -> Iterator[str]:
                 f"{name}={size}: fp8_recipe={training.fp8_recipe} takes multiples of {unit} on "
                 f"each of {tp} tensor-parallel ranks; unset fp8_format"
             )
+    if llm.hidden_size % gathered:
+        yield (
+            f"hidden_size={llm.hidden_size}: fp8_recipe={training.fp8_recipe} with "
+            f"sequence_parallel takes multiples of {gathered}; use fp8_recipe=tensorwise"
+        )
 
 
 def trains_nothing(run: RunConfig) -> bool:
@@ -203,10 +209,11 @@ def _optimizer_faults(run: RunConfig) -> Iterator[str]:
                 f"{name}={rates[name]} for a part that {flag} keeps from training: "
                 f"set {name} to none, or unset {flag}"
             )
-    if not 0.0 < optimizer.optimizer_offload_fraction <= 1.0:
+    if optimizer.optimizer_cpu_offload:
         yield (
-            f"optimizer_offload_fraction={optimizer.optimizer_offload_fraction}: must be above 0 "
-            "and at most 1"
+            "optimizer_cpu_offload=True: megatron's hybrid optimizer never copies the loaded "
+            "weights to the host, so its first step throws them away, and it cannot resume; leave "
+            "it off and use more data-parallel ranks, which share the optimizer's state"
         )
     if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
         yield "overlap_param_gather needs overlap_grad_reduce: set both or neither"

@@ -127,10 +127,7 @@ class OptimizerConfig:
     """Cut optimizer state over the data-parallel ranks; always on, the flag is megatron's."""
 
     optimizer_cpu_offload: bool = False
-    """Keep optimizer state and its update on the host (megatron's hybrid optimizer; needs CUDA)."""
-
-    optimizer_offload_fraction: float = 1.0
-    """With optimizer_cpu_offload: share of the parameters whose state lives on the host."""
+    """Keep optimizer state on the host; always refused, the flag is megatron's (see checks.py)."""
 
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""

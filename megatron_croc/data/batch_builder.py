@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from megatron_croc.config.fp8 import fp8_gathered_unit
 from megatron_croc.config.model import MaskType
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.bad_samples import BadSampleError
@@ -48,16 +49,16 @@ def row_multiple(run: RunConfig) -> int:
     """What a packed row's length must be divisible by.
 
     Context parallelism cuts it into 2 * CP chunks (each rank takes two, for balance); sequence
-    parallelism cuts each rank's share into TP pieces; fp8 products take 16 rows at a time (32 with
-    mxfp8), on every rank.
+    parallelism cuts each rank's share into TP pieces; fp8 products take 16 rows or more at a
+    time, on every rank.
     """
-    parallel, training = run.parallel, run.training
+    parallel = run.parallel
     cp = parallel.context_parallel_size
     tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     cut = math.lcm(tp * cp, 2 * cp if cp > 1 else 1)
-    if training.fp8_format is None:
+    if run.training.fp8_format is None:
         return cut
-    return math.lcm(cut, tp * cp * (32 if training.fp8_recipe == "mxfp8" else 16))
+    return math.lcm(cut, tp * cp * fp8_gathered_unit(run))
 
 
 class BatchBuilder:

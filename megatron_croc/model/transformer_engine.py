@@ -1,8 +1,8 @@
 """Transformer Engine's linear layers, when they are wanted and there.
 
 TE fuses each norm with the linear layer behind it and can run the matrix products in fp8. Its
-attention is never used: the core attention is ours (ops/attention). Nothing here has been run with
-Transformer Engine so far; the tests stand modules of the same names in its place.
+attention is never used: the core attention is ours (ops/attention). Nothing here has been run on a
+GPU so far; tests/libraries runs Transformer Engine's own Python over a made-up extension.
 """
 
 import functools
@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError, first_line
+from megatron_croc.libraries import name_unknown_version
 from megatron_croc.parallel.device import has_cuda
 
 Implementation = Literal["local", "te"]
@@ -43,6 +44,7 @@ def resolve_transformer_impl(run: RunConfig) -> Implementation:
         return "local"
     reason = te_fault()
     if reason is None:
+        name_unknown_version("transformer-engine")
         return "te"
     if wanted == "te" or run.training.fp8_format is not None:
         setting = (

@@ -9,12 +9,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import ConfigError
 from megatron_croc.model.parameters import PARTS
 from megatron_croc.model.transformer_configs import params_dtype
-from megatron_croc.parallel.device import has_cuda
 from megatron_croc.parallel.stopwatch import region
-from megatron_croc.training.torch_adam import adopt_torch_adam
+from megatron_croc.training.distributed_adam import adopt_adam
+from megatron_croc.training.grad_norm import adopt_norm
 
 
 def learning_rates(run: RunConfig) -> dict[str, float]:
@@ -34,10 +33,6 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """megatron-core's distributed AdamW over the DDP-wrapped model chunks."""
     config = run.optimizer
-    if config.optimizer_cpu_offload and not has_cuda():
-        raise ConfigError(
-            "optimizer_cpu_offload=True: there is no GPU to offload from; unset it on a CPU"
-        )
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -52,15 +47,14 @@ def build_optimizer(
             params_dtype=params_dtype(run),
             use_distributed_optimizer=True,
             overlap_param_gather=config.overlap_param_gather,
-            optimizer_cpu_offload=config.optimizer_cpu_offload,
-            optimizer_offload_fraction=config.optimizer_offload_fraction,
         ),
         chunks,  # type: ignore[arg-type]
         config_overrides=_overrides(run),
         use_gloo_process_groups=False,
         pg_collection=pg_collection,
     )
-    adopt_torch_adam(optimizer)
+    adopt_adam(optimizer)
+    adopt_norm()
     return optimizer
 
 

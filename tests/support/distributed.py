@@ -10,6 +10,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from typing import Any
 
 context = mp.get_context("forkserver")
@@ -19,10 +20,12 @@ TIMEOUT = 300
 """Seconds after which a hanging job fails."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, context: BaseContext = context
+) -> list[Any]:
     """function(*args) on every rank; its results in rank order, or the first rank's error."""
     queue: mp.Queue = context.Queue()
-    processes = start_ranks(queue, function, world_size, *args)
+    processes = start_ranks(queue, function, world_size, *args, context=context)
     results: dict[int, Any] = {}
     try:
         while len(results) < world_size:
@@ -38,12 +41,18 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 
 
 def start_ranks(
-    queue: mp.Queue, function: Callable[..., Any], world_size: int, *args: Any
+    queue: mp.Queue,
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    context: BaseContext = context,
 ) -> list[mp.process.BaseProcess]:
     """One process per rank of a job of its own; keep `queue`, whose locks they open by name."""
     port = free_port()
     processes = [
-        context.Process(target=entry, args=(queue, rank, world_size, port, function, args))
+        context.Process(  # type: ignore[attr-defined]
+            target=entry, args=(queue, rank, world_size, port, function, args)
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 
 from megatron_croc.cli.doctor.finding import Finding
+from megatron_croc.libraries import KNOWN
 
 REQUIRED = (
     "torch",
@@ -35,11 +36,12 @@ OPTIONAL = {
 """Distribution -> what it is used for."""
 
 _MODULES = {
-    "transformer-engine": "transformer_engine",
-    "flash-attn": "flash_attn",
-    "flash-attn-3": "flash_attn_interface",
-    "nvidia-dali": "nvidia.dali",
+    "transformer-engine": ("transformer_engine",),
+    "flash-attn": ("flash_attn",),  # the package alone, so that one that does not import is seen
+    "flash-attn-3": KNOWN["flash-attn-3"].modules,
+    "nvidia-dali": ("nvidia.dali",),
 }
+"""Distribution -> its module, or the modules it may be."""
 
 
 def look_at_packages() -> Iterator[Finding]:
@@ -55,8 +57,8 @@ def look_at_packages() -> Iterator[Finding]:
 
 
 def _optional(name: str, purpose: str) -> Finding:
-    module = _MODULES.get(name, name)
-    if not _is_there(module):
+    module = next(filter(_is_there, _MODULES.get(name, (name,))), None)
+    if module is None:
         return Finding("ok", name, f"not installed ({purpose})")
     found = _version_of(module) or "installed"
     if name == "apex" and not _is_nvidia_apex():

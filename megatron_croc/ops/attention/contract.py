@@ -32,6 +32,11 @@ class Flash(Protocol):
         """What the log calls it."""
         ...
 
+    @property
+    def distribution(self) -> str | None:
+        """The package it comes from, by its name in `libraries.KNOWN`; None: torch or this one."""
+        ...
+
     def fault(self, query: Tensor) -> str | None:
         """Why the kernels cannot run on tensors like `query`; None when they can."""
         ...

@@ -18,6 +18,7 @@ class EmulatedFlash:
     """
 
     name = "emulated flash"
+    distribution = None
 
     def fault(self, query: Tensor) -> str | None:
         """It is for CPUs; a GPU without flash kernels has better backends than the flip."""

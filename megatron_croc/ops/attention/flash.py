@@ -5,7 +5,7 @@ log-sum-exp is a by-product; the flip needs one that takes the (out, lse) it is 
 
 | kernels      | functions                                        | arguments as in              |
 |--------------|--------------------------------------------------|------------------------------|
-| flash-attn 3 | flash_attn_interface._flash_attn_*               | flash-attn tag 2.8.3 and main |
+| flash-attn 3 | [flash_attn_3.]flash_attn_interface._flash_attn_* | flash-attn tag 2.8.3 and main |
 | flash-attn 2 | flash_attn.flash_attn_interface._..._varlen_*    | flash-attn 2.7.0 to 2.8.3    |
 | torch flash  | torch.ops.aten._flash_attention_*                | torch 2.13                   |
 
@@ -18,11 +18,13 @@ import functools
 import importlib
 import logging
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_croc.libraries import KNOWN, name_unknown_version
 from megatron_croc.log import get_logger, log_once
 from megatron_croc.ops.attention.contract import QKV, Flash
 from megatron_croc.ops.attention.emulated_flash import EMULATED
@@ -40,6 +42,8 @@ def choose_flash(query: Tensor) -> Flash | None:
     for flash in (*_KERNELS, EMULATED):
         reason = flash.fault(query)
         if reason is None:
+            if flash.distribution is not None:
+                name_unknown_version(flash.distribution)
             return flash
         if query.is_cuda:
             log_once(get_logger(__name__), logging.INFO, "%s is not used: %s", flash.name, reason)
@@ -59,17 +63,18 @@ class FlashAttention3:
     """
 
     name = "flash-attn 3"
+    distribution = "flash-attn-3"
 
     def fault(self, query: Tensor) -> str | None:
         """Why it cannot run on tensors like `query`."""
-        reason = _kernel_fault(query) or _missing("flash_attn_interface")
+        reason = _kernel_fault(query) or _missing(self.distribution)
         if reason is None and _capability(query.device)[0] != 9:
             return f"compute capability {_capability(query.device)}, it needs 9 (Hopper)"
         return reason
 
     def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """See `Flash`."""
-        out, lse, *_ = importlib.import_module("flash_attn_interface")._flash_attn_forward(
+        out, lse, *_ = _kernels(self.distribution)._flash_attn_forward(
             *inputs,
             *(None,) * 4,  # new keys and values, qv, out
             *(call.cu_queries, call.cu_keys),
@@ -92,7 +97,7 @@ class FlashAttention3:
     ) -> QKV:
         """See `Flash`."""
         grads = _unwritten(inputs)
-        importlib.import_module("flash_attn_interface")._flash_attn_backward(
+        _kernels(self.distribution)._flash_attn_backward(
             *(grad, *inputs, out, lse),
             *(call.cu_queries, call.cu_keys),
             *(None, None),  # used lengths
@@ -109,16 +114,15 @@ class FlashAttention2:
     """The flash-attn package, 2.7 or later."""
 
     name = "flash-attn 2"
+    distribution = "flash-attn"
 
     def fault(self, query: Tensor) -> str | None:
         """Why it cannot run on tensors like `query`."""
-        return _kernel_fault(query) or _missing(
-            "flash_attn.flash_attn_interface", "flash-attn", (2, 7)
-        )
+        return _kernel_fault(query) or _missing(self.distribution) or _too_old(self.distribution)
 
     def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """See `Flash`."""
-        kernels = importlib.import_module("flash_attn.flash_attn_interface")
+        kernels = _kernels(self.distribution)
         out, lse, *_ = kernels._flash_attn_varlen_forward(
             *inputs, **self._common(call, softmax_scale)
         )
@@ -134,7 +138,7 @@ class FlashAttention2:
         softmax_scale: float,
     ) -> QKV:
         """See `Flash`."""
-        kernels = importlib.import_module("flash_attn.flash_attn_interface")
+        kernels = _kernels(self.distribution)
         grads = _unwritten(inputs)
         kernels._flash_attn_varlen_backward(
             *(grad, *inputs, out, lse, *grads),
@@ -165,6 +169,7 @@ class TorchFlash:
     """The flash kernels inside torch (aten)."""
 
     name = "torch flash"
+    distribution = None
 
     def fault(self, query: Tensor) -> str | None:
         """Why it cannot run on tensors like `query`."""
@@ -224,19 +229,41 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.get_device_module(device).get_device_capability(device)
 
 
+def _missing(distribution: str) -> str | None:
+    """Why `distribution` cannot be imported; None when it can."""
+    found = _import(distribution)
+    return found if isinstance(found, str) else None
+
+
 @functools.cache
-def _missing(
-    module: str, distribution: str | None = None, at_least: tuple[int, int] = (0, 0)
-) -> str | None:
-    """Why `module` cannot be imported, or is too old; None when it can."""
+def _import(distribution: str) -> ModuleType | str:
+    """The first module of `distribution` that imports, or why none does."""
+    reasons: list[str] = []
+    for module in KNOWN[distribution].modules:
+        try:
+            return importlib.import_module(module)
+        except (ImportError, OSError) as error:
+            reasons.append(f"{module} cannot be imported ({error})")
+    return ", ".join(reasons)
+
+
+def _kernels(distribution: str) -> Any:
+    """The module of the kernels, after `fault` has said that it is there."""
+    found = _import(distribution)
+    assert isinstance(found, ModuleType), found
+    return found
+
+
+@functools.cache
+def _too_old(distribution: str) -> str | None:
+    """Why the installed version of `distribution` has another interface; None when it has not."""
+    least = KNOWN[distribution].first
     try:
-        importlib.import_module(module)
-        if distribution is not None:
-            found = version(distribution)
-            if tuple(int(part) for part in found.split(".")[:2]) < at_least:
-                return f"{distribution} {found} is too old, it takes {'.'.join(map(str, at_least))}"
-    except (ImportError, OSError, PackageNotFoundError) as error:
-        return f"{module} cannot be imported ({error})"
+        found = version(distribution)
+    except PackageNotFoundError as error:
+        return f"its version is not known ({error})"
+    if tuple(int(part) for part in found.split(".")[:2]) < least:
+        return f"{distribution} {found} is too old, it takes {'.'.join(map(str, least))}"
     return None
 
 

@@ -90,7 +90,13 @@ IMPOSSIBLE = [
     ("--vision-lr 1e-6", 1, "vision_lr=1e-06 for a part that freeze_ViT"),
     ("--freeze-projector", 1, "projector_lr=0.002 for a part that freeze_projector"),
     ("--overlap-param-gather", 1, "overlap_param_gather needs overlap_grad_reduce"),
-    ("--optimizer-offload-fraction 0", 1, "optimizer_offload_fraction=0.0"),
+    (
+        "--fp8-format hybrid --bf16 --fp8-recipe blockwise --hidden-size 192 --sequence-parallel "
+        "--tensor-model-parallel-size 2",
+        2,
+        "hidden_size=192: fp8_recipe=blockwise with sequence_parallel takes multiples of 128",
+    ),
+    ("--optimizer-cpu-offload", 1, "optimizer_cpu_offload=True: megatron's hybrid optimizer"),
     ("--no-use-distributed-optimizer", 1, "use_distributed_optimizer=False"),
     ("--eval-interval 5", 1, "eval_interval=5 without valid_data_path"),
     ("--exit-interval 0", 1, "exit_interval=0"),

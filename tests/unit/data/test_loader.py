@@ -264,6 +264,10 @@ def test_rows_are_padded_for_the_layout(dataset, make_run):
     assert row_multiple(run) == 96
     run.training.fp8_recipe = "mxfp8"
     assert row_multiple(run) == 192
+    run.training.fp8_recipe = "blockwise"  # sequence parallelism gathers blocks of 128 rows a rank
+    assert row_multiple(run) == 768
+    run.parallel.sequence_parallel = False
+    assert row_multiple(run) == 32
 
 
 def test_impossible_layouts_are_refused(dataset, make_run):

@@ -10,10 +10,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from megatron_croc.ops.attention import flash as flash_module
 from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
-from megatron_croc.ops.attention.flash import FlashAttention2, FlashAttention3, TorchFlash
+from megatron_croc.ops.attention.flash import (
+    FlashAttention2,
+    FlashAttention3,
+    TorchFlash,
+    _import,
+    choose_flash,
+)
 from megatron_croc.ops.attention.flip import attend_flip
 from megatron_croc.ops.mixed_mask import MixedMask
 
@@ -103,6 +110,13 @@ def flash_attn_3():
     return _flash_attn_forward, _flash_attn_backward
 
 
+@pytest.fixture(autouse=True)
+def import_anew():
+    _import.cache_clear()
+    yield
+    _import.cache_clear()
+
+
 def draw(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     drawn = (torch.randn(36, n, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
@@ -114,12 +128,13 @@ def draw(dtype=torch.float32):
     [
         (FlashAttention2(), "flash_attn.flash_attn_interface", flash_attn_2()),
         (FlashAttention3(), "flash_attn_interface", flash_attn_3()),
+        (FlashAttention3(), "flash_attn_3.flash_attn_interface", flash_attn_3()),
     ],
-    ids=["2", "3"],
+    ids=["2", "3", "3 as Transformer Engine installs it"],
 )
 def test_flash_attn_is_called_as_it_is_published(monkeypatch, flash, module, functions):
-    parent = ModuleType("flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", parent)
+    package = module.partition(".")[0]
+    monkeypatch.setitem(sys.modules, package, ModuleType(package))
     stand_in = ModuleType(module)
     for function in functions:
         setattr(stand_in, function.__name__, function)
@@ -143,3 +158,13 @@ def test_torchs_own_functions_take_the_call():
     assert out.shape == inputs.query.shape and lse.shape == (4, 36)
     grads = flash.backward(torch.empty_like(out), inputs, out, lse, call, 0.125)
     assert [x.shape for x in grads] == [x.shape for x in inputs]
+
+
+def test_the_version_of_the_chosen_kernels_is_looked_at(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(flash_module, "name_unknown_version", looked_at.append)
+    assert choose_flash(torch.empty(4, 2, 16)) is EMULATED
+    assert looked_at == []
+    monkeypatch.setattr(FlashAttention2, "fault", lambda self, query: None)
+    assert choose_flash(torch.empty(4, 2, 16)).name == "flash-attn 2"
+    assert looked_at == ["flash-attn"]

@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 
-from megatron_croc.errors import ConfigError
 from tests.support.synthetic import make_step, tiny_run
 
 RATES = {
@@ -202,9 +201,3 @@ def test_frozen_parts_do_not_move_and_have_no_reported_rate(pg_collection):
     for name, parameter in parameters_of(trainer).items():
         is_frozen = name.startswith("vision_tower.")
         assert torch.equal(parameter, before[name]) == is_frozen, name
-
-
-def test_offload_is_refused_without_a_gpu(pg_collection):
-    run = tiny_run("pretrain_croc", optimizer_cpu_offload=True)
-    with pytest.raises(ConfigError, match="optimizer_cpu_offload=True: there is no GPU"):
-        build(run, pg_collection)

@@ -1,0 +1,73 @@
+"""Optional GPU libraries and the versions of them this code was written against.
+
+Their interfaces are partly private and change without notice, so another version is named once,
+with what is assumed of it. tests/libraries checks the ends of each range against their own Python.
+"""
+
+import functools
+import logging
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+from megatron_croc.log import get_logger, log_on_rank_zero
+
+
+class Known(NamedTuple):
+    """A range of versions, and what is taken from them."""
+
+    first: tuple[int, int]
+    """Oldest major and minor version."""
+
+    last: tuple[int, int]
+    """Newest one."""
+
+    modules: tuple[str, ...]
+    """What is imported of it: the first of these that is there."""
+
+    assumed: str
+    """What of it this code relies on."""
+
+
+KNOWN = {
+    "transformer-engine": Known(
+        first=(2, 8),
+        last=(2, 20),
+        modules=("transformer_engine",),
+        assumed="the names of its layers' parameters and the state of its FusedAdam",
+    ),
+    "flash-attn": Known(
+        first=(2, 7),
+        last=(2, 8),
+        modules=("flash_attn.flash_attn_interface",),
+        assumed="the arguments of _flash_attn_varlen_forward and _backward",
+    ),
+    "flash-attn-3": Known(
+        first=(3, 0),
+        last=(3, 0),
+        # Its own setup.py puts it at the top, Transformer Engine's instructions in a package.
+        modules=("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
+        assumed="the arguments of _flash_attn_forward and _backward",
+    ),
+}
+"""Distribution -> what is known of it."""
+
+
+@functools.cache
+def name_unknown_version(distribution: str) -> None:
+    """Warn once if the installed version of `distribution` is not among the known ones."""
+    known = KNOWN[distribution]
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:  # built from sources, without metadata
+        found = "without a version"
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers and known.first <= tuple(int(n) for n in numbers.groups()) <= known.last:
+        return
+    first, last = ("{}.{}".format(*edge) for edge in (known.first, known.last))
+    log_on_rank_zero(
+        get_logger(__name__),
+        logging.WARNING,
+        "%s %s is none of the known versions (%s to %s): %s are assumed to be those of %s",
+        *(distribution, found, first, last, known.assumed, last),
+    )

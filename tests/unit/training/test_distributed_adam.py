@@ -1,0 +1,105 @@
+"""Checkpoints go from any AdamW to any other (Transformer Engine's own: tests/libraries)."""
+
+import itertools
+from pathlib import Path
+
+import megatron.core.optimizer as megatron_optimizer
+import pytest
+import torch
+from megatron.core.optimizer import distrib_optimizer
+
+from tests.support.synthetic import make_step, tiny_run
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW in the form of Transformer Engine's and apex's: what it keeps, and where."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
+        assert adam_w_mode
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "bias_correction": True,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            assert group["bias_correction"]
+            group["step"] = count = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                assert state.keys() <= {"exp_avg", "exp_avg_sq"}
+                mean = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                square = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                if parameter.grad is None:
+                    continue
+                mean.lerp_(parameter.grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+                deviation = (square / (1 - beta2**count)).sqrt_().add_(group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1**count))
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Choose the AdamW that megatron finds on the machine."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", name == "torch")
+        for module in (megatron_optimizer, distrib_optimizer):
+            monkeypatch.setattr(module, "Adam", torch.optim.AdamW if name == "torch" else FusedAdam)
+
+    return choose
+
+
+def build(run, groups):
+    from megatron_croc.training.build import build_trainer
+
+    return build_trainer(run, groups, train_iters=10)
+
+
+def train(trainer, until: int) -> None:
+    for number in range(trainer.state.iteration, until):
+        batches = make_step(trainer.run, number, dp_rank=0, dp_size=1)
+        trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+        trainer.state.iteration = number + 1
+
+
+@pytest.mark.parametrize("saved_at", [0, 2])
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(("torch", "fused"), repeat=2)))
+def test_a_run_goes_on_with_another_adam(
+    pg_collection, tmp_path: Path, use, before, after, saved_at
+):
+    from megatron_croc.checkpoint.saving import save_checkpoint
+
+    save = str(tmp_path / "checkpoints")
+    run = tiny_run(save=save, lr=1e-3, weight_decay=0.1, lr_warmup_fraction=0.0)
+    use(before)
+    first = build(run, pg_collection)
+    train(first, saved_at)
+    save_checkpoint(run, first.state, first.chunks, first.optimizer, pg_collection)
+    train(first, saved_at + 2)
+
+    run.checkpoint.load = save
+    use(after)
+    second = build(run, pg_collection)
+    assert second.state.iteration == saved_at
+    inner = second.optimizer.chained_optimizers[0].optimizer
+    assert type(inner).__name__ == ("AdamW" if after == "torch" else "FusedAdam")
+    own = {"amsgrad"} if after == "torch" else {"bias_correction"}
+    assert all({"amsgrad", "bias_correction"} & group.keys() == own for group in inner.param_groups)
+    train(second, saved_at + 2)
+    assert {group["step"] for group in inner.param_groups} == {saved_at + 2}
+    expected = dict(first.chunks[0].module.named_parameters())
+    for name, parameter in second.chunks[0].module.named_parameters():
+        # A step moves a weight by about the rate, 1e-3.
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-6, msg=name)
