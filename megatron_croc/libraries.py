@@ -28,6 +28,19 @@ class Known(NamedTuple):
     assumed: str
     """What of it this code relies on."""
 
+    @property
+    def range(self) -> str:
+        """2.8 to 2.20."""
+        return " to ".join("{}.{}".format(*edge) for edge in (self.first, self.last))
+
+    def covers(self, found: str) -> bool:
+        """Whether a version is within the range; one that is not a number is not."""
+        numbers = re.match(r"(\d+)\.(\d+)", found)
+        return (
+            numbers is not None
+            and self.first <= tuple(int(number) for number in numbers.groups()) <= self.last
+        )
+
 
 KNOWN = {
     "transformer-engine": Known(
@@ -61,13 +74,11 @@ def name_unknown_version(distribution: str) -> None:
         found = version(distribution)
     except PackageNotFoundError:  # built from sources, without metadata
         found = "without a version"
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers and known.first <= tuple(int(n) for n in numbers.groups()) <= known.last:
+    if known.covers(found):
         return
-    first, last = ("{}.{}".format(*edge) for edge in (known.first, known.last))
     log_on_rank_zero(
         get_logger(__name__),
         logging.WARNING,
-        "%s %s is none of the known versions (%s to %s): %s are assumed to be those of %s",
-        *(distribution, found, first, last, known.assumed, last),
+        "%s %s is none of the known versions (%s): %s are assumed to be those of %s",
+        *(distribution, found, known.range, known.assumed, "{}.{}".format(*known.last)),
     )

@@ -12,6 +12,10 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 # Tensors handed to NCCL are freed by reference counts, not held until an event is seen: less memory.
 export TORCH_NCCL_AVOID_RECORD_STREAMS=${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}
 
+# float32 products stay float32's. NVIDIA's images set it to 1 (so what is there is not kept): TF32
+# changes token assignments.
+export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
+
 # NVLink SHARP buffers cost up to some GB per GPU; off unless the network team says otherwise.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
@@ -19,6 +23,8 @@ export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # The flight recorder keeps the last collectives of every rank and writes them when one times out.
+# The size has two names, the first of newer versions of torch.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_croc.checkpoint.choosing import open_for_resume, open_for_start
 from megatron_croc.checkpoint.safe_reading import load_state, read_index
+from megatron_croc.checkpoint.shares import deal_out, state_to_load, state_to_save
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CheckpointError, first_line
@@ -39,9 +40,6 @@ FRESH_PARTS = ("prompt_pool.", "reconstruction_head.")
 
 def _metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
     return {
-        # The only optimizer format that can be saved with torch's AdamW and loaded at any layout.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": pg_collection.dp_cp,
     }
@@ -55,11 +53,6 @@ def _model_state(chunks: Sequence[nn.Module], metadata: dict[str, Any]) -> dict[
     }
 
 
-def _flat(model_state: dict[str, Any]) -> dict[str, Any]:
-    """All chunks' entries in one dict, for the optimizer."""
-    return {f"{chunk}.{k}": v for chunk, state in model_state.items() for k, v in state.items()}
-
-
 def _unwrap(chunk: nn.Module) -> nn.Module:
     return chunk.module if hasattr(chunk, "ddp_config") else chunk  # type: ignore[return-value]
 
@@ -68,10 +61,9 @@ def checkpoint_content(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, pg_collection: ProcessGroupCollection
 ) -> dict[str, Any]:
     """megatron's sharded state of weights and optimizer; every rank must ask for it."""
-    metadata = _metadata(pg_collection)
-    model_state = _model_state(chunks, metadata)
-    optimizer_state = optimizer.sharded_state_dict(_flat(model_state), metadata=metadata)
-    return {**model_state, "optimizer": optimizer_state}
+    model_state = _model_state(chunks, _metadata(pg_collection))
+    mine = deal_out(model_state, pg_collection.dp_cp)
+    return {**model_state, "optimizer": state_to_save(optimizer, model_state, mine)}
 
 
 def load_checkpoint(
@@ -104,15 +96,9 @@ def _resume(
             f"{folder} was written by stage {state.stage}, this run is {run.stage}; to start "
             f"this stage from its weights use --pretrained-checkpoint {folder.parent}"
         )
-    metadata = _metadata(pg_collection)
-    model_state = _model_state(chunks, metadata)
+    model_state = _model_state(chunks, _metadata(pg_collection))
     _check_fit(folder, model_state, fresh=())
-    content = {
-        **model_state,
-        "optimizer": optimizer.sharded_state_dict(
-            _flat(model_state), is_loading=True, metadata=metadata
-        ),
-    }
+    content = {**model_state, "optimizer": state_to_load(optimizer, model_state)}
     loaded = _load(content, folder)
     _load_chunks(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])

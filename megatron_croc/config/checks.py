@@ -14,6 +14,7 @@ from megatron_croc.config.base import raise_faults
 from megatron_croc.config.fp8 import fp8_gathered_unit, fp8_unit
 from megatron_croc.config.layout_checks import find_layout_faults
 from megatron_croc.config.logging_checks import find_logging_faults
+from megatron_croc.config.reliability import WATCHDOG_MARGIN
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, log_on_rank_zero
 
@@ -43,6 +44,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
         *_precision_faults(run),
         *_optimizer_faults(run),
         *_croc_faults(run),
+        *_timeout_faults(run),
         *_checkpoint_faults(run),
         *find_logging_faults(run, world_size, for_training=for_training),
     ]
@@ -64,6 +66,8 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         "keep_every": run.checkpoint.keep_every,
         "prefetch_factor": run.data.prefetch_factor,
         "distributed_timeout_minutes": run.parallel.distributed_timeout_minutes,
+        "stall_timeout_minutes": run.reliability.stall_timeout_minutes,
+        "first_step_timeout_minutes": run.reliability.first_step_timeout_minutes,
         "exit_duration_in_mins": run.reliability.exit_duration_in_mins,
         "exit_interval": run.reliability.exit_interval,
     }.items():
@@ -241,6 +245,21 @@ def _croc_faults(run: RunConfig) -> Iterator[str]:
         )
     if not 0 <= reconstruction.reconstruction_dropout < 1:
         yield f"reconstruction_dropout={reconstruction.reconstruction_dropout}: must be in [0, 1)"
+
+
+def _timeout_faults(run: RunConfig) -> Iterator[str]:
+    """The watchdog must end a rank, and so name it, before torch ends the others' collective."""
+    timeout = run.parallel.distributed_timeout_minutes
+    for name, limit in {
+        "stall_timeout_minutes": run.reliability.stall_timeout_minutes,
+        "first_step_timeout_minutes": run.reliability.first_step_timeout_minutes,
+    }.items():
+        if timeout < WATCHDOG_MARGIN * limit:
+            yield (
+                f"distributed_timeout_minutes={timeout}: torch would give up before the watchdog "
+                f"can name the rank that is waited for; set it to {WATCHDOG_MARGIN} x {name}="
+                f"{limit} = {WATCHDOG_MARGIN * limit:g} or more, or lower {name}"
+            )
 
 
 def _checkpoint_faults(run: RunConfig) -> Iterator[str]:

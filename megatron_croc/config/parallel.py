@@ -28,8 +28,9 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = None
     """Language-model layers of the last pipeline stage, which also runs both losses."""
 
-    distributed_timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run, and so does a rank that stands still as long."""
+    distributed_timeout_minutes: float = 30.0
+    """torch ends the run when a collective takes longer. It cannot say which rank was waited for;
+    the watchdog of `reliability` can, so its limits must be shorter."""
 
     @property
     def model_parallel_size(self) -> int:

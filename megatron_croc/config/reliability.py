@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+WATCHDOG_MARGIN = 1.5
+"""A rank whose watchdog cannot run is ended at this multiple of its limit; torch waits longer."""
+
 
 @dataclass(kw_only=True)
 class ReliabilityConfig:
@@ -9,6 +12,12 @@ class ReliabilityConfig:
 
     SIGTERM and SIGUSR1 on any rank always end the run after the step under way, with a checkpoint.
     """
+
+    stall_timeout_minutes: float = 10.0
+    """The watchdog ends a rank that stands still longer in one phase of a step, and names it."""
+
+    first_step_timeout_minutes: float = 20.0
+    """The same in a run's first step, in which kernels are compiled and tuned."""
 
     exit_duration_in_mins: float | None = None
     """Stop after this many minutes of training, with a checkpoint; None: never."""

@@ -45,6 +45,7 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
+        create_gloo_process_groups=False,  # for optimizer state gathered over hosts, as ours is not
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

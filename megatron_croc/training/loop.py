@@ -48,7 +48,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
     with (
-        watch_over(run),
+        watch_over(run, first_step=state.iteration + 1),
         stop_requests(run.reliability) as stop,
         open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder,
     ):

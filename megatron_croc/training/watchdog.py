@@ -4,7 +4,8 @@
     ... holding the GIL     faulthandler's timer, a thread outside Python, does the same
     a peer is gone          the collective fails; the last beats of all ranks say which and where
 
-A thread that wakes ten times within the timeout is all it costs.
+A thread that wakes ten times within the timeout is all it costs. torch's own timeout is longer: it
+only knows that a collective was not joined, not by whom.
 """
 
 import faulthandler
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_croc.config.reliability import WATCHDOG_MARGIN
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError, RunError, first_line
 from megatron_croc.log import get_logger, rank, world_size
@@ -43,8 +45,12 @@ def run_folder(run: RunConfig) -> Path | None:
 
 
 @contextmanager
-def watch_over(run: RunConfig) -> Iterator[None]:
+def watch_over(run: RunConfig, *, first_step: int) -> Iterator[None]:
     """Keep a heartbeat and a watchdog while the body trains.
+
+    Args:
+        run: the run.
+        first_step: the iteration it begins with, which may take longer than the others.
 
     Raises:
         RunError: in place of a foreign error (a collective's) when other ranks are lost; says
@@ -53,7 +59,12 @@ def watch_over(run: RunConfig) -> Iterator[None]:
     root = run_folder(run)
     folder = None if root is None else root / "heartbeats"
     open_heartbeat(folder)
-    watchdog = _Watchdog(folder, limit=60.0 * run.parallel.distributed_timeout_minutes)
+    watchdog = _Watchdog(
+        folder,
+        limit=60.0 * run.reliability.stall_timeout_minutes,
+        first_step=first_step,
+        first_step_limit=60.0 * run.reliability.first_step_timeout_minutes,
+    )
     try:
         yield
     except CrocError:
@@ -115,14 +126,20 @@ def stack_file(folder: Path, number: int) -> Path:
 class _Watchdog:
     """Ends this process when it stands still; only reports it where nobody waits for it."""
 
-    def __init__(self, folder: Path | None, *, limit: float) -> None:
+    def __init__(
+        self, folder: Path | None, *, limit: float, first_step: int, first_step_limit: float
+    ) -> None:
         """Start watching.
 
         Args:
             folder: for the stacks; None: they go to stderr.
             limit: longest time in one phase, seconds.
+            first_step: the iteration the run begins with.
+            first_step_limit: longest time in one phase up to its end, seconds.
         """
-        self.limit = limit
+        self._limit = limit
+        self._first_step = first_step
+        self._first_step_limit = first_step_limit
         self.others_wait = world_size() > 1
         self.stacks: TextIO | None = None
         self.stack_name = "the error output"
@@ -152,18 +169,24 @@ class _Watchdog:
     def _watch(self) -> None:
         while True:
             self._arm_timer()
-            if self._stopped.wait(self.limit / 10):
+            if self._stopped.wait(min(self._limit, self._first_step_limit) / 10):
                 return
             share_heartbeat()
             beat = own_beat()
-            if time.time() - beat.since > self.limit and self._reported != beat.since:
+            if time.time() - beat.since > self._limit_of(beat) and self._reported != beat.since:
                 self._reported = beat.since
                 self._report(beat)
 
+    def _limit_of(self, beat: Beat) -> float:
+        return self._first_step_limit if beat.iteration <= self._first_step else self._limit
+
     def _arm_timer(self) -> None:
-        """Put off the timer that fires when this very thread cannot run."""
+        """Put off the timer that fires when this very thread cannot run.
+
+        Nothing that a first step does keeps Python's lock that long, so its limit is the usual one.
+        """
         faulthandler.dump_traceback_later(
-            1.5 * self.limit, exit=self.others_wait, **self._destination()
+            WATCHDOG_MARGIN * self._limit, exit=self.others_wait, **self._destination()
         )
 
     def _report(self, beat: Beat) -> None:

@@ -106,7 +106,7 @@ def test_signals_and_limits_end_a_run_with_a_checkpoint(data: Path, unbroken: Pa
 def test_a_rank_that_hangs_ends_all_and_is_named(data: Path, tmp_path: Path, kind: str):
     """`hang_in_c` keeps the GIL: no Python of that rank can run, not even its watchdog."""
     hang = Fault(fault=kind, rank=1, iteration=2, micro_batch=1)
-    exits = run(data, tmp_path, hang, more=("--distributed-timeout-minutes=0.05",))
+    exits = run(data, tmp_path, hang, more=("--stall-timeout-minutes=0.05",))
     assert [e.status for e in exits] == [1, 1]
     # Whether rank 1 has ended itself a moment before rank 0 looks is a race.
     assert re.search(

@@ -190,6 +190,18 @@ def test_dockerfile_passes_hadolint():
     subprocess.run([BIN / "hadolint", "Dockerfile.ngc"], cwd=ROOT, check=True)
 
 
+def test_the_images_constraints_give_way_to_ours_and_no_further(tmp_path):
+    """The Dockerfile's own lines, on a file of pins as NVIDIA's image has one."""
+    commands = re.findall(r"&& (sed .+) \\$", (ROOT / "Dockerfile.ngc").read_text(), re.MULTILINE)
+    pins = tmp_path / "constraint.txt"
+    pins.write_text("numpy==1.26.4\npackaging==23.2\nTransformers==4.40.0\npackaging-legacy==1.0\n")
+    script = " && ".join(commands).replace("/tmp/", f"{tmp_path}/")
+    environment = {**os.environ, "PIP_CONSTRAINT": str(pins)}
+    subprocess.run(["bash", "-ec", script], cwd=ROOT, env=environment, check=True)
+    left = (tmp_path / "constraints-of-the-base").read_text()
+    assert left == "numpy==1.26.4\npackaging-legacy==1.0\n"
+
+
 def test_dockerfile_copies_what_is_there():
     for line in re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile.ngc").read_text(), re.MULTILINE):
         for source in line.split():

@@ -180,7 +180,7 @@ def _hang(kind: str) -> Callable[[Workplace, Path], Outcome]:
         hang,
         statuses=(1, 1),
         said=r"rank 1 \(.*st(ands|ood) at step 4, forward, micro-batch 1; its stack is in",
-        more=("--distributed-timeout-minutes=0.1",),
+        more=("--stall-timeout-minutes=0.1",),
     )
 
 

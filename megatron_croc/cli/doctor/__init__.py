@@ -1,4 +1,5 @@
 """What is installed, what will be used and why, and what is wrong with this machine or cluster.
 
-installed.py: packages | accelerators.py: what they are used for | machine.py: network, disk, clocks
+installed.py: packages | accelerators.py: what they are used for | environment.py: variables |
+machine.py: network, disk, clocks
 """

@@ -60,9 +60,12 @@ def examine(options: argparse.Namespace, run: RunConfig) -> Iterator[Finding]:
     if any(finding.level == "error" for finding in packages):
         yield Finding("note", "device", "not looked at: packages are missing")
         return
-    from megatron_croc.cli.doctor import accelerators, machine
+    from megatron_croc.cli.doctor import accelerators, environment, machine
+    from megatron_croc.parallel.device import has_cuda
 
     yield from accelerators.look_at_devices()
+    if has_cuda():
+        yield from environment.look_at_environment()
     yield from accelerators.look_at_choices(run)
     if options.network:
         yield from _network(run, machine.look_at_network)

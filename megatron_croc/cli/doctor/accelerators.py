@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import torch
 
 from megatron_croc.cli.doctor.finding import Finding
+from megatron_croc.cli.doctor.installed import version_of
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.decode import resolve_decoder
+from megatron_croc.errors import DataError
 from megatron_croc.parallel import device
 
 
@@ -59,13 +61,18 @@ def _adam() -> Finding:
             __import__(module)
         except Exception:  # absent, or broken: `look_at_packages` says which
             continue
-        return Finding("ok", "optimizer", name)
+        found = version_of(module)
+        return Finding("ok", "optimizer", f"{name} {found}" if found else name)
     level = "note" if device.has_cuda() else "ok"
     remedy = "Transformer Engine or apex bring a fused one" if device.has_cuda() else ""
     return Finding(level, "optimizer", "torch's AdamW", remedy)
 
 
 def _images(run: RunConfig) -> Finding:
-    if resolve_decoder(run.data.image_decoder) == "dali":
-        return Finding("ok", "image decoder", "DALI")
+    try:
+        decoder = resolve_decoder(run.data.image_decoder)
+    except DataError as error:
+        return Finding("error", "image decoder", str(error))
+    if decoder != "pil":
+        return Finding("ok", "image decoder", {"dali": "DALI", "dali_gpu": "DALI, GPU"}[decoder])
     return Finding("note", "image decoder", "PIL", "DALI takes less CPU time: install nvidia-dali")

@@ -60,7 +60,7 @@ def _optional(name: str, purpose: str) -> Finding:
     module = next(filter(_is_there, _MODULES.get(name, (name,))), None)
     if module is None:
         return Finding("ok", name, f"not installed ({purpose})")
-    found = _version_of(module) or "installed"
+    found = version_of(module) or "installed"
     if name == "apex" and not _is_nvidia_apex():
         return Finding(
             "warning",
@@ -78,6 +78,15 @@ def _optional(name: str, purpose: str) -> Finding:
             f"{found} does not import: {reason}",
             "it was built for another torch or CUDA: use the image's own, or uninstall it",
         )
+    found = version_of(module) or "without a version"  # some only say once they are imported
+    known = KNOWN.get(name)
+    if known is not None and not known.covers(found):
+        return Finding(
+            "warning",
+            name,
+            f"{found}, none of the known versions ({known.range})",
+            f"use a known one; otherwise {known.assumed} are taken to be unchanged",
+        )
     return Finding("ok", name, f"{found} ({purpose})")
 
 
@@ -88,7 +97,7 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _version_of(module: str) -> str | None:
+def version_of(module: str) -> str | None:
     """The version of whichever distribution brought a module."""
     from importlib.metadata import packages_distributions
 

@@ -210,6 +210,7 @@ def install_marks(marks: Marks) -> None:
     torch.cuda.current_device = lambda: DEVICE  # type: ignore[assignment,return-value]
     # By its code: other modules hold the function itself.
     device.current_device.__code__ = (lambda: torch.device("cpu", 0)).__code__
+    device.to_device.__code__ = (lambda tensor: tensor.to(torch.device("cpu", 0))).__code__
     real_has_cuda = device.has_cuda
 
     def has_cuda() -> bool:

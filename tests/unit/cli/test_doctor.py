@@ -1,8 +1,14 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from megatron_croc.cli.doctor import installed, machine
+from megatron_croc.cli.doctor import accelerators, environment, installed, machine
 from megatron_croc.cli.doctor.__main__ import main
 from megatron_croc.errors import ConfigError
+from megatron_croc.recipes import get_recipe
 from tests.support.distributed import run_distributed
 
 
@@ -101,3 +107,88 @@ def test_network_faults_are_found_and_their_rank_named():
         assert [line.split()[0] for line in fine] == ["ok"] * 3
         assert software[0].startswith("error megatron_croc differs") and "[1]" in software[0]
         assert link[1] == "error all-reduce 1 MiB: 1 wrong sums, on ranks [1]"
+
+
+@pytest.fixture
+def make_package(tmp_path, monkeypatch):
+    """Make a package that can be imported for the length of a test."""
+    before = set(sys.modules)
+
+    def make(module: str, version: str) -> None:
+        path = tmp_path
+        for part in module.split("."):
+            path /= part
+            path.mkdir()
+            (path / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("version", "level"), [("2.9.0", "ok"), ("2.7.0", "warning")])
+def test_an_unknown_transformer_engine_is_told(make_package, version: str, level: str):
+    make_package("transformer_engine.pytorch.optimizers", version)
+    finding = installed._optional("transformer-engine", "fused layers")
+    assert finding.level == level and finding.text.startswith(version)
+    assert ("2.8 to 2.20" in finding.text) == (level == "warning")
+    adam = accelerators._adam()
+    assert adam.text == f"Transformer Engine's FusedAdam {version}"
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn_3.flash_attn_interface"])
+def test_flash_attention_3_is_found_under_both_names(make_package, module: str):
+    make_package(module, "3.0.0")
+    finding = installed._optional("flash-attn-3", "attention")
+    assert (finding.level, finding.text) == ("ok", "3.0.0 (attention)")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "level", "text"),
+    [("dali", "ok", "DALI"), ("dali_gpu", "ok", "DALI, GPU"), ("pil", "note", "PIL")],
+)
+def test_the_image_decoder_is_the_one_that_is_used(monkeypatch, decoder, level, text):
+    monkeypatch.setattr(accelerators, "resolve_decoder", lambda _: decoder)
+    finding = accelerators._images(get_recipe("tiny/pretrain_croc"))
+    assert (finding.level, finding.text) == (level, text)
+
+
+def test_an_image_decoder_that_cannot_run_is_an_error(capsys):
+    assert main(["--recipe", "tiny/pretrain_croc", "--image-decoder", "dali_gpu"]) == 1
+    assert "X image decoder          image_decoder is dali_gpu, but" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variables", "levels"),
+    [
+        ({}, ["ok", "warning"]),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}, ["ok", "ok"]),
+        ({"TORCH_FR_BUFFER_SIZE": "2000", "NVIDIA_TF32_OVERRIDE": "0"}, ["ok", "ok"]),
+        (
+            {"TORCH_FR_BUFFER_SIZE": "0", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"},
+            ["ok", "warning"],  # torch looks at the first
+        ),
+        ({"NVIDIA_TF32_OVERRIDE": "1"}, ["warning", "warning"]),
+        ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, ["warning", "warning"]),
+    ],
+)
+def test_variables_of_the_environment(monkeypatch, variables: dict, levels: list[str]):
+    for name in (*environment.TF32, *environment.FLIGHT_RECORDER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    tf32, recorder = environment.look_at_environment()
+    assert [tf32.level, recorder.level] == levels
+    assert all(name in str(tf32) for name in variables if variables[name] == "1")
+
+
+def test_the_launchers_set_the_variables_as_the_doctor_wants_them(monkeypatch):
+    script = Path(__file__).parents[3] / "examples" / "launch" / "environment.sh"
+    command = ["bash", "-c", f"source {script} && env -0"]
+    printed = subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout
+    for line in filter(None, printed.split("\0")):
+        monkeypatch.setenv(*line.split("=", 1))
+    for finding in environment.look_at_environment():
+        assert finding.level == "ok"
+    assert all(name in os.environ for name in environment.FLIGHT_RECORDER)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from megatron.core import parallel_state
 
 from megatron_croc.parallel.megatron_versions import TRIED, name_untried_megatron
 
@@ -60,3 +61,8 @@ def test_the_start_of_a_run_names_it(monkeypatch):
     groups.start_distributed(ParallelConfig(), seed=1)
     groups.stop_distributed()
     assert named == [True]
+
+
+def test_no_gloo_groups_are_made_beside_those_of_the_device(pg_collection):
+    made = {n: g for n, g in vars(parallel_state).items() if "GLOO" in n and g is not None}
+    assert not made
