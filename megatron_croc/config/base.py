@@ -99,7 +99,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 RETIRED = frozenset({"optimizer.optimizer_offload_fraction"})
-"""Settings of earlier versions that checkpoints still name in run.yaml; they have no meaning now."""
+"""Settings of earlier versions, still named in the run.yaml of their checkpoints; now ignored."""
 
 
 def changes_from_tree(

@@ -143,16 +143,13 @@ def test_memory_freed_while_it_is_sent_is_named_and_gives_wrong_numbers(
 
 
 HOST_READS = {
-    # Forward.
-    "bincount at megatron_croc/training/metrics.py count_replacement": 4,
+    # Forward: the search on the CPU, which a GPU does not run.
     "nonzero at megatron_croc/ops/assignment/solve.py _images_not_finite": 1,
     "tolist at megatron_croc/ops/assignment/solve.py _images_not_finite": 1,
     "cpu at megatron_croc/ops/assignment/solve.py _solve_numpy": 1,
-    # Step.
-    "torch.tensor of a tensor at megatron/core/utils.py local_multi_tensor_l2_norm": 51,
+    # Step: the norm of the gradient, and all metrics at once.
     "item at megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": 1,
     "tolist at megatron_croc/training/metrics.py reduce": 1,
-    "tolist at megatron_croc/training/metrics.py _pool_counts": 1,
 }
 """How often the host waits for a value of the device in one training step, and where."""
 
