@@ -196,7 +196,7 @@ class CrocModel(MegatronModule):
                 self.target_channel.put(self._own_images(visual.detach()))
             visual = self._replace(embedded, inputs)
             if upcoming is not None:
-                self._embed_ahead(upcoming, after=inputs)
+                self._embed_ahead(upcoming)
             decoder_input = self._merge(visual, inputs) + embedded.nothing
         labels = inputs.labels
         if labels is not None:
@@ -220,18 +220,18 @@ class CrocModel(MegatronModule):
             return ahead[1]
         return self._embed_images(inputs)
 
-    def _embed_ahead(self, upcoming: ModelInputs, *, after: ModelInputs) -> None:
+    def _embed_ahead(self, upcoming: ModelInputs) -> None:
         """Embed the next micro-batch's images, so that they are matched while this one computes.
 
         Weights only change between optimizer steps, so its numbers are those it would have later.
         It costs the memory of one more micro-batch of visual embeddings, which a trained tower's
-        activations would make large. The pool is read outside of its forward pass: only after a
-        micro-batch that called it does `overlap_param_gather` have its rows in place.
+        activations would make large. The pool is read outside of its forward pass: this micro-batch
+        has called it before, so `overlap_param_gather` has its rows in place.
         """
         pool = self.prompt_pool
         if pool is None or not self._embeds_ahead:
             return
-        if len(after.replaced) == 0 or len(upcoming.replaced) == 0:
+        if len(upcoming.replaced) == 0:
             return
         embedded = self._embed_images(upcoming)
         begun = pool.begin(embedded.visual, upcoming.replaced, ahead=True)
@@ -250,17 +250,18 @@ class CrocModel(MegatronModule):
             features = self.vision_tower(pixels)
         visual = self.projector(features)
         if is_dummy:
-            nothing = 0.0 * visual.sum()
-            if self.prompt_pool is not None:
-                nothing = nothing + 0.0 * self.prompt_pool.weight.sum()
-            return _Embedded(visual[:0], nothing)
+            return _Embedded(visual[:0], 0.0 * visual.sum())
         return _Embedded(visual, 0.0)
 
     @region("matching")
     def _replace(self, embedded: _Embedded, inputs: ModelInputs) -> Tensor:
-        """Pool tokens in place of the chosen visual tokens."""
+        """Pool tokens in place of the chosen visual tokens.
+
+        The pool is called without images too: so its gradient is reduced in every step, and with
+        overlap_param_gather its gathered weights come in.
+        """
         visual = embedded.visual
-        if self.prompt_pool is None or visual.shape[0] == 0:
+        if self.prompt_pool is None:
             return visual
         replacement: Replacement = self.prompt_pool(visual, inputs.replaced, embedded.begun)
         self.last_replacement = replacement

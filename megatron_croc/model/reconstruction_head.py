@@ -72,7 +72,8 @@ class BertHead(nn.Module):
                 layout. None: no dropout.
         """
         drop = _Dropout(self.dropout if self.training else 0.0, dropout_seeds)
-        x = x + self.position_embeddings.weight[: x.shape[1]]
+        # Called, not read: with overlap_param_gather a module's call waits for its weights.
+        x = x + self.position_embeddings(torch.arange(x.shape[1], device=x.device))
         attended = self.attention_output(self._attend(x, drop))
         x = self.attention_norm(x + drop(attended))
         transformed = self.output(functional.gelu(self.intermediate(x)))

@@ -1,5 +1,7 @@
 """Any cut of the model or the batch gives the single process's losses, gradients and weights."""
 
+from functools import partial
+
 import pytest
 from layout_parity.compare import BOUNDS, compare, row
 from layout_parity.faults import FAULTS
@@ -8,6 +10,7 @@ from layout_parity.observe import Observation, RankObservation, assemble, observ
 from torch import Tensor
 
 from megatron_croc.data.synthetic import MIXED_IMAGES
+from megatron_croc.training import build
 from tests.support.distributed import run_distributed
 from tests.support.pipeline_sends import watched_sends
 from tests.support.synthetic import tiny_run
@@ -171,3 +174,28 @@ def test_a_planted_fault_is_seen(fault: str) -> None:
     name = FAULTS[fault][1]
     difference = compare(*run_layout(name, "pretrain_croc", {}, fault), alone)
     assert difference.failures(BOUNDS["fp32"]), row(difference, BOUNDS["fp32"])
+
+
+def observe_small_buckets(changes: dict, images: tuple[int, ...]) -> RankObservation:
+    """Every parameter in a bucket of its own, gathered while the forward pass runs."""
+    build.DistributedDataParallelConfig = partial(  # type: ignore[misc,assignment]
+        build.DistributedDataParallelConfig, bucket_size=1
+    )
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    run = Layout.parse("dp2").apply(tiny_run("pretrain_croc", **changes, **overlap))
+    return observe(run, STEPS, images)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("changes", "images"),
+    [({}, MIXED_IMAGES), ({}, (0,) * len(MIXED_IMAGES)), ({"freeze_ViT": False}, MIXED_IMAGES)],
+    ids=["mixed", "text", "trained tower"],
+)
+def test_every_parameter_is_gathered_before_it_is_read(
+    changes: dict, images: tuple[int, ...]
+) -> None:
+    _, alone = run_layout("tp1", "pretrain_croc", changes, images=images)
+    ours = assemble(run_distributed(observe_small_buckets, 2, changes, images))
+    difference = compare("dp2", ours, alone)
+    assert not difference.failures(BOUNDS["fp32"]), row(difference, BOUNDS["fp32"])
