@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.errors import CrocError
+from megatron_croc.recipes.command_line import parse_command, run_parser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.batch_builder import BatchBuilder
@@ -31,6 +30,7 @@ from megatron_croc.data.shard_writer import write_atomically
 from megatron_croc.data.shards import ShardedDataset
 from megatron_croc.data.tokenization import Tokenizer, build_tokenizer
 from megatron_croc.errors import CrocError, DataError
+from megatron_croc.recipes.command_line import parse_command, run_parser
 
 GREEN, GREY, IMAGE, RED, OFF = "\033[32m", "\033[90m", "\033[97;45m", "\033[31m", "\033[0m"
 HIDDEN, CAUSAL, BOTH_WAYS = (247, 247, 247), (68, 119, 170), (204, 102, 119)

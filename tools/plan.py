@@ -20,8 +20,8 @@ from layout_planner.gpus import GPUS, Gpu, get_gpu
 from layout_planner.search import Candidate, popular, reason, search
 from layout_planner.workload import describe, from_numbers, from_shards
 
-from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.errors import CrocError
+from megatron_croc.recipes.command_line import parse_command, run_parser
 
 NUM_SHOWN = 5
 

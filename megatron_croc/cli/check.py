@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
 from megatron_croc.config.run import RunConfig
@@ -25,6 +24,7 @@ from megatron_croc.model.parameters import (
     stage_parameters,
     trained_parts,
 )
+from megatron_croc.recipes.command_line import parse_command, run_parser
 
 _WIDTH = 34
 

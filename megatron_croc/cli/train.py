@@ -7,11 +7,11 @@ anything is built.
 import sys
 from collections.abc import Sequence
 
-from megatron_croc.cli.arguments import parse_run
 from megatron_croc.config.checks import check_run
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank, world_size
+from megatron_croc.recipes.command_line import parse_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layout_parity.layout import Layout, every_layout
-from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.config.base import raise_faults
 from megatron_croc.config.checks import find_faults
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
+from megatron_croc.recipes.command_line import parse_command, run_parser
 
 DEFAULT_LAYOUTS = "tp2 tp2+sp pp2 pp2+vpp2 cp2 dp2"
 

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_croc.cli.arguments import parse_command, run_parser
 from megatron_croc.cli.doctor.finding import Finding
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank, world_size
+from megatron_croc.recipes.command_line import parse_command, run_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
