@@ -39,7 +39,8 @@ from megatron_croc.ops.attention.backends import choose_backend
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import choose_flash
 from megatron_croc.ops.attention.flip import attend_flip
-from megatron_croc.ops.attention.rows import TORCH_ROWS, choose_rows
+from megatron_croc.ops.attention.rows import choose_rows
+from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.device import current_device, device_name, has_cuda, synchronize
 

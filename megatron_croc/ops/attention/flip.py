@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_croc.ops.attention.contract import QKV, Flash
-from megatron_croc.ops.attention.rows import Rows, choose_rows
+from megatron_croc.ops.attention.contract import QKV, Flash, Rows
+from megatron_croc.ops.attention.rows import choose_rows
 from megatron_croc.ops.flip_plan import CausalCall, FlipPlan
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_croc.ops.attention.contract import QKV
-from megatron_croc.ops.attention.rows import TORCH_ROWS
+from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
 from megatron_croc.ops.flip_plan import CausalCall
 
 _BLOCK = 1024
@@ -159,7 +159,7 @@ def _add_shares(
 
 
 class TritonRows:
-    """The kernels above behind the interface of `rows.Rows`."""
+    """The kernels above behind the interface of `contract.Rows`."""
 
     name = "triton"
 

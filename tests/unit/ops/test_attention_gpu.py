@@ -8,7 +8,8 @@ from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import _KERNELS
 from megatron_croc.ops.attention.flip import attend_flip
-from megatron_croc.ops.attention.rows import TORCH_ROWS, choose_rows
+from megatron_croc.ops.attention.rows import choose_rows
+from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
 from megatron_croc.ops.mixed_mask import MixedMask
 
 pytestmark = [

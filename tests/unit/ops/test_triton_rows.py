@@ -13,7 +13,8 @@ from megatron_croc.ops.attention.contract import QKV
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.attention.flip import attend_flip
-from megatron_croc.ops.attention.rows import TORCH_ROWS, choose_rows
+from megatron_croc.ops.attention.rows import choose_rows
+from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
 from megatron_croc.ops.mixed_mask import MixedMask
 from tests.support.masks import lay_out, rows
 
