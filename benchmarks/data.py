@@ -34,10 +34,10 @@ import psutil
 import torch
 from PIL import Image
 
-from megatron_croc.data.image_transform import ImageTransform
-from megatron_croc.data.records import parse_text
-from megatron_croc.data.shard_writer import ShardWriter, write_manifest
-from megatron_croc.data.shards import ShardedDataset
+from megatron_croc.data.sample.image_transform import ImageTransform
+from megatron_croc.data.store.records import parse_text
+from megatron_croc.data.store.shard_writer import ShardWriter, write_manifest
+from megatron_croc.data.store.shards import ShardedDataset
 
 SIZE = 336
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -281,7 +281,7 @@ def measure(way: str, folder: Path, batch: int, seconds: float, step: float) -> 
 
 def parity(folder: Path) -> dict[str, float]:
     """Ours against PIL, in 8-bit levels, over the photos of the first shard."""
-    from megatron_croc.data.decode import ImageDecoder
+    from megatron_croc.data.sample.decode import ImageDecoder
 
     dataset = ShardedDataset(folder / "shards")
     images = [dataset.read(i).image_bytes[0] for i in range(min(64, len(dataset)))]

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_croc.data.decode import DecoderName, ImageDecoder
-from megatron_croc.data.image_transform import ImageTransform
+from megatron_croc.data.sample.decode import DecoderName, ImageDecoder
+from megatron_croc.data.sample.image_transform import ImageTransform
 
 RESULTS = Path(__file__).parent / "results"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

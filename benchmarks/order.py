@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_croc.data.shard_writer import (
+from megatron_croc.data.store.shard_writer import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST,
@@ -96,12 +96,12 @@ def make_folder(folder: Path) -> None:
 def resume(folder: Path, kind: str) -> dict[str, float]:
     """In this process: from a state at POSITION to a planned and located global batch."""
     started = time.perf_counter()
-    from megatron_croc.data.arrangement import grouped, packed, separate
-    from megatron_croc.data.blend import read_blend
-    from megatron_croc.data.lengths import look_up
-    from megatron_croc.data.row_plan import OrderState, RowPlan, RowStream
-    from megatron_croc.data.shards import ShardedDataset
-    from megatron_croc.data.stored_array import open_array
+    from megatron_croc.data.build.lengths import look_up
+    from megatron_croc.data.order.batching import grouped, packed, separate
+    from megatron_croc.data.order.blend import read_blend
+    from megatron_croc.data.order.row_plan import OrderState, RowPlan, RowStream
+    from megatron_croc.data.store.shards import ShardedDataset
+    from megatron_croc.data.store.stored_array import open_array
 
     imported, cpu = time.perf_counter(), time.process_time()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,9 +23,9 @@ import torch
 from megatron_croc.config.model import AttentionBackend, MaskType
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
-from megatron_croc.data.collate import ReadySample, expand_sample
+from megatron_croc.data.sample.collate import ReadySample, expand_sample
+from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.data.synthetic import make_batch
-from megatron_croc.data.tokenization import TokenizedSample
 from megatron_croc.parallel.device import (
     device_name,
     has_cuda,

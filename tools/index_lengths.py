@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_croc.data.conversation import TEMPLATES
-from megatron_croc.data.lengths import index_lengths
-from megatron_croc.data.manifest import read_manifest
+from megatron_croc.data.build.lengths import index_lengths
+from megatron_croc.data.sample.conversation import TEMPLATES
+from megatron_croc.data.store.manifest import read_manifest
 from megatron_croc.errors import CrocError
 
 

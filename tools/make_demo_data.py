@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
-from megatron_croc.data.shard_writer import write_atomically
+from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import CrocError
 
 

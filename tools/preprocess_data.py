@@ -22,10 +22,10 @@ from pathlib import Path
 from index_lengths import add_tokenizer_arguments, measure  # tools/ is on the path of its scripts
 from tqdm import tqdm
 
-from megatron_croc.data.inputs import FORMATS
-from megatron_croc.data.preprocess import Preprocessor
-from megatron_croc.data.shard_job import Report
-from megatron_croc.data.tar_index import TarIndexer
+from megatron_croc.data.build.inputs import FORMATS
+from megatron_croc.data.build.preprocess import Preprocessor
+from megatron_croc.data.build.shard_job import Report
+from megatron_croc.data.build.tar_index import TarIndexer
 from megatron_croc.errors import CrocError
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_croc.data.shard_writer import write_atomically
+from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"

@@ -34,7 +34,7 @@ from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_fo
 from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE, Share, Written, reason
 from megatron_croc.config.base import to_yaml
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.shard_writer import write_atomically
+from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import CheckpointError
 from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.parallel.device import current_device

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_croc.data.row_plan import OrderState
+from megatron_croc.data.order.row_plan import OrderState
 from megatron_croc.errors import CheckpointError
 
 STATE_FILE = "train_state.json"

@@ -128,7 +128,9 @@ def count_samples(data_path: Sequence[str]) -> int | None:
     """Samples of one epoch, from the manifests alone; None when one does not tell."""
     if not data_path:
         return None
-    from megatron_croc.data.blend import read_blend  # numpy: only where there is data to count
+    from megatron_croc.data.order.blend import (
+        read_blend,  # numpy: only where there is data to count
+    )
 
     try:
         return read_blend(data_path).epoch_length

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_croc.convert.generation import Answer
 from megatron_croc.convert.questions import Question
-from megatron_croc.data.shard_writer import write_atomically
+from megatron_croc.data.store.shard_writer import write_atomically
 
 TOTAL = "all"
 """Name of the last row: every question; its chance is that of knowing the type."""

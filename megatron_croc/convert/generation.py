@@ -24,8 +24,8 @@ from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.questions import Question
 from megatron_croc.convert.tensor_files import read_json
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
-from megatron_croc.data.image_transform import ImageError, ImageTransform
-from megatron_croc.data.tokenization import (
+from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
+from megatron_croc.data.sample.tokenization import (
     Tokenizer,
     build_tokenizer,
     check_tokenizer,

@@ -27,7 +27,7 @@ from megatron_croc.convert.names import build_rules, is_ignored
 from megatron_croc.convert.source import Source, check_vocabulary, open_source
 from megatron_croc.convert.staging import staged_directory
 from megatron_croc.convert.state import weight_source
-from megatron_croc.data.shard_writer import write_atomically
+from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import CheckpointError
 from megatron_croc.log import world_size
 from megatron_croc.model.croc_model import CrocModel

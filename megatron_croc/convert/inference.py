@@ -14,7 +14,7 @@ from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.exporting import read_run
 from megatron_croc.convert.importing import one_process
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
-from megatron_croc.data.image_transform import ImageTransform
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.ops.mixed_mask import MixedMask

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_croc.data.bad_samples import BadSampleError
-from megatron_croc.data.conversation import IMAGE_MARK, check_conversation
-from megatron_croc.data.image_transform import ImageError, read_header
+from megatron_croc.data.sample.conversation import IMAGE_MARK, check_conversation
+from megatron_croc.data.sample.image_transform import ImageError, read_header
 from megatron_croc.errors import DataError
 
 

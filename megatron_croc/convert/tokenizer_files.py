@@ -12,7 +12,7 @@ from typing import Any
 from megatron_croc.config.data import TemplateName
 from megatron_croc.convert.export_config import IMAGE_TOKEN
 from megatron_croc.convert.tensor_files import read_json
-from megatron_croc.data.conversation import IM_END, IM_START, QWEN_SYSTEM, VICUNA_SYSTEM
+from megatron_croc.data.sample.conversation import IM_END, IM_START, QWEN_SYSTEM, VICUNA_SYSTEM
 from megatron_croc.errors import CheckpointError
 
 _FILES = (

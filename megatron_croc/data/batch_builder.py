@@ -20,18 +20,23 @@ from megatron_croc.config.model import MaskType
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import Batch
-from megatron_croc.data.collate import ReadySample, collate, expand_sample, placeholder_sample
-from megatron_croc.data.decode import DecoderName, ImageDecoder, resolve_decoder
-from megatron_croc.data.image_transform import ImageError, ImageTransform
-from megatron_croc.data.row_plan import Slot
-from megatron_croc.data.shards import RawSample, ShardedDataset
-from megatron_croc.data.storage_cache import build_cache
-from megatron_croc.data.tokenization import (
+from megatron_croc.data.order.row_plan import Slot
+from megatron_croc.data.sample.collate import (
+    ReadySample,
+    collate,
+    expand_sample,
+    placeholder_sample,
+)
+from megatron_croc.data.sample.decode import DecoderName, ImageDecoder, resolve_decoder
+from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
+from megatron_croc.data.sample.tokenization import (
     TokenizedSample,
     build_tokenizer,
     check_tokenizer,
     tokenize_conversation,
 )
+from megatron_croc.data.store.shards import RawSample, ShardedDataset
+from megatron_croc.data.store.storage_cache import build_cache
 from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 from megatron_croc.parallel.device import current_device

@@ -21,7 +21,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.batch_builder import BatchBuilder, row_multiple
-from megatron_croc.data.row_plan import OrderState, RowPlan, RowStream, Slot, build_row_plan
+from megatron_croc.data.order.row_plan import OrderState, RowPlan, RowStream, Slot, build_row_plan
 from megatron_croc.errors import ConfigError, DataError
 from megatron_croc.log import rank
 

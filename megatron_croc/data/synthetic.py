@@ -11,8 +11,8 @@ import torch
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.batch_builder import row_multiple
-from megatron_croc.data.collate import ReadySample, collate, expand_sample
-from megatron_croc.data.tokenization import TokenizedSample
+from megatron_croc.data.sample.collate import ReadySample, collate, expand_sample
+from megatron_croc.data.sample.tokenization import TokenizedSample
 
 MIXED_IMAGES = (1, 0, 2, 1, 3, 0, 1, 1)
 """Images per sample: one, several, none; cycled over a global batch."""

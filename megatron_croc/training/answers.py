@@ -17,10 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.answer_spans import AnswerFinder
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_valid_loader
-from megatron_croc.data.tokenization import build_tokenizer
+from megatron_croc.data.sample.answer_spans import AnswerFinder
+from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.model.croc_model import ModelInputs, ModelOutput
 from megatron_croc.parallel.collectives import all_gather, all_reduce
 from megatron_croc.parallel.context import gather_sequence

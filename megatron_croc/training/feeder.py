@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import MicroBatchLoader
-from megatron_croc.data.row_plan import OrderState
+from megatron_croc.data.order.row_plan import OrderState
 from megatron_croc.parallel.broadcast import broadcast_object, broadcast_tensor, is_source
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.heartbeat import enter

@@ -1,7 +1,7 @@
 """How many optimizer steps a run takes."""
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.row_plan import build_row_plan
+from megatron_croc.data.order.row_plan import build_row_plan
 from megatron_croc.errors import ConfigError
 
 

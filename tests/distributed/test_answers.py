@@ -98,7 +98,7 @@ def generated(demo: Path, trained: Path) -> list:
 
 def as_trained(demo: Path, answer) -> tuple[int, ...]:
     """The ids training has for the true answer, its end included."""
-    from megatron_croc.data.tokenization import build_tokenizer
+    from megatron_croc.data.sample.tokenization import build_tokenizer
 
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(demo / "tokenizer.model"))
     assert tokenizer.eos_id is not None

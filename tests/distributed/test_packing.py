@@ -8,7 +8,7 @@ from layout_parity.observe import Observation, RankObservation, assemble, observ
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
-from megatron_croc.data.packing import pack
+from megatron_croc.data.order.packing import pack
 from megatron_croc.data.synthetic import MIXED_IMAGES, make_batch, make_sample
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run

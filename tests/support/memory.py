@@ -10,9 +10,9 @@ import torch
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
-from megatron_croc.data.collate import ReadySample, expand_sample
+from megatron_croc.data.sample.collate import ReadySample, expand_sample
+from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.data.synthetic import make_batch
-from megatron_croc.data.tokenization import TokenizedSample
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.build import build_trainer
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.names import CROC, VICTOR, Layout
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX, Batch
-from megatron_croc.data.collate import ReadySample, collate, expand_sample
-from megatron_croc.data.tokenization import TokenizedSample
+from megatron_croc.data.sample.collate import ReadySample, collate, expand_sample
+from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.errors import DataError
 
 SPLIT_IMAGE = (

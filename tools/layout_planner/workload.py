@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.shards import ShardedDataset
+from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError
 from megatron_croc.model.flops import Work
 from megatron_croc.model.memory import Row

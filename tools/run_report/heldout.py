@@ -10,8 +10,8 @@ from megatron_croc.config.model import MaskType
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.batch_builder import BatchBuilder
-from megatron_croc.data.blend import read_blend
-from megatron_croc.data.row_plan import Slot
+from megatron_croc.data.order.blend import read_blend
+from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.errors import DataError
 
 MASK_TYPES: tuple[MaskType, ...] = ("causal", "prefix", "visual")

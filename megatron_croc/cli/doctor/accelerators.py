@@ -8,7 +8,7 @@ import torch
 from megatron_croc.cli.doctor.finding import Finding
 from megatron_croc.cli.doctor.installed import version_of
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.decode import resolve_decoder
+from megatron_croc.data.sample.decode import resolve_decoder
 from megatron_croc.errors import DataError
 from megatron_croc.parallel import device
 

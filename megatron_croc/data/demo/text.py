@@ -7,8 +7,8 @@ the random generator handed in.
 import random
 from collections.abc import Sequence
 
-from megatron_croc.data.conversation import IMAGE_MARK
 from megatron_croc.data.demo.scenes import COLOURS, SHAPES, Scene, SceneObject
+from megatron_croc.data.sample.conversation import IMAGE_MARK
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_croc.cli.check import ATTENTION_BACKENDS, count_samples, main
 from megatron_croc.config.model import AttentionBackend
-from megatron_croc.data.shard_writer import FORMAT_NAME, FORMAT_VERSION, ShardInfo, shard_name
+from megatron_croc.data.store.shard_writer import FORMAT_NAME, FORMAT_VERSION, ShardInfo, shard_name
 from megatron_croc.recipes import list_recipes
 
 COMMAND = [sys.executable, "-m", "megatron_croc.cli.check"]

@@ -167,7 +167,11 @@ def test_generation_is_the_models_own_argmax(generator, questions, greedy):
 @pytest.mark.parametrize("template", ["v1", "plain", "qwen_1_5"])
 def test_a_prompt_is_the_beginning_of_the_training_sample(demo, template, tokenizers):
     from megatron_croc.convert.questions import read_questions
-    from megatron_croc.data.tokenization import stop_ids, tokenize_conversation, tokenize_prompt
+    from megatron_croc.data.sample.tokenization import (
+        stop_ids,
+        tokenize_conversation,
+        tokenize_prompt,
+    )
 
     tokenizer = tokenizers[template]
     name = "pretrain_mlp" if template == "plain" else "finetune"
@@ -197,7 +201,7 @@ def test_a_prompt_is_the_beginning_of_the_training_sample(demo, template, tokeni
 @pytest.fixture(scope="module")
 def tokenizers(demo: Path, tmp_path_factory) -> dict:
     """Of each template."""
-    from megatron_croc.data.tokenization import build_tokenizer
+    from megatron_croc.data.sample.tokenization import build_tokenizer
 
     folder = tmp_path_factory.mktemp("chatml")
     write_chatml(folder)
@@ -226,8 +230,8 @@ def test_answers_are_found_in_packed_rows(demo, template, tokenizers):
     """What the finder calls an answer is what the record has as one, in every template."""
     import numpy as np
 
-    from megatron_croc.data.answer_spans import AnswerFinder
-    from megatron_croc.data.tokenization import tokenize_conversation
+    from megatron_croc.data.sample.answer_spans import AnswerFinder
+    from megatron_croc.data.sample.tokenization import tokenize_conversation
 
     tokenizer = tokenizers[template]
     name = "pretrain_mlp" if template == "plain" else "finetune"
@@ -256,7 +260,7 @@ def test_answers_are_found_in_packed_rows(demo, template, tokenizers):
 
 
 def test_plain_stops_at_the_line_end(tokenizers):
-    from megatron_croc.data.tokenization import stop_ids
+    from megatron_croc.data.sample.tokenization import stop_ids
 
     tokenizer = tokenizers["plain"]
     (line_end,) = tokenizer.encode("\n", follows="text")

@@ -104,7 +104,7 @@ def test_the_exported_processor_makes_the_pixels_of_training(family, size, expor
     from transformers import AutoImageProcessor
 
     from megatron_croc.convert.configs import read_conversation, read_export
-    from megatron_croc.data.image_transform import ImageTransform
+    from megatron_croc.data.sample.image_transform import ImageTransform
 
     _, export = exported(family)
     picture = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
@@ -124,7 +124,7 @@ def test_a_run_that_crops_exports_a_processor_that_crops(size, tmp_path):
 
     from megatron_croc.config.run import RunConfig
     from megatron_croc.convert.export_config import processor_configs
-    from megatron_croc.data.image_transform import ImageTransform
+    from megatron_croc.data.sample.image_transform import ImageTransform
 
     run = RunConfig()
     run.data.image_aspect_ratio = "square"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_croc.data.conversation import VICUNA_SYSTEM
-from megatron_croc.data.shard_writer import ShardWriter, write_manifest
+from megatron_croc.data.sample.conversation import VICUNA_SYSTEM
+from megatron_croc.data.store.shard_writer import ShardWriter, write_manifest
 from megatron_croc.recipes.tiny import tiny
 from tests.unit.data.small_samples import conversation, jpeg
 

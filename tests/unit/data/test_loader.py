@@ -12,10 +12,10 @@ import torch
 from megatron_croc.data import bad_samples, batch_builder, loader
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
 from megatron_croc.data.batch_builder import row_multiple
-from megatron_croc.data.lengths import index_lengths
+from megatron_croc.data.build.lengths import index_lengths
 from megatron_croc.data.loader import build_train_loader, build_valid_loader
-from megatron_croc.data.row_plan import RowStream, build_row_plan
-from megatron_croc.data.shards import ShardedDataset
+from megatron_croc.data.order.row_plan import RowStream, build_row_plan
+from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError, DataError
 
 NUM_SAMPLES = 22

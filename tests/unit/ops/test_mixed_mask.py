@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from megatron_croc.data.collate import ReadySample, collate
-from megatron_croc.data.tokenization import TokenizedSample
+from megatron_croc.data.sample.collate import ReadySample, collate
+from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.errors import DataError
 from megatron_croc.ops.mixed_mask import MixedMask
 from tests.support.masks import lay_out, rows

@@ -7,7 +7,6 @@ import random
 import pytest
 from PIL import Image
 
-from megatron_croc.data.conversation import check_conversation
 from megatron_croc.data.demo import text as demo_text
 from megatron_croc.data.demo.dataset import (
     VOCAB_SIZE,
@@ -16,7 +15,8 @@ from megatron_croc.data.demo.dataset import (
     write_images,
 )
 from megatron_croc.data.demo.scenes import COLOURS, render_scene, sample_scene
-from megatron_croc.data.tokenization import (
+from megatron_croc.data.sample.conversation import check_conversation
+from megatron_croc.data.sample.tokenization import (
     build_tokenizer,
     check_tokenizer,
     tokenize_conversation,

@@ -1,0 +1,1 @@
+"""From what people have to shards and their lengths; runs before training."""

@@ -1,0 +1,127 @@
+"""How the samples of a window become rows: one in each, one modality a step, or packed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_croc.config.run import RunConfig
+from megatron_croc.data.build.lengths import SampleLengths
+from megatron_croc.data.order.blend import Blend
+from megatron_croc.data.order.grouping import group_by_modality_length
+from megatron_croc.data.order.packing import pack
+from megatron_croc.data.order.permutation import ARRANGE, Permutation
+from megatron_croc.data.sample.tokenization import build_tokenizer
+
+SEPARATE_WINDOW = 1024
+"""Samples of a window without packing or grouping; changes nothing but the work done at once."""
+
+GROUPED_WINDOW = 64
+"""Optimizer steps of a window when samples are grouped: at most one of them mixes modalities."""
+
+Rows = Sequence[Sequence[int]] | np.ndarray
+Arranged = tuple[Rows, np.ndarray | None]
+"""Rows, as places in the window, and the planned tokens of its samples if they are packed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How the samples of a window become rows."""
+
+    kind: str
+    """In words, with all that it depends on; part of the order's identity."""
+
+    window_size: int
+    """Samples of a window, at most."""
+
+    arrange: Callable[[np.ndarray, int], Arranged]
+    """(sample numbers of a window, samples of the run before it) -> rows."""
+
+    one_sample_a_row: bool = True
+
+
+def separate() -> Arrangement:
+    """One sample a row, in the order of the blend."""
+    return Arrangement(
+        kind="separate samples",
+        window_size=SEPARATE_WINDOW,
+        arrange=lambda index, _: (np.arange(len(index))[:, None], None),
+    )
+
+
+def grouped(
+    tokens_of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    *,
+    global_batch_size: int,
+    seed: int,
+) -> Arrangement:
+    """One sample a row; `tokens_of` gives tokens and number of images of samples."""
+
+    def arrange(index: np.ndarray, begin: int) -> Arranged:
+        tokens, images = tokens_of(index)
+        order = group_by_modality_length(
+            tokens,
+            images > 0,
+            global_batch_size=global_batch_size,
+            begin=begin,
+            key=(ARRANGE, seed, begin),
+        )
+        return order[:, None], None
+
+    return Arrangement(
+        kind=f"steps of {global_batch_size} grouped by modality and length",
+        window_size=GROUPED_WINDOW * global_batch_size,
+        arrange=arrange,
+    )
+
+
+def packed(
+    tokens_of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    *,
+    packing_length: int,
+    packing_buffer_size: int,
+    measured: str,
+    seed: int,
+) -> Arrangement:
+    """Samples share rows, which come in shuffled order; `measured` says what `tokens_of` counts."""
+
+    def arrange(index: np.ndarray, begin: int) -> Arranged:
+        tokens = tokens_of(index)[0]
+        rows = pack(tokens.tolist(), packing_length)
+        shuffled = Permutation(len(rows), (ARRANGE, seed, begin))(np.arange(len(rows)))
+        return [rows[i] for i in shuffled], tokens
+
+    return Arrangement(
+        kind=f"packs of {packing_length} tokens from {packing_buffer_size} samples ({measured})",
+        window_size=packing_buffer_size,
+        arrange=arrange,
+        one_sample_a_row=False,
+    )
+
+
+def build_arrangement(run: RunConfig, blend: Blend, *, seed: int) -> Arrangement:
+    """The arrangement a run's training asks for.
+
+    Raises:
+        DataError: data without the sample lengths that packing and grouping need.
+    """
+    data = run.data
+    if not (data.packing or data.group_by_modality_length):
+        return separate()
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    lengths = SampleLengths(blend.folders, tokenizer, data.conversation_template)
+    num_visual_tokens = run.model.vision_tower.num_visual_tokens
+
+    def tokens_of(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        text, images = lengths(index)
+        return np.clip(text + images * num_visual_tokens, 1, data.seq_length), images
+
+    if data.packing:
+        return packed(
+            tokens_of,
+            packing_length=data.row_length,
+            packing_buffer_size=data.packing_buffer_size,
+            measured=f"at most {data.seq_length} tokens each, {num_visual_tokens} for an image",
+            seed=seed,
+        )
+    return grouped(tokens_of, global_batch_size=run.training.global_batch_size, seed=seed)

@@ -1,0 +1,181 @@
+"""Tokenised samples -> one packed row, a Batch.
+
+TokenizedSample   text . IMAGE . text                  labels unshifted
+  | expand_sample: each mark becomes N visual tokens, then the end is cut at seq_length
+TokenizedSample   text . v v v v . text                still labels unshifted
+  | collate: shift labels inside each sample, lay samples end to end, pad, place the spans
+Batch             |sample 0      |sample 1  |padding|
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_croc.config.model import MaskType
+from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
+from megatron_croc.data.sample.tokenization import TokenizedSample
+from megatron_croc.ops.mixed_mask import MixedMask
+from megatron_croc.ops.patch_selection import image_seed, select_replaced
+from megatron_croc.parallel.device import host_buffer
+
+PAD_TOKEN_ID = 0
+"""Input id of padding; any id of the vocabulary will do, as no token sees the padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadySample:
+    """One sample on its way into a batch."""
+
+    tokens: TokenizedSample
+    """Expanded by expand_sample."""
+
+    epoch: int
+    """Pass over the data the sample belongs to; its images' seeds depend on it."""
+
+    pixel_values: Sequence[Tensor] = ()
+    """uint8 [3, height, width] for each image; empty where pixels are not needed."""
+
+
+def expand_sample(
+    sample: TokenizedSample, *, num_visual_tokens: int, seq_length: int
+) -> TokenizedSample:
+    """Put N visual tokens where each image mark stands, then cut the end at seq_length.
+
+    Raises:
+        BadSampleError: the cut would go through an image or drop one.
+    """
+    repeats = np.where(sample.input_ids == IMAGE_TOKEN_INDEX, num_visual_tokens, 1)
+    input_ids = np.repeat(sample.input_ids, repeats)
+    labels = np.repeat(sample.labels, repeats)
+    if (input_ids[seq_length:] == IMAGE_TOKEN_INDEX).any():
+        raise BadSampleError(
+            sample.sample_id,
+            "too_long",
+            f"its {len(input_ids)} tokens do not fit seq_length = {seq_length} and the cut would "
+            "remove visual tokens: raise seq_length or split the sample",
+        )
+    return TokenizedSample(
+        sample_id=sample.sample_id, input_ids=input_ids[:seq_length], labels=labels[:seq_length]
+    )
+
+
+def placeholder_sample(sample_id: str) -> TokenizedSample:
+    """What stands in a bad sample's slot: one token, nothing to learn, the name kept."""
+    return TokenizedSample(
+        sample_id=sample_id,
+        input_ids=np.array([PAD_TOKEN_ID], dtype=np.int64),
+        labels=np.array([IGNORE_INDEX], dtype=np.int64),
+    )
+
+
+def collate(
+    samples: Sequence[ReadySample],
+    *,
+    num_visual_tokens: int,
+    mask_type: MaskType,
+    pad_to_multiple_of: int,
+    seed: int,
+    replace_ratio: float | None,
+    image_shape: tuple[int, int, int] | None,
+) -> Batch:
+    """Pack expanded samples into one row.
+
+    Args:
+        samples: at least one, in order.
+        num_visual_tokens: N, visual tokens per image.
+        mask_type: causal has no spans; visual one per image; prefix one per sample, up to its
+            first label. As in the released code a batch without any image has no prefix: there it
+            takes the causal path.
+        pad_to_multiple_of: the row's length is rounded up to it.
+        seed: of the run; each image's own seed derives from it, the epoch and the sample's name.
+        replace_ratio: share of visual tokens replaced; None: the stage reconstructs nothing.
+        image_shape: (3, height, width) of pixel_values; None: the batch carries no pixels.
+
+    Returns:
+        Batch on the CPU.
+    """
+    tokens = [sample.tokens for sample in samples]
+    bounds = list(accumulate((len(t.input_ids) for t in tokens), initial=0))
+    num_tokens = bounds[-1]
+    length = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+
+    input_ids = np.full(length, PAD_TOKEN_ID, dtype=np.int64)
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(length, dtype=np.int64)
+    image_starts: list[int] = []
+    images_per_sample: list[int] = []
+    for t, begin, end in zip(tokens, bounds, bounds[1:], strict=False):
+        input_ids[begin:end] = t.input_ids
+        labels[begin : end - 1] = t.labels[1:]  # a sample's last token predicts nothing
+        position_ids[begin:end] = np.arange(end - begin)
+        # Every N-th visual token begins an image, also where images touch.
+        starts = np.flatnonzero(t.input_ids == IMAGE_TOKEN_INDEX)[::num_visual_tokens] + begin
+        image_starts += starts.tolist()
+        images_per_sample.append(len(starts))
+
+    if mask_type == "visual":
+        spans = [(start, start + num_visual_tokens) for start in image_starts]
+    elif mask_type == "prefix" and image_starts:
+        spans = [
+            (begin, begin + first)
+            for t, begin in zip(tokens, bounds, strict=False)
+            if (first := _first_label(t)) > 0
+        ]
+    else:
+        spans = []
+
+    sample_ids = tuple(t.sample_id for t in tokens)
+    image_seeds = tuple(
+        image_seed(seed=seed, epoch=s.epoch, sample_id=s.tokens.sample_id, image_index=image_index)
+        for s, num_images in zip(samples, images_per_sample, strict=True)
+        for image_index in range(num_images)
+    )
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        mixed_mask=MixedMask.build(bounds, spans, length=length, sample_ids=sample_ids),
+        image_starts=torch.tensor(image_starts, dtype=torch.int64),
+        replaced=_draw_replaced(image_seeds, num_visual_tokens, replace_ratio),
+        image_seeds=image_seeds,
+        pixel_values=_stack_pixels(samples, images_per_sample, image_shape),
+        sample_ids=sample_ids,
+    )
+
+
+def _first_label(sample: TokenizedSample) -> int:
+    """Index of the first supervised token; 0 when there is none."""
+    return int(np.argmax(sample.labels != IGNORE_INDEX))
+
+
+def _draw_replaced(
+    image_seeds: Sequence[int], num_visual_tokens: int, replace_ratio: float | None
+) -> Tensor:
+    """bool [n, N]; each image's set depends on its own seed alone."""
+    replaced = np.zeros((len(image_seeds), num_visual_tokens), dtype=bool)
+    if replace_ratio is not None:
+        for row, seed in zip(replaced, image_seeds, strict=True):
+            row[:] = select_replaced(num_visual_tokens, replace_ratio, seed=seed)
+    return torch.from_numpy(replaced)
+
+
+def _stack_pixels(
+    samples: Sequence[ReadySample],
+    images_per_sample: Sequence[int],
+    image_shape: tuple[int, int, int] | None,
+) -> Tensor | None:
+    """uint8 [n, 3, height, width]; n may be 0."""
+    if image_shape is None:
+        return None
+    for sample, num_images in zip(samples, images_per_sample, strict=True):
+        assert len(sample.pixel_values) == num_images, sample.tokens.sample_id
+    pixels = [image for sample in samples for image in sample.pixel_values]
+    if pixels and pixels[0].is_cuda:
+        return torch.stack(pixels)
+    stacked = host_buffer((len(pixels), *image_shape), torch.uint8)
+    return torch.stack(pixels, out=stacked) if pixels else stacked

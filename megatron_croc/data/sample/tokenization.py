@@ -1,0 +1,315 @@
+"""Tokenizers, and conversation -> token ids with labels.
+
+    messages --conversation.py--> parts --Tokenizer--> input_ids, labels (unshifted)
+                                  Image ------------> IMAGE_TOKEN_INDEX, one per image
+
+LLaMA tokenizers write a space before a text ("dummy prefix"). Hugging Face's `legacy` flag says
+whether they do so after a special token too: "</s>USER" is [.., "_US", "ER"] with legacy and
+[.., "USER"] without. Both are the released code's; which one a checkpoint was made with stands in
+its tokenizer_config.json.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megatron_croc.config.data import TemplateName
+from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from megatron_croc.data.sample.conversation import (
+    BOS,
+    EOS,
+    IM_END,
+    TEMPLATES,
+    Image,
+    Part,
+    Special,
+    Text,
+    render_conversation,
+    render_prompt,
+)
+from megatron_croc.errors import DataError
+
+Follows = Literal["start", "special", "text"]
+"""What a text stands behind: nothing (or an image), a special token, or more text."""
+
+_ANCHOR = "\n"
+"""Put before a text to take its dummy prefix; no LLaMA piece spans a line break."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedSample:
+    """Token ids of one sample, each image still a single mark."""
+
+    sample_id: str
+    """Where the sample came from."""
+
+    input_ids: np.ndarray
+    """int64 [L], IMAGE_TOKEN_INDEX once per image."""
+
+    labels: np.ndarray
+    """int64 [L], unshifted: the token itself where it is supervised, else IGNORE_INDEX."""
+
+
+class Tokenizer:
+    """Text <-> ids, the same for every kind of tokenizer file. Safe to share between threads."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        size: int,
+        special_ids: dict[str, int],
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
+        adds_prefix: bool,
+        legacy: bool,
+    ) -> None:
+        """Wrap a tokenizer library.
+
+        Args:
+            name: file or folder, for messages.
+            size: ids run from 0 to size - 1.
+            special_ids: BOS, EOS and other special tokens by name.
+            encode: text -> ids, special tokens in the text not recognised.
+            decode: ids -> text, special tokens left out.
+            adds_prefix: whether `encode` writes a space before the text.
+            legacy: whether it does so behind a special token too.
+        """
+        self.name = name
+        self.size = size
+        self.special_ids = special_ids
+        self.adds_prefix = adds_prefix
+        self.legacy = legacy
+        self._encode = encode
+        self._decode = decode
+        self._anchor_ids = encode(_ANCHOR)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends an answer."""
+        return self.special_ids.get(EOS)
+
+    def encode(self, text: str, *, follows: Follows = "start") -> list[int]:
+        """Ids of a text, given what it stands behind.
+
+        Raises:
+            DataError: the tokenizer merges a line break with what comes after it, so a text
+                cannot be encoded without its prefix.
+        """
+        wants_prefix = follows == "start" or (follows == "special" and self.legacy)
+        if wants_prefix or not self.adds_prefix:
+            return self._encode(text)
+        anchored = self._encode(_ANCHOR + text)
+        if anchored[: len(self._anchor_ids)] != self._anchor_ids:
+            raise DataError(
+                f"tokenizer {self.name}: a line break merges with {text[:20]!r}; "
+                "it cannot continue a text without adding a space"
+            )
+        return anchored[len(self._anchor_ids) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens and image marks are left out."""
+        return self._decode([int(i) for i in ids if i >= 0])
+
+
+def build_tokenizer(
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"],
+    tokenizer_model: str | None,
+    *,
+    legacy: bool | None = None,
+) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        tokenizer_type: SentencePieceTokenizer reads a .model file, HuggingFaceTokenizer a folder.
+        tokenizer_model: its path.
+        legacy: overrides the flag in tokenizer_config.json beside it (True when there is none,
+            as in transformers).
+
+    Raises:
+        DataError: nothing there, or not a tokenizer of that type.
+    """
+    if tokenizer_model is None:
+        raise DataError("tokenizer_model is not set: give the path of a .model file or a folder")
+    path = Path(tokenizer_model)
+    if not path.exists():
+        raise DataError(f"tokenizer_model {path} does not exist")
+    build = _build_sentencepiece if tokenizer_type == "SentencePieceTokenizer" else _build_hf
+    folder = path if path.is_dir() else path.parent
+    return build(path, _read_legacy(folder) if legacy is None else legacy)
+
+
+def _read_legacy(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    try:
+        flag = json.loads(config.read_text(encoding="utf-8")).get("legacy")
+    except FileNotFoundError:
+        flag = None
+    except ValueError as error:
+        raise DataError(f"{config} is not valid JSON: {error}") from error
+    return True if flag is None else bool(flag)
+
+
+def _build_sentencepiece(path: Path, legacy: bool) -> Tokenizer:
+    import sentencepiece
+
+    if path.is_dir():
+        raise DataError(
+            f"tokenizer_model {path} is a folder; SentencePieceTokenizer reads a .model file "
+            f"(try {path / 'tokenizer.model'}, or HuggingFaceTokenizer)"
+        )
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"tokenizer_model {path} is not a SentencePiece model: {error}") from error
+    special_ids = {
+        model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)
+    }
+    special_ids |= {name: i for name, i in ((BOS, model.bos_id()), (EOS, model.eos_id())) if i >= 0}
+    return Tokenizer(
+        name=str(path),
+        size=model.get_piece_size(),
+        special_ids=special_ids,
+        encode=model.encode,
+        decode=model.decode,
+        adds_prefix=model.encode("a", out_type=str)[0].startswith("\u2581"),
+        legacy=legacy,
+    )
+
+
+def _build_hf(path: Path, legacy: bool) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        wrapper = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+        backend = wrapper.backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"tokenizer_model {path} is not a Hugging Face tokenizer folder with a "
+            f"tokenizer.json: {error}"
+        ) from error
+    # The library's own object, set up once: the wrapper changes its state at every call.
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    special_ids = {
+        token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special
+    }
+    named = ((BOS, wrapper.bos_token_id), (EOS, wrapper.eos_token_id))
+    special_ids |= {name: i for name, i in named if i is not None}
+    return Tokenizer(
+        name=str(path),
+        size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        special_ids=special_ids,
+        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
+        adds_prefix=backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"),
+        legacy=legacy,
+    )
+
+
+def check_tokenizer(tokenizer: Tokenizer, template: TemplateName, vocab_size: int) -> None:
+    """Refuse a tokenizer that does not fit the template or the model.
+
+    Raises:
+        DataError: more ids than the model has embeddings, or a token of the template is missing.
+    """
+    if tokenizer.size > vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model's vocab_size is "
+            f"{vocab_size}: set vocab_size to at least {tokenizer.size}"
+        )
+    needed = TEMPLATES[template]
+    missing = [name for name in needed.specials if name not in tokenizer.special_ids]
+    if missing:
+        raise DataError(
+            f"tokenizer {tokenizer.name} lacks the special token(s) {', '.join(missing)} that "
+            f"conversation_template {template} needs: choose the template it was made for"
+        )
+    for text in needed.supervised_tokens:
+        if len(tokenizer.encode(text, follows="text")) != 1:
+            raise DataError(
+                f"tokenizer {tokenizer.name} has no single token for {text!r}, which "
+                f"conversation_template {template} needs"
+            )
+
+
+def tokenize_conversation(
+    tokenizer: Tokenizer,
+    template: TemplateName,
+    messages: object,
+    *,
+    num_images: int,
+    sample_id: str,
+) -> TokenizedSample:
+    """Messages -> ids and unshifted labels.
+
+    Raises:
+        BadSampleError: the conversation cannot be trained on; names the sample.
+    """
+    parts = render_conversation(template, messages, num_images=num_images, sample_id=sample_id)
+    return _tokenize_parts(tokenizer, template, parts, sample_id)
+
+
+def tokenize_prompt(
+    tokenizer: Tokenizer,
+    template: TemplateName,
+    question: str,
+    *,
+    history: Sequence[tuple[str, str]] = (),
+) -> np.ndarray:
+    """Ids a reply to `question` starts from, int64 [L]; IMAGE_TOKEN_INDEX once per image.
+
+    They are the first L ids of a training sample with the same history, question and any answer.
+    """
+    parts = render_prompt(template, question, history=history)
+    return _tokenize_parts(tokenizer, template, parts, "prompt").input_ids
+
+
+def stop_ids(tokenizer: Tokenizer, template: TemplateName) -> tuple[int, ...]:
+    """Ids that end an answer: what training puts behind it, and the tokenizer's own end.
+
+    Raises:
+        DataError: the tokenizer has none of them.
+    """
+    found = [tokenizer.special_ids[n] for n in (IM_END, EOS) if n in tokenizer.special_ids]
+    if template == "plain" and len(line_end := tokenizer.encode("\n", follows="text")) == 1:
+        found += line_end
+    if not found:
+        raise DataError(f"tokenizer {tokenizer.name} has no token that ends an answer")
+    return tuple(dict.fromkeys(found))
+
+
+def _tokenize_parts(
+    tokenizer: Tokenizer, template: TemplateName, parts: Sequence[Part], sample_id: str
+) -> TokenizedSample:
+    ids: list[int] = []
+    supervised: list[bool] = []
+    follows: Follows = "start"
+    for part in parts:
+        match part:
+            case Image():
+                new, label, follows_next = [IMAGE_TOKEN_INDEX], False, "start"
+            case Special(name, label):
+                new = [tokenizer.special_ids[name]]
+                follows_next = "start" if name == BOS else "special"
+            case Text(text, label):
+                new, follows_next = tokenizer.encode(text, follows=follows), "text"
+        ids += new
+        supervised += [label] * len(new)
+        follows = follows_next
+    input_ids = np.array(ids, dtype=np.int64)
+    keep = np.array(supervised, dtype=bool)
+    for text in TEMPLATES[template].supervised_tokens:
+        keep |= input_ids == tokenizer.encode(text, follows="text")[0]
+    return TokenizedSample(
+        sample_id=sample_id,
+        input_ids=input_ids,
+        labels=np.where(keep, input_ids, IGNORE_INDEX),
+    )

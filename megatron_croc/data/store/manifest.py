@@ -1,0 +1,130 @@
+"""What a dataset folder says of itself, and whether its files are the ones that were written."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megatron_croc.data.store.shard_writer import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST,
+    LengthsInfo,
+    ShardInfo,
+    shard_name,
+)
+from megatron_croc.data.store.storage import (
+    is_remote,
+    join_location,
+    open_storage,
+    read_whole,
+    retry,
+)
+from megatron_croc.errors import DataError, first_line
+
+AGAIN = "run tools/preprocess_data.py for it again"
+"""The way out of most faults of a dataset folder."""
+
+_PIECE_BYTES = 8 << 20
+"""Read at once when a whole file is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a dataset folder holds."""
+
+    folder: str
+    """Path or s3:// prefix."""
+
+    num_samples: int
+    num_images: int
+    num_text_only: int
+    shards: tuple[ShardInfo, ...]
+    lengths: tuple[LengthsInfo, ...] = ()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises:
+        DataError: no such folder, no manifest (writing was not finished), or not one of ours.
+    """
+    path = join_location(folder, MANIFEST)
+    try:
+        content = json.loads(read_whole(path))
+    except FileNotFoundError as error:
+        there = is_remote(folder) or Path(folder).is_dir()
+        state = "holds no finished dataset (no manifest.json)" if there else "is missing"
+        raise DataError(
+            f"data_path {folder} {state}: finish it with tools/preprocess_data.py, which goes on "
+            "where it stopped"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not readable: {first_line(error)}; {AGAIN}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
+        raise DataError(f"{path} is no manifest of {FORMAT_NAME}; {AGAIN}")
+    if content.get("version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has version {content.get('version')}, this code reads {FORMAT_VERSION}; "
+            f"{AGAIN}"
+        )
+    try:
+        shards = tuple(
+            ShardInfo(**{field.name: shard[field.name] for field in fields(ShardInfo)})
+            for shard in content["shards"]
+        )
+        manifest = Manifest(
+            folder=str(folder),
+            num_samples=content["num_samples"],
+            num_images=content["num_images"],
+            num_text_only=content["num_text_only"],
+            shards=shards,
+            lengths=tuple(LengthsInfo(**entry) for entry in content.get("lengths", ())),
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} lacks or misuses the key {error}; {AGAIN}") from error
+    named = all(shard.name == shard_name(i) for i, shard in enumerate(shards))
+    if not named or manifest.num_samples != sum(shard.num_samples for shard in shards):
+        raise DataError(f"{path} contradicts itself (shard names or counts); {AGAIN}")
+    return manifest
+
+
+def count_samples(data_path: Sequence[str | Path]) -> int:
+    """Samples in all folders together, from their manifests alone."""
+    return sum(read_manifest(folder).num_samples for folder in data_path)
+
+
+def verify_shards(folder: str | Path) -> None:
+    """Compare every file of a dataset folder with its digest (reads everything once).
+
+    Raises:
+        DataError: names the first file that differs.
+    """
+    manifest = read_manifest(folder)
+    for info in manifest.shards:
+        index = join_location(folder, f"{info.name}.idx.npy")
+        for path, digest in (
+            (join_location(folder, info.tar), info.tar_sha256),
+            (index, info.idx_sha256),
+        ):
+            if _sha256_at(path) != digest:
+                raise DataError(f"{path} is not the file that was written; {AGAIN}")
+    for lengths in manifest.lengths:
+        path = join_location(folder, lengths.file)
+        if _sha256_at(path) != lengths.sha256:
+            raise DataError(f"{path} is not the file that was written; run tools/index_lengths.py")
+
+
+def _sha256_at(location: str) -> str | None:
+    """Hex digest of a file; None when it is not there."""
+    try:
+        storage = open_storage(location)
+        size = storage.size()
+    except FileNotFoundError:
+        return None
+    digest = hashlib.sha256()
+    for offset in range(0, size, _PIECE_BYTES):
+        length = min(_PIECE_BYTES, size - offset)
+        digest.update(retry(lambda o=offset, n=length: storage.read(o, n), location))
+    return digest.hexdigest()

@@ -1,0 +1,284 @@
+"""Reading dataset folders: any sample by its number, from any thread.
+
+    number --manifest.json--> shard, row --idx.npy--> offsets --read--> text and image bytes
+
+An index is memory-mapped when its shard is first read, so a dataset of 10^9 samples opens as fast
+as its manifest is read (manifest.py).
+
+Folders are local paths or s3:// prefixes (storage.py). Files are opened by the manifest's own
+names; keys and names inside a tar are never used as paths.
+What was written how is told in shard_writer.py.
+"""
+
+import bisect
+import hashlib
+import io
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.store.manifest import AGAIN, read_manifest
+from megatron_croc.data.store.records import conversation_of, parse_text
+from megatron_croc.data.store.shard_writer import ShardInfo, sample_key
+from megatron_croc.data.store.storage import (
+    Storage,
+    is_remote,
+    join_location,
+    open_storage,
+    read_whole,
+    retry,
+)
+from megatron_croc.data.store.storage_cache import StorageCache
+from megatron_croc.data.store.stored_array import let_go, load_array, open_array
+from megatron_croc.errors import DataError, first_line
+
+MAX_OPEN_FILES = 64
+"""Tars held open at once by one dataset."""
+
+MAX_OPEN_INDEXES = 64
+"""Indexes held open at once by one dataset."""
+
+CHECKED_AT_ONCE = 1024
+"""Shards up to which a dataset is checked when it is opened; larger ones shard by shard, at the
+first sample read from each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawSample:
+    """One sample as stored."""
+
+    sample_id: str
+    """<dataset folder>/<key>: the same on every machine."""
+
+    conversations: object
+    """The stored messages, not yet checked."""
+
+    image_bytes: list[bytes]
+    """Encoded images, in the order of their marks."""
+
+
+class ShardedDataset:
+    """Samples of one or several dataset folders, one after the other. Threads may share it."""
+
+    def __init__(
+        self, data_path: Sequence[str | Path] | str | Path, *, cache: StorageCache | None = None
+    ) -> None:
+        """Open the folders; checks every index and the size of every tar, unless they are many.
+
+        Args:
+            data_path: local folders or s3:// prefixes.
+            cache: where copies of remote tars are kept; None: they are read range by range.
+
+        Raises:
+            DataError: a folder is unfinished, or an index or tar is not the one written.
+        """
+        folders = [data_path] if isinstance(data_path, str | Path) else list(data_path)
+        if not folders:
+            raise DataError("data_path is empty: give at least one folder of shards")
+        manifests = [read_manifest(folder) for folder in folders]
+        names = _distinct_names([manifest.folder for manifest in manifests])
+        self._shards = [
+            _Shard(manifest.folder, shard, info, f"{name}/")
+            for manifest, name in zip(manifests, names, strict=True)
+            for shard, info in enumerate(manifest.shards)
+        ]
+        counts = (shard.num_samples for shard in self._shards)
+        self._starts = list(itertools.accumulate(counts, initial=0))
+        self._copies = cache
+        self._files = _Recent(self._open_tar, MAX_OPEN_FILES)
+        self._indexes = _Recent(_Index, MAX_OPEN_INDEXES)
+        if len(self._shards) <= CHECKED_AT_ONCE:
+            for shard in self._shards:
+                shard.check()
+
+    def __len__(self) -> int:
+        """Samples in all folders."""
+        return self._starts[-1]
+
+    def index_of(self, sample_id: str) -> int:
+        """Number of the sample of this name, as in a log or a report of bad samples.
+
+        Raises:
+            DataError: no such sample.
+        """
+        for shard, start in zip(self._shards, self._starts, strict=False):
+            key = sample_id.removeprefix(shard.id_prefix)
+            prefix = sample_key(shard.number, 0)[:-6]
+            if key != sample_id and key.startswith(prefix):
+                row = key.removeprefix(prefix)
+                if row.isdigit() and int(row) < shard.num_samples:
+                    return start + int(row)
+        raise DataError(
+            f"sample {sample_id} is not in data_path; names are <dataset>/<shard>-<row>"
+        )
+
+    def read(self, index: int) -> RawSample:
+        """Read one sample.
+
+        Raises:
+            BadSampleError: its stored text does not parse, or holds no conversation or caption.
+            DataError: its tar ends early.
+            OSError: the file system failed; the same call may succeed later.
+        """
+        shard, sample_id, members = self._locate(index)
+        text, *images = self._read(shard, sample_id, members)
+        record = _parse(text, shard, sample_id)
+        conversations = conversation_of(record, len(images), sample_id)
+        return RawSample(sample_id=sample_id, conversations=conversations, image_bytes=images)
+
+    def read_conversations(self, index: int) -> tuple[str, object, int]:
+        """Sample id, stored messages and number of images; the images are not read.
+
+        Raises:
+            The same as `read`.
+        """
+        shard, sample_id, members = self._locate(index)
+        (text,) = self._read(shard, sample_id, members[:1])
+        num_images = len(members) - 1
+        record = _parse(text, shard, sample_id)
+        return sample_id, conversation_of(record, num_images, sample_id), num_images
+
+    def _locate(self, index: int) -> tuple["_Shard", str, list[tuple[int, int]]]:
+        """A sample's shard, id, and the (offset, length) of its members."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        position = bisect.bisect_right(self._starts, index) - 1
+        shard, row = self._shards[position], index - self._starts[position]
+        shard.check()
+        members = self._indexes.open(shard.index).members(row)
+        return shard, shard.id_prefix + sample_key(shard.number, row), members
+
+    def _read(self, shard: "_Shard", sample_id: str, members: list[tuple[int, int]]) -> list[bytes]:
+        file = self._files.open(shard)
+        try:
+            return [file.read(offset, length) for offset, length in members]
+        except DataError as error:
+            raise DataError(f"sample {sample_id}: {error}") from error
+
+    def _open_tar(self, shard: "_Shard") -> Storage:
+        file = open_storage(shard.tar)
+        if self._copies is None or not is_remote(shard.tar):
+            return file
+        return self._copies.open(file, digest=shard.info.tar_sha256, size=shard.info.tar_bytes)
+
+
+def _parse(text: bytes, shard: "_Shard", sample_id: str) -> dict[str, Any]:
+    try:
+        return parse_text(text, shard.info.text_format)
+    except ValueError as error:
+        raise BadSampleError(
+            sample_id, "record", f"{shard.tar} stores no valid text for it: {error}"
+        ) from error
+
+
+def _distinct_names(folders: list[str]) -> list[str]:
+    """Shortest endings of the paths, in whole folders, that tell the datasets apart."""
+    parts = [
+        folder.rstrip("/").split("/")[2:] if is_remote(folder) else Path(folder).resolve().parts[1:]
+        for folder in folders
+    ]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError(f"data_path names a folder twice: {', '.join(map(str, folders))}")
+
+
+class _Shard:
+    """One tar and its index, by name."""
+
+    def __init__(self, folder: str, number: int, info: ShardInfo, id_prefix: str) -> None:
+        self.number = number
+        self.info = info
+        self.num_samples = info.num_samples
+        self.tar = join_location(folder, info.tar)
+        self.index = join_location(folder, f"{info.name}.idx.npy")
+        self.id_prefix = id_prefix
+        self._is_checked = False
+
+    def check(self) -> None:
+        """Compare index and tar with the manifest, once."""
+        if self._is_checked:
+            return
+        try:
+            stored = read_whole(self.index)
+            tar_bytes = retry(lambda: open_storage(self.tar).size(), self.tar)
+        except OSError as error:
+            raise DataError(f"shard file missing: {first_line(error)}; {AGAIN}") from error
+        if hashlib.sha256(stored).hexdigest() != self.info.idx_sha256:
+            raise DataError(f"{self.index} is not the index that was written; {AGAIN}")
+        rows = _read_index(stored, self.index)
+        end = int((rows[:, 1] + rows[:, 2]).max(initial=0))
+        if tar_bytes != self.info.tar_bytes or end > tar_bytes:
+            raise DataError(
+                f"{self.tar} has {tar_bytes} bytes, its manifest says {self.info.tar_bytes} and "
+                f"its index reaches to {end}; {AGAIN}"
+            )
+        steps = np.diff(rows[:, 0], prepend=-1, append=self.num_samples)  # none left out
+        in_order = 0 <= steps.min() <= steps.max() <= 1 == steps[-1]
+        if (rows < 0).any() or not in_order:
+            raise DataError(f"{self.index} does not fit the samples of {self.tar}; {AGAIN}")
+        self._is_checked = True
+
+
+def _read_index(stored: bytes, path: str) -> np.ndarray:
+    """int64 [members, 3]."""
+    try:
+        rows = load_array(io.BytesIO(stored))
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path} is no index: {first_line(error)}; {AGAIN}") from error
+    if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype != np.int64:
+        raise DataError(f"{path} is no index: {rows.dtype} {rows.shape}; {AGAIN}")
+    return rows
+
+
+class _Index:
+    """A shard's index, mapped into memory where it is local: int64 (sample, offset, length)."""
+
+    def __init__(self, location: str) -> None:
+        self._rows = open_array(location)
+
+    def members(self, row: int) -> list[tuple[int, int]]:
+        """(offset, length) of a sample's text, which comes first, and its images."""
+        first, last = (
+            bisect.bisect_left(range(len(self._rows)), r, key=lambda i: self._rows[i, 0])
+            for r in (row, row + 1)
+        )
+        members = [(int(offset), int(length)) for _, offset, length in self._rows[first:last]]
+        let_go(self._rows)
+        return members
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Opened = TypeVar("_Opened")
+
+
+class _Recent(Generic[_Key, _Opened]):
+    """The most recently used files, open. An evicted one stays open for those still reading."""
+
+    def __init__(self, opener: Callable[[_Key], _Opened], max_open: int) -> None:
+        self._opener = opener
+        self._max_open = max_open
+        self._files: OrderedDict[_Key, _Opened] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, key: _Key) -> _Opened:
+        with self._lock:
+            if (file := self._files.get(key)) is not None:
+                self._files.move_to_end(key)
+                return file
+        # Outside the lock: opening may download the file, and other shards need not wait.
+        file = self._opener(key)
+        with self._lock:
+            file = self._files.setdefault(key, file)
+            self._files.move_to_end(key)
+            if len(self._files) > self._max_open:
+                self._files.popitem(last=False)
+            return file

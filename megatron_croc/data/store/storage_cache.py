@@ -1,0 +1,166 @@
+"""A bounded folder of whole remote files, shared by every process of a node.
+
+    remote tar --download, digest checked--> .<sha256>.part --rename--> <sha256>
+
+A file is named by its digest, so what is there is right, whichever run brought it. The `.part` file
+is locked by whoever downloads; others wait for it. Room is made by removing the files used longest
+ago, but none used within KEEP_SECONDS: data larger than the cache would push itself out, shard
+after shard, for a few samples each. What finds no room is read from afar, range by range.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_croc.data.store.storage import LocalFile, Storage, retry
+from megatron_croc.errors import DataError
+from megatron_croc.log import get_logger
+
+KEEP_SECONDS = 3600.0
+"""A file used this recently is not removed to make room."""
+
+PIECE_BYTES = 8 << 20
+"""Bytes of one ranged GET of a download."""
+
+GIGABYTE = 10**9
+
+logger = get_logger(__name__)
+
+
+class StorageCache:
+    """Local copies of remote files, at most `max_bytes` of them."""
+
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        """Args: folder: made when missing; local to the node. max_bytes: of all files together.
+
+        Raises:
+            DataError: the folder cannot be made.
+        """
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"data_cache_dir {folder} cannot be made: {error}; name a local folder"
+            ) from error
+
+    def open(self, remote: Storage, *, digest: str, size: int) -> Storage:
+        """The local copy of a file, downloaded when there is room for it; else the file itself.
+
+        Args:
+            remote: where it is.
+            digest: sha256 it must have, hex.
+            size: its bytes.
+
+        Raises:
+            DataError: what was downloaded has another digest.
+            OSError: the download failed again and again.
+        """
+        final, part = self.folder / digest, self.folder / f".{digest}.part"
+        while True:
+            try:
+                os.utime(final)  # when it was last used
+                return LocalFile(final)
+            except FileNotFoundError:
+                pass
+            with _locked(part) as descriptor:
+                # Whoever held the lock before may have finished or removed the file.
+                if not _is_same_file(part, descriptor) or final.exists():
+                    continue
+                if not self._reserve(descriptor, size):
+                    part.unlink()
+                    return remote
+                try:
+                    self._download(remote, descriptor, digest, size)
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
+                part.replace(final)
+
+    def _reserve(self, descriptor: int, size: int) -> bool:
+        """Make room, and take it by growing the file; False when there is none."""
+        with _locked(self.folder / ".lock"):
+            now, used = time.time(), 0
+            old: list[tuple[float, Path, int]] = []
+            for path in self.folder.iterdir():
+                if path.name == ".lock":
+                    continue
+                try:
+                    if path.suffix == ".part" and _is_abandoned(path):
+                        path.unlink()
+                        continue
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                used += status.st_size
+                if path.suffix != ".part" and now - status.st_mtime >= KEEP_SECONDS:
+                    old.append((status.st_mtime, path, status.st_size))
+            old.sort()
+            removable = sum(entry[2] for entry in old)
+            if used - removable + size > self.max_bytes:
+                return False
+            for _, path, length in old:
+                if used + size <= self.max_bytes:
+                    break
+                path.unlink(missing_ok=True)  # those who read it keep it open
+                used -= length
+            os.ftruncate(descriptor, size)
+            return True
+
+    def _download(self, remote: Storage, descriptor: int, digest: str, size: int) -> None:
+        found, begin = hashlib.sha256(), time.monotonic()
+        for offset in range(0, size, PIECE_BYTES):
+            length = min(PIECE_BYTES, size - offset)
+            piece = retry(lambda o=offset, n=length: remote.read(o, n), remote.location)
+            found.update(piece)
+            os.pwrite(descriptor, piece, offset)
+        if found.hexdigest() != digest:
+            raise DataError(
+                f"{remote.location} is not the file that was written (another sha256): "
+                "copy it again, or run tools/preprocess_data.py for it again"
+            )
+        os.fsync(descriptor)
+        seconds = time.monotonic() - begin
+        logger.info("cached %s: %.1f MB in %.1f s", remote.location, size / 1e6, seconds)
+
+
+def build_cache(data_cache_dir: str | None, data_cache_gb: float) -> StorageCache | None:
+    """The cache of a run; None when none is asked for."""
+    if data_cache_dir is None:
+        return None
+    return StorageCache(data_cache_dir, int(data_cache_gb * GIGABYTE))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold the lock of a file, made when missing; also between threads of one process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody holds a download's lock: its process was killed."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
