@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_croc.errors import first_line
-from megatron_croc.model.flops import visible_pairs
 from megatron_croc.ops.attention import attend
 from megatron_croc.ops.attention.backends import choose_backend
 from megatron_croc.ops.attention.dense import attend_formula
@@ -43,6 +42,7 @@ from megatron_croc.ops.attention.rows import choose_rows
 from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.device import current_device, device_name, has_cuda, synchronize
+from megatron_croc.planning.flops import visible_pairs
 
 TEXT_BEFORE, TEXT_AFTER, IMAGE = 35, 300, 576
 """Tokens of a Croc sample: before its image, after it, and the image's."""

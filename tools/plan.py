@@ -16,11 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from layout_planner.gpus import GPUS, Gpu, get_gpu
-from layout_planner.search import Candidate, popular, reason, search
-from layout_planner.workload import describe, from_numbers, from_shards
-
 from megatron_croc.errors import CrocError
+from megatron_croc.planning.gpus import GPUS, Gpu, get_gpu
+from megatron_croc.planning.search import Candidate, popular, reason, search
+from megatron_croc.planning.workload import describe, from_numbers, from_shards
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 NUM_SHOWN = 5
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 1 after a fault, or when nothing fits."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--published"]:
-        from layout_planner.published import comparison
+        from megatron_croc.planning.published import comparison
 
         print(comparison())
         return 0

@@ -15,8 +15,6 @@ from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError, DataError
-from megatron_croc.model.flops import Work, count_flops
-from megatron_croc.model.memory import estimate_memory
 from megatron_croc.model.parameters import (
     PARTS,
     Part,
@@ -24,6 +22,8 @@ from megatron_croc.model.parameters import (
     stage_parameters,
     trained_parts,
 )
+from megatron_croc.planning.flops import Work, count_flops
+from megatron_croc.planning.memory import estimate_memory
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 _WIDTH = 34

@@ -1,1 +1,1 @@
-"""The Croc model on megatron-core, and what it costs."""
+"""The Croc model on megatron-core."""

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
-from megatron_croc.model.flops import Work, count_flops
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
 from megatron_croc.parallel.collectives import all_reduce
 from megatron_croc.parallel.device import to_device
 from megatron_croc.parallel.stopwatch import region
+from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.training.optimizer import part_of_group
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.config.settings import set_setting, settings_of
-from megatron_croc.model.memory import estimate_memory
+from megatron_croc.planning.memory import estimate_memory
 from megatron_croc.recipes import get_recipe
 from tests.support.distributed import run_distributed
 from tests.support.memory import measure

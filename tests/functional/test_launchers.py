@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.config.checks import find_faults
-from megatron_croc.model.memory import estimate_memory
+from megatron_croc.planning.memory import estimate_memory
 from megatron_croc.recipes.command_line import parse_command, run_parser
 from tests.support import fake_slurm
 from tests.support.distributed import free_port

@@ -1,10 +1,9 @@
 """The table of a grid's runs with what each costs, by the planner's estimate."""
 
-from layout_planner.gpus import get_gpu
-from layout_planner.step_time import estimate_step
-from layout_planner.workload import from_numbers
-
-from megatron_croc.model.memory import estimate_memory
+from megatron_croc.planning.gpus import get_gpu
+from megatron_croc.planning.memory import estimate_memory
+from megatron_croc.planning.step_time import estimate_step
+from megatron_croc.planning.workload import from_numbers
 
 from .grid import Grid
 

@@ -2,7 +2,7 @@ import pytest
 
 from megatron_croc.config.checks import find_faults
 from megatron_croc.errors import ConfigError
-from megatron_croc.model.memory import estimate_memory
+from megatron_croc.planning.memory import estimate_memory
 from megatron_croc.recipes import get_recipe, list_recipes
 
 

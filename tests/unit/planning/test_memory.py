@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.model.memory import MemoryEstimate, estimate_memory
+from megatron_croc.planning.memory import MemoryEstimate, estimate_memory
 from megatron_croc.recipes import get_recipe
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from megatron_croc.config.checks import find_faults
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
-from megatron_croc.model.memory import MemoryEstimate, estimate_memory
-
-from .gpus import Gpu
-from .step_time import StepTime, estimate_step
-from .workload import Workload
+from megatron_croc.planning.gpus import Gpu
+from megatron_croc.planning.memory import MemoryEstimate, estimate_memory
+from megatron_croc.planning.step_time import StepTime, estimate_step
+from megatron_croc.planning.workload import Workload
 
 RESERVED = 4e9
 """Bytes of a GPU kept for CUDA, NCCL and the kernels' workspaces (an assumption)."""

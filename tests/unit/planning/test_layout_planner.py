@@ -2,13 +2,13 @@ import json
 
 import plan
 import pytest
-from layout_planner.gpus import get_gpu
-from layout_planner.published import CASES
-from layout_planner.search import assess, search
-from layout_planner.step_time import estimate_step
-from layout_planner.workload import Workload, from_numbers
 
 from megatron_croc.config.checks import find_faults
+from megatron_croc.planning.gpus import get_gpu
+from megatron_croc.planning.published import CASES
+from megatron_croc.planning.search import assess, search
+from megatron_croc.planning.step_time import estimate_step
+from megatron_croc.planning.workload import Workload, from_numbers
 from megatron_croc.recipes import get_recipe
 
 H100 = get_gpu("h100")

@@ -10,8 +10,8 @@ import numpy as np
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError
-from megatron_croc.model.flops import Work
-from megatron_croc.model.memory import Row
+from megatron_croc.planning.flops import Work
+from megatron_croc.planning.memory import Row
 
 SCANNED = 512
 """Samples of a dataset looked at, spread evenly over it."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.model.flops import count_flops
 from megatron_croc.model.parameters import stage_parameters, trained_parts
-
-from .gpus import Gpu
-from .workload import Workload
+from megatron_croc.planning.flops import count_flops
+from megatron_croc.planning.gpus import Gpu
+from megatron_croc.planning.workload import Workload
 
 MATCHING_SECONDS = 0.01
 """Of one image's one-to-one match. An assumption of the order of scipy's time on one CPU core."""

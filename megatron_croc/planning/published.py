@@ -7,10 +7,9 @@ ours (FSDP instead of the distributed optimizer in all but Megatron's rows).
 from dataclasses import dataclass
 
 from megatron_croc.config.run import RunConfig
-
-from .gpus import get_gpu
-from .step_time import estimate_step
-from .workload import Workload
+from megatron_croc.planning.gpus import get_gpu
+from megatron_croc.planning.step_time import estimate_step
+from megatron_croc.planning.workload import Workload
 
 _FOUNDRY = "llm-foundry benchmarking README, 061f2c7"
 _TITAN = "torchtitan llama3_h100_202412, 31a17bf"

@@ -1,0 +1,1 @@
+"""Operations, memory and time of a step, and which layout fits: estimates without a GPU."""

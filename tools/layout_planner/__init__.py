@@ -1,1 +1,0 @@
-"""Which parallel layout fits, and which is fastest: an estimate without a GPU."""
