@@ -22,8 +22,8 @@ from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.target_channel import TargetChannel
-from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
+from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.step import Stepper
 
 

@@ -7,7 +7,7 @@ from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.answers import check_answers
 from megatron_croc.training.build import Trainer
 from megatron_croc.training.feeder import open_feeder
-from megatron_croc.training.metrics import StepMetrics
+from megatron_croc.training.reporting.metrics import StepMetrics
 
 _AVERAGED = ("text_loss", "reconstruction_loss", "loss")
 

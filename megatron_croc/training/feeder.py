@@ -24,7 +24,7 @@ from megatron_croc.data.loader import MicroBatchLoader
 from megatron_croc.data.order.row_plan import OrderState
 from megatron_croc.parallel.broadcast import broadcast_object, broadcast_tensor, is_source
 from megatron_croc.parallel.stopwatch import region
-from megatron_croc.training.heartbeat import enter
+from megatron_croc.training.safety.heartbeat import enter
 
 
 class Feeder:

@@ -8,18 +8,18 @@ from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.anomaly import AnomalyGuard
 from megatron_croc.training.build import Trainer, build_trainer
-from megatron_croc.training.curve import drop_undone_steps
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.feeder import open_feeder
-from megatron_croc.training.heartbeat import enter
 from megatron_croc.training.length import resolve_train_iters
-from megatron_croc.training.profiling import ProfileWindow
-from megatron_croc.training.reporting import Reporter
-from megatron_croc.training.stopping import stop_requests
-from megatron_croc.training.time_split import TimeSplit
-from megatron_croc.training.watchdog import run_folder, watch_over
+from megatron_croc.training.reporting.metrics_log import drop_undone_steps
+from megatron_croc.training.reporting.profiling import ProfileWindow
+from megatron_croc.training.reporting.reporting import Reporter
+from megatron_croc.training.reporting.time_split import TimeSplit
+from megatron_croc.training.safety.anomaly import AnomalyGuard
+from megatron_croc.training.safety.heartbeat import enter
+from megatron_croc.training.safety.stopping import stop_requests
+from megatron_croc.training.safety.watchdog import run_folder, watch_over
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:

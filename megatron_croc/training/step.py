@@ -20,10 +20,10 @@ from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
 from megatron_croc.parallel.collectives import all_reduce
 from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
-from megatron_croc.training.anomaly import AnomalyGuard
-from megatron_croc.training.heartbeat import enter
-from megatron_croc.training.metrics import StepMetrics, StepTotals
 from megatron_croc.training.optimizer import measure_gradients, update_weights
+from megatron_croc.training.reporting.metrics import StepMetrics, StepTotals
+from megatron_croc.training.safety.anomaly import AnomalyGuard
+from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.schedule import run_schedule
 
 

@@ -217,9 +217,9 @@ def refuse_and_compare(spike: bool, changes: dict) -> dict:
     from fault_matrix.inject import inject
 
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.anomaly import AnomalyGuard
     from megatron_croc.training.build import build_trainer
-    from megatron_croc.training.heartbeat import enter
+    from megatron_croc.training.safety.anomaly import AnomalyGuard
+    from megatron_croc.training.safety.heartbeat import enter
 
     run = tiny_run(spike_factor=5.0 if spike else 0.0, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)

@@ -149,7 +149,7 @@ HOST_READS = {
     "cpu at megatron_croc/ops/assignment/solve.py _solve_numpy": 1,
     # Step: the norm of the gradient, and all metrics at once.
     "item at megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": 1,
-    "tolist at megatron_croc/training/metrics.py reduce": 1,
+    "tolist at megatron_croc/training/reporting/metrics.py reduce": 1,
 }
 """How often the host waits for a value of the device in one training step, and where."""
 

@@ -22,7 +22,7 @@ def train_watched(arguments: list[str], delay: float) -> str:
     from megatron_croc.cli.train import main
     from megatron_croc.log import rank
     from megatron_croc.model.language_model import LanguageModel
-    from megatron_croc.training.prometheus import Endpoint
+    from megatron_croc.training.reporting.prometheus import Endpoint
 
     seen = []
     close = Endpoint.close

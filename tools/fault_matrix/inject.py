@@ -60,7 +60,7 @@ class Fault:
 
     def strikes(self) -> bool:
         """Whether it is its time; a fault with a marker strikes once in all restarts."""
-        from megatron_croc.training.heartbeat import own_beat
+        from megatron_croc.training.safety.heartbeat import own_beat
 
         if rank() != self.rank or self.iteration not in (0, own_beat().iteration):
             return False
@@ -91,7 +91,8 @@ def inject(fault: Fault) -> None:
 
 def on_enter(act: Callable[[str, int | None], None]) -> None:
     """Call `act(phase, micro_batch)` after every heartbeat."""
-    from megatron_croc.training import build, heartbeat, loop, step
+    from megatron_croc.training import build, loop, step
+    from megatron_croc.training.safety import heartbeat
 
     before = loop.enter
 
@@ -180,7 +181,7 @@ def _spoil_sample(fault: Fault) -> None:
 
 def _kill_at_call(fault: Fault) -> None:
     """SIGKILL when a function is called for the `number`-th time within a save."""
-    from megatron_croc.training.heartbeat import own_beat
+    from megatron_croc.training.safety.heartbeat import own_beat
 
     module_name, _, name = fault.name.rpartition(".")
     module = importlib.import_module(module_name)
@@ -212,7 +213,7 @@ def _fill_disk(fault: Fault) -> None:
 
 
 def _trace(folder: Path) -> None:
-    from megatron_croc.training.heartbeat import own_beat
+    from megatron_croc.training.safety.heartbeat import own_beat
     from megatron_croc.training.step import Stepper
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def trace_fault(folder: Path) -> Fault:
 
 def curve(save: Path) -> list[dict]:
     """The lines of metrics.jsonl without what is a time."""
-    from megatron_croc.training.curve import without_times
+    from megatron_croc.training.reporting.metrics_log import without_times
 
     lines = (save / "metrics.jsonl").read_text().splitlines()
     return [without_times(json.loads(line)) for line in lines]

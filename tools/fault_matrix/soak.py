@@ -51,7 +51,7 @@ def soak(words: list[str], *, steps: int) -> list[Usage]:
         steps: optimizer steps.
     """
     from megatron_croc.cli.train import main
-    from megatron_croc.training.heartbeat import own_beat
+    from megatron_croc.training.safety.heartbeat import own_beat
 
     usages: list[Usage] = []
 

@@ -11,7 +11,7 @@ from tests.support.synthetic import make_step, tiny_run
 
 ON_HOST = {
     "megatron_croc/data/batch.py:num_label_tokens",  # before the batch is moved
-    "megatron_croc/training/metrics.py:count_batch",
+    "megatron_croc/training/reporting/metrics.py:count_batch",
 }
 """Places that read what is on the host anyway."""
 
@@ -47,7 +47,7 @@ def test_forward_backward_and_metrics_read_the_device_once(pg_collection, change
         trainer.stepper.forward_backward(batches).reduce()
     known = ON_HOST | (CPU_SEARCH if run.model.prompt_pool.assign_mode == "hungarian" else set())
     waits = {place: count for place, count in reads.items() if place not in known}
-    assert waits == {"megatron_croc/training/metrics.py:reduce": 1}
+    assert waits == {"megatron_croc/training/reporting/metrics.py:reduce": 1}
 
 
 def test_every_way_to_read_is_counted():

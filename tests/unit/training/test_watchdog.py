@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.recipes import get_recipe
-from megatron_croc.training import watchdog
-from megatron_croc.training.heartbeat import enter
+from megatron_croc.training.safety import watchdog
+from megatron_croc.training.safety.heartbeat import enter
 
 LIMIT_S = 0.2
 

@@ -47,7 +47,7 @@ class StepMetrics:
     """Samples."""
 
     flops: float
-    """Useful operations, see model.flops."""
+    """Useful operations, see planning.flops."""
 
     matched_distance: float | None = None
     """Mean distance of a replaced token to its pool token."""

@@ -28,11 +28,11 @@ from megatron_croc.errors import RunError
 from megatron_croc.log import world_size
 from megatron_croc.model.language_model import LanguageModelOutput
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.anomaly import AnomalyGuard
 from megatron_croc.training.build import Trainer, build_trainer
 from megatron_croc.training.feeder import open_feeder
-from megatron_croc.training.metrics import StepMetrics
 from megatron_croc.training.optimizer import measure_gradients
+from megatron_croc.training.reporting.metrics import StepMetrics
+from megatron_croc.training.safety.anomaly import AnomalyGuard
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.training.stragglers import (
+from megatron_croc.training.reporting.stragglers import (
     Place,
     RankTimes,
     append_stragglers,
@@ -70,7 +70,7 @@ def test_an_interval_is_a_line(tmp_path: Path):
 
 def test_columns_are_means_and_maxima_over_ranks():
     from megatron_croc.parallel.stopwatch import REGIONS
-    from megatron_croc.training.time_split import IntervalTimes
+    from megatron_croc.training.reporting.time_split import IntervalTimes
 
     def rank(**seconds: float) -> dict[str, float]:
         return {**dict.fromkeys(REGIONS, 0.0), **seconds}

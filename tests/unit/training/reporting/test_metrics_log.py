@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from megatron_croc.training.curve import drop_undone_steps
+from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 
 
 def lines(path: Path) -> list[str]:

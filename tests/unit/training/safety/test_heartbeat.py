@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.training import heartbeat, watchdog
-from megatron_croc.training.heartbeat import Beat, beat_file, enter, own_beat, read_heartbeats
+from megatron_croc.training.safety import heartbeat, watchdog
+from megatron_croc.training.safety.heartbeat import (
+    Beat,
+    beat_file,
+    enter,
+    own_beat,
+    read_heartbeats,
+)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from megatron_croc.training.prometheus import Endpoint, gauge_name, open_endpoint
+from megatron_croc.training.reporting.prometheus import Endpoint, gauge_name, open_endpoint
 from tests.support.synthetic import tiny_run
 
 parser = pytest.importorskip("prometheus_client.parser")
@@ -51,8 +51,8 @@ def test_a_name_never_has_what_prometheus_refuses():
 
 
 def test_the_reporter_serves_what_it_writes(tmp_path, monkeypatch):
-    from megatron_croc.training import reporting
-    from tests.unit.training.test_metrics import make_metrics
+    from megatron_croc.training.reporting import reporting
+    from tests.unit.training.reporting.test_metrics import make_metrics
 
     endpoint = Endpoint(0)
     monkeypatch.setattr(reporting, "open_endpoint", lambda port: endpoint)

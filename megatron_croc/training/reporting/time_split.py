@@ -24,7 +24,7 @@ from megatron_croc.parallel.stopwatch import (
     drop_stopwatch,
     start_stopwatch,
 )
-from megatron_croc.training.stragglers import Place, RankTimes
+from megatron_croc.training.reporting.stragglers import Place, RankTimes
 
 _PAUSES = ("checkpoint", "validation")
 """Regions that are not part of a step."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_croc.parallel.stopwatch import drop_stopwatch, region, start_stopwatch
-from megatron_croc.training.profiling import ProfileWindow
+from megatron_croc.training.reporting.profiling import ProfileWindow
 from tests.support.synthetic import tiny_run
 
 

@@ -14,7 +14,7 @@ def reduce_known_numbers(changes: dict) -> dict:
     """Totals of made-up losses and matches, different on each data-parallel rank."""
     from megatron_croc.model.prompt_pool import Replacement
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.metrics import StepTotals
+    from megatron_croc.training.reporting.metrics import StepTotals
 
     run = tiny_run(**changes)
     pg = start_distributed(run.parallel, seed=1)
@@ -87,7 +87,7 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
 
 
 def test_a_step_without_images_has_no_distance(pg_collection):
-    from megatron_croc.training.metrics import StepTotals
+    from megatron_croc.training.reporting.metrics import StepTotals
 
     run = tiny_run()
     totals = StepTotals(run, pg_collection)
@@ -101,7 +101,7 @@ def test_a_step_without_images_has_no_distance(pg_collection):
 
 
 def make_metrics(number: int, **changes):
-    from megatron_croc.training.metrics import StepMetrics
+    from megatron_croc.training.reporting.metrics import StepMetrics
 
     numbers = dict(
         text_loss=3.0 - number / 10,
@@ -123,7 +123,7 @@ def make_metrics(number: int, **changes):
 
 @pytest.fixture
 def reporter(tmp_path: Path):
-    from megatron_croc.training.reporting import Reporter
+    from megatron_croc.training.reporting.reporting import Reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
     return Reporter(run, train_iters=5, world_size=2)
@@ -166,7 +166,7 @@ def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
 
 def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from megatron_croc.training.reporting import Reporter
+    from megatron_croc.training.reporting.reporting import Reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=True)
     reporter = Reporter(run, train_iters=4, world_size=2)
@@ -193,7 +193,9 @@ def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
 def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
     clock = iter([10.0, 14.0])
     reporter.started = 0.0
-    monkeypatch.setattr("megatron_croc.training.reporting.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        "megatron_croc.training.reporting.reporting.time.perf_counter", lambda: next(clock)
+    )
     for number in range(1, 5):
         reporter.add_step(number, make_metrics(number), waited=1.0)
     first, second = rows_of(tmp_path)
@@ -208,7 +210,9 @@ def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkey
 
     clock = iter([10.0])
     reporter.started = 0.0
-    monkeypatch.setattr("megatron_croc.training.reporting.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        "megatron_croc.training.reporting.reporting.time.perf_counter", lambda: next(clock)
+    )
     uses = [(8, 8) + (0,) * 30, (0, 0, 16) + (0,) * 29]
     cost = torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 9.0]])  # best 2 + 1; here 1 + 4
     for number, (counts, sample) in enumerate(
@@ -239,7 +243,7 @@ def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkey
     ],
 )
 def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, caplog):
-    from megatron_croc.training.reporting import Reporter
+    from megatron_croc.training.reporting.reporting import Reporter
 
     run = tiny_run(log_interval=1, **changes)
     assert run.model.num_replaced_tokens == 12
@@ -261,7 +265,7 @@ def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, cap
 
 
 def test_entropy_is_one_for_equal_use_and_zero_for_one_row():
-    from megatron_croc.training.metrics import entropy
+    from megatron_croc.training.reporting.metrics import entropy
 
     assert entropy([3, 3, 3, 3]) == pytest.approx(1.0)
     assert entropy([0, 9, 0]) == entropy([0, 0]) == entropy([5]) == 0.0
@@ -273,7 +277,7 @@ def test_validation_has_rows_of_its_own(reporter, tmp_path: Path):
 
 
 def test_a_resumed_run_goes_on_in_the_same_file(reporter, tmp_path: Path):
-    from megatron_croc.training.reporting import Reporter
+    from megatron_croc.training.reporting.reporting import Reporter
 
     reporter.add_step(2, make_metrics(2), waited=0.0)
     reporter.close()
@@ -283,7 +287,7 @@ def test_a_resumed_run_goes_on_in_the_same_file(reporter, tmp_path: Path):
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
-    from megatron_croc.training.reporting import Reporter
+    from megatron_croc.training.reporting.reporting import Reporter
 
     monkeypatch.setenv("RANK", "1")
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=1)
@@ -294,7 +298,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
 
 
 def test_peaks_are_known_by_the_devices_name():
-    from megatron_croc.training.reporting import peak_flops
+    from megatron_croc.training.reporting.reporting import peak_flops
 
     assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12

@@ -23,7 +23,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError, RunError, first_line
 from megatron_croc.log import get_logger, rank, world_size
 from megatron_croc.parallel.flight_recorder import last_collective
-from megatron_croc.training.heartbeat import (
+from megatron_croc.training.safety.heartbeat import (
     Beat,
     close_heartbeat,
     open_heartbeat,

@@ -27,7 +27,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.errors import RunError
 from megatron_croc.log import get_logger, rank, world_size
-from megatron_croc.training.metrics import StepMetrics, StepTotals
+from megatron_croc.training.reporting.metrics import StepMetrics, StepTotals
 
 logger = get_logger(__name__)
 

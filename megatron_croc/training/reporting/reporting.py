@@ -13,11 +13,15 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
-from megatron_croc.training.metrics import StepMetrics, entropy, usage
-from megatron_croc.training.prometheus import Endpoint, open_endpoint
-from megatron_croc.training.stragglers import STRAGGLERS_FILE, append_stragglers, find_stragglers
-from megatron_croc.training.time_split import IntervalTimes, TimeSplit
-from megatron_croc.training.weights_and_biases import open_wandb
+from megatron_croc.training.reporting.metrics import StepMetrics, entropy, usage
+from megatron_croc.training.reporting.prometheus import Endpoint, open_endpoint
+from megatron_croc.training.reporting.stragglers import (
+    STRAGGLERS_FILE,
+    append_stragglers,
+    find_stragglers,
+)
+from megatron_croc.training.reporting.time_split import IntervalTimes, TimeSplit
+from megatron_croc.training.reporting.weights_and_biases import open_wandb
 
 logger = get_logger(__name__)
 

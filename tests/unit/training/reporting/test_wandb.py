@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_croc.config.logging_checks import find_logging_faults
-from megatron_croc.training import reporting
+from megatron_croc.training.reporting import reporting
 from tests.support.synthetic import tiny_run
 
 

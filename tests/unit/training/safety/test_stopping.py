@@ -2,7 +2,7 @@ import os
 import signal
 
 from megatron_croc.config.reliability import ReliabilityConfig
-from megatron_croc.training.stopping import stop_requests
+from megatron_croc.training.safety.stopping import stop_requests
 
 
 def test_a_signal_is_answered_at_the_end_of_the_step(pg_collection):

@@ -1,0 +1,1 @@
+"""Numbers of a step, and the places they are written to."""

@@ -1,0 +1,1 @@
+"""Faults of a run: seen, survived where possible, and kept for replay."""
