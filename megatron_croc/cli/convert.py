@@ -128,7 +128,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
-    from megatron_croc.convert.verify import verify_export
+    from megatron_croc.inference.verify import verify_export
 
     report = verify_export(
         arguments.load,

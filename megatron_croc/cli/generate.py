@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from megatron_croc.errors import ConfigError, CrocError
 
 if TYPE_CHECKING:
-    from megatron_croc.convert.generation import Answer, Generator, Sampling
-    from megatron_croc.convert.questions import Question
+    from megatron_croc.inference.generation import Answer, Generator, Sampling
+    from megatron_croc.inference.questions import Question
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from megatron_croc.convert.generation import Sampling, open_generator
+    from megatron_croc.inference.generation import Sampling, open_generator
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -114,7 +114,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _questions(arguments: argparse.Namespace) -> "list[Question]":
-    from megatron_croc.convert.questions import ask, read_questions
+    from megatron_croc.inference.questions import ask, read_questions
 
     if arguments.input is None:
         return [ask(arguments.prompt, arguments.image)]
@@ -165,8 +165,8 @@ def _as_record(answer: "Answer") -> dict:
 
 
 def _report(answers: "list[Answer]", arguments: argparse.Namespace) -> None:
-    from megatron_croc.convert.answers import accuracy_by_type, as_table, write_report
-    from megatron_croc.convert.questions import read_questions
+    from megatron_croc.inference.answers import accuracy_by_type, as_table, write_report
+    from megatron_croc.inference.questions import read_questions
 
     known = None
     if arguments.baseline is not None:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megatron_croc.convert.answers import accuracy_by_type, as_table, normalise, write_report
-from megatron_croc.convert.generation import Answer
-from megatron_croc.convert.questions import Question
+from megatron_croc.inference.answers import accuracy_by_type, as_table, normalise, write_report
+from megatron_croc.inference.generation import Answer
+from megatron_croc.inference.questions import Question
 
 
 def said(kind: str | None, expected: str | None, text: str) -> Answer:

@@ -58,7 +58,7 @@ def export(checkpoint: Path, demo: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(export: Path):
-    from megatron_croc.convert.generation import open_generator
+    from megatron_croc.inference.generation import open_generator
 
     with open_generator(export) as opened:
         yield opened
@@ -67,7 +67,7 @@ def generator(export: Path):
 @pytest.fixture(scope="module")
 def questions(demo: Path) -> list:
     """One image, two images, none, and later rounds; of many lengths."""
-    from megatron_croc.convert.questions import ask, read_questions
+    from megatron_croc.inference.questions import ask, read_questions
 
     found = read_questions(demo / "finetune.json", demo / "images")
     one, two = ([q for q in found if len(q.images) == number] for number in (1, 2))
@@ -79,7 +79,7 @@ def questions(demo: Path) -> list:
 
 
 def sampling(**changes: object):
-    from megatron_croc.convert.generation import Sampling
+    from megatron_croc.inference.generation import Sampling
 
     return Sampling(**{"max_new_tokens": NEW_TOKENS, **changes})
 
@@ -140,7 +140,7 @@ def test_narrow_draws_are_the_most_likely_token(generator, questions, greedy):
 
 
 def test_a_checkpoint_of_tensor_parallel_2_answers_as_its_export(checkpoint, questions, greedy):
-    from megatron_croc.convert.generation import open_generator
+    from megatron_croc.inference.generation import open_generator
 
     iteration = next(checkpoint.glob("iter_*"))
     for folder in (checkpoint, iteration):
@@ -166,12 +166,12 @@ def test_generation_is_the_models_own_argmax(generator, questions, greedy):
 
 @pytest.mark.parametrize("template", ["v1", "plain", "qwen_1_5"])
 def test_a_prompt_is_the_beginning_of_the_training_sample(demo, template, tokenizers):
-    from megatron_croc.convert.questions import read_questions
     from megatron_croc.data.sample.tokenization import (
         stop_ids,
         tokenize_conversation,
         tokenize_prompt,
     )
+    from megatron_croc.inference.questions import read_questions
 
     tokenizer = tokenizers[template]
     name = "pretrain_mlp" if template == "plain" else "finetune"
@@ -269,8 +269,8 @@ def test_plain_stops_at_the_line_end(tokenizers):
 
 
 def test_code_beside_the_weights_is_not_run(export, tmp_path):
-    from megatron_croc.convert.generation import open_generator
     from megatron_croc.errors import CheckpointError
+    from megatron_croc.inference.generation import open_generator
 
     trace = tmp_path / "trace"
     bad = Path(shutil.copytree(export, tmp_path / "bad"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_croc.convert.questions import ask, read_questions
 from megatron_croc.errors import ConfigError, DataError
+from megatron_croc.inference.questions import ask, read_questions
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_training_files_are_read_without_their_images(folder):
     ],
 )
 def test_sampling_that_cannot_be_meant(changes, words):
-    from megatron_croc.convert.generation import Sampling
+    from megatron_croc.inference.generation import Sampling
 
     with pytest.raises(ConfigError, match=words):
         Sampling(**changes)

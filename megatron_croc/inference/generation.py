@@ -21,7 +21,6 @@ from torch import Tensor
 from megatron_croc.config.data import DataConfig, TemplateName
 from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
 from megatron_croc.convert.export_loader import load_export
-from megatron_croc.convert.questions import Question
 from megatron_croc.convert.tensor_files import read_json
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
@@ -33,6 +32,7 @@ from megatron_croc.data.sample.tokenization import (
     tokenize_prompt,
 )
 from megatron_croc.errors import CheckpointError, ConfigError, DataError
+from megatron_croc.inference.questions import Question
 
 
 @dataclass(frozen=True, kw_only=True)

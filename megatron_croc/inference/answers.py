@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_croc.convert.generation import Answer
-from megatron_croc.convert.questions import Question
 from megatron_croc.data.store.shard_writer import write_atomically
+from megatron_croc.inference.generation import Answer
+from megatron_croc.inference.questions import Question
 
 TOTAL = "all"
 """Name of the last row: every question; its chance is that of knowing the type."""

@@ -32,7 +32,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_visual_tokens_agree(family, exported):
-    from megatron_croc.convert.verify import verify_export
+    from megatron_croc.inference.verify import verify_export
 
     report = verify_export(*exported(family))
     assert report.passed
@@ -58,7 +58,7 @@ def test_logits_and_visual_tokens_agree(family, exported):
 def test_a_wrong_export_is_found_out(family, section, change, exported, tmp_path):
     import shutil
 
-    from megatron_croc.convert.verify import verify_export
+    from megatron_croc.inference.verify import verify_export
 
     start, good = exported(family)
     bad = Path(shutil.copytree(good, tmp_path / "bad"))
@@ -74,7 +74,7 @@ def test_bfloat16_rounds_and_a_wrong_export_does_more(family, exported, tmp_path
 
     import torch
 
-    from megatron_croc.convert.verify import verify_export
+    from megatron_croc.inference.verify import verify_export
 
     start, good = exported(family)
     report = verify_export(start, good, dtype=torch.bfloat16)
@@ -89,8 +89,8 @@ def test_bfloat16_rounds_and_a_wrong_export_does_more(family, exported, tmp_path
 def test_code_beside_the_weights_is_compared_and_not_run(exported, tmp_path):
     import shutil
 
-    from megatron_croc.convert.verify import verify_export
     from megatron_croc.errors import CheckpointError
+    from megatron_croc.inference.verify import verify_export
 
     start, good = exported("vicuna + clip")
     bad = Path(shutil.copytree(good, tmp_path / "bad"))
@@ -141,7 +141,7 @@ def test_transformers_loads_it_and_generates(family, exported):
 
 def test_training_parts_do_not_disturb_loading(exported, tmp_path):
     from megatron_croc.convert.exporting import export_huggingface
-    from megatron_croc.convert.inference import load_export
+    from megatron_croc.inference.inference import load_export
 
     start, _ = exported("vicuna + clip")
     export_huggingface(start, tmp_path / "hf", training_parts=True)

@@ -12,11 +12,11 @@ from PIL import Image
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.exporting import find_checkpoint, read_run
-from megatron_croc.convert.inference import build_prompt, observe_export, observe_megatron
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.conversation import IMAGE_MARK
 from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_prompt
 from megatron_croc.errors import CheckpointError
+from megatron_croc.inference.inference import build_prompt, observe_export, observe_megatron
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest difference of a logit taken for rounding, in standard deviations of the logits.
