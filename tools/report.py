@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from run_report.page import Section, write_page
-from run_report.stages import (
+from megatron_croc.errors import CrocError
+from megatron_croc.monitoring.run_report.page import Section, write_page
+from megatron_croc.monitoring.run_report.stages import (
     StageRun,
     accuracy_table,
     as_text,
@@ -24,8 +25,6 @@ from run_report.stages import (
     loss_table,
     optimizer_table,
 )
-
-from megatron_croc.errors import CrocError
 
 STAGES = ("pretrain_mlp", "pretrain_croc", "finetune")
 
@@ -86,7 +85,11 @@ def write_report(run_dir: Path, stages: Sequence[StageRun], *, num_images: int) 
 
 def curve_section(stages: Sequence[StageRun], folder: Path) -> Section:
     """Losses and what the optimizer did."""
-    from run_report.curve_figures import draw_losses, draw_optimization, draw_pool_training
+    from megatron_croc.monitoring.run_report.curve_figures import (
+        draw_losses,
+        draw_optimization,
+        draw_pool_training,
+    )
 
     pictures = [
         draw_losses(stages, folder / "losses.png"),
@@ -124,8 +127,8 @@ def answer_sections(stages: Sequence[StageRun]) -> list[Section]:
 
 def mask_section(stages: Sequence[StageRun], folder: Path) -> Section:
     """The three masks on one packed row."""
-    from run_report.heldout import build_masked_row
-    from run_report.mask_figures import draw_masks
+    from megatron_croc.monitoring.run_report.heldout import build_masked_row
+    from megatron_croc.monitoring.run_report.mask_figures import draw_masks
 
     # The last stage has the most varied samples: several images, or none.
     row = build_masked_row(stages[-1].run)
@@ -150,9 +153,13 @@ def pool_sections(stages: Sequence[StageRun], folder: Path, num_images: int) -> 
     if stage is None:
         print("no stage with a prompt pool among --stages: images and pool are left out")
         return []
-    from run_report.image_figures import draw_images
-    from run_report.observations import observe
-    from run_report.pool_figures import NUM_PATCHES, draw_strips, draw_usage
+    from megatron_croc.monitoring.run_report.image_figures import draw_images
+    from megatron_croc.monitoring.run_report.observations import observe
+    from megatron_croc.monitoring.run_report.pool_figures import (
+        NUM_PATCHES,
+        draw_strips,
+        draw_usage,
+    )
 
     seen = observe(stage)
     pool = stage.run.model.prompt_pool

@@ -126,7 +126,7 @@ def write_json(path: Path, fits: Sequence[GroupFit], targets: Sequence[float]) -
 
 def write_report(out: Path, fits: Sequence[GroupFit], targets: Sequence[float]) -> None:
     """report.md, report.html and one picture per group."""
-    from run_report.page import Section, write_page
+    from megatron_croc.monitoring.run_report.page import Section, write_page
 
     lines, sections = ["# Scaling: held-out loss over model size and samples", ""], []
     for number, group in enumerate(fits):
@@ -191,7 +191,8 @@ def draw(group: GroupFit, targets: Sequence[float], path: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from run_report.style import GREY, LINE_COLOURS, RC
+
+    from megatron_croc.monitoring.run_report.style import GREY, LINE_COLOURS, RC
 
     points = to_points(group.results, group.metric)
     with plt.rc_context(RC):

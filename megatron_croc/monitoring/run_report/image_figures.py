@@ -11,10 +11,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from .style import GREY, INK, PALE, as_picture, figure_style, save
+from megatron_croc.monitoring.run_report.style import (
+    GREY,
+    INK,
+    PALE,
+    as_picture,
+    figure_style,
+    save,
+)
 
 if TYPE_CHECKING:  # the pictures need its fields, not the model behind it
-    from .observations import Observations
+    from megatron_croc.monitoring.run_report.observations import Observations
 
 COLUMNS = ("image", "what stays", "pool row", "distance to the row", "similarity of the rebuilt")
 CELL = 2.3

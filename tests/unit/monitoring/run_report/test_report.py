@@ -1,8 +1,6 @@
 """The report's curves, tables, page and error messages, on made-up metrics."""
 
 import json
-import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +13,10 @@ from megatron_croc.config.base import to_yaml
 from megatron_croc.errors import DataError
 from megatron_croc.recipes import get_recipe
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
-
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    yield import_module("report")
-    for name in [n for n in sys.modules if n == "report" or n.split(".")[0] == "run_report"]:
-        del sys.modules[name]
+def report() -> ModuleType:
+    return import_module("tools.report")
 
 
 def write_stage(run_dir: Path, stage: str, *, world_size: int | None = None, tp: int = 1) -> Path:
@@ -118,7 +111,7 @@ def test_accuracy_is_shown_where_questions_were_asked(report: ModuleType, tmp_pa
 def test_parts_with_one_learning_rate_share_a_line(report: ModuleType, tmp_path: Path):
     write_stage(tmp_path, "pretrain_croc")
     stage = report.load_stage(tmp_path, "pretrain_croc")
-    figures = import_module("run_report.curve_figures")
+    figures = import_module("megatron_croc.monitoring.run_report.curve_figures")
     assert [parts for _, parts in figures.equal_curves(stage)] == [
         ["projector", "language_model"],
         ["prompt_pool"],
@@ -126,7 +119,7 @@ def test_parts_with_one_learning_rate_share_a_line(report: ModuleType, tmp_path:
 
 
 def test_steps_done_again_after_a_resume_count_once(report: ModuleType, tmp_path: Path):
-    read_metrics = import_module("run_report.stages").read_metrics
+    read_metrics = import_module("megatron_croc.monitoring.run_report.stages").read_metrics
     valid = {"iteration": 20, "valid_loss": 9.0}
     first = [train_row(i, False) for i in (10, 20)] + [valid, train_row(30, False)]
     again = [{**train_row(20, False), "loss": -1.0}, {**valid, "valid_loss": -2.0}]
@@ -168,7 +161,7 @@ def test_a_stage_without_held_out_data_is_named(report: ModuleType, tmp_path: Pa
 
 
 def test_cells_of_a_mask_tell_past_from_ahead(report: ModuleType):
-    figures = import_module("run_report.mask_figures")
+    figures = import_module("megatron_croc.monitoring.run_report.mask_figures")
     hidden, past, ahead = figures.HIDDEN, figures.PAST, figures.AHEAD
     visible = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], dtype=bool)
     assert figures.cells(visible).tolist() == [
@@ -179,7 +172,7 @@ def test_cells_of_a_mask_tell_past_from_ahead(report: ModuleType):
 
 
 def test_only_replaced_patches_are_greyed_out(report: ModuleType):
-    grey_out = import_module("run_report.image_figures").grey_out
+    grey_out = import_module("megatron_croc.monitoring.run_report.image_figures").grey_out
     pixels = np.full((9, 9, 3), 7, dtype=np.uint8)  # one pixel more than 2 x 2 patches cover
     out = grey_out(pixels, np.array([[True, False], [False, False]]))
     assert (out[1:4, 1:4] > 200).all()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .stages import Table
+from megatron_croc.monitoring.run_report.stages import Table
 
 CSS = """
 body { margin: 0; background: #f6f7f9; color: #22262e;

@@ -1,4 +1,4 @@
-"""Watch a run: python -m megatron_croc.cli.monitor RUN_DIR [RUN_DIR ...]
+"""Watch a run: python -m megatron_croc.monitoring.live RUN_DIR [RUN_DIR ...]
 
 RUN_DIR is the --log-dir (or --save) folder of a run, or a folder of such folders. Several runs are
 shown under each other and compared. It only reads, needs no GPU, and may be started anywhere the
@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.cli.monitor.page import write_page
-from megatron_croc.cli.monitor.reading import find_runs, read_run
-from megatron_croc.cli.monitor.terminal import Style, draw_frame
 from megatron_croc.errors import CrocError
+from megatron_croc.monitoring.live.page import write_page
+from megatron_croc.monitoring.live.reading import find_runs, read_run
+from megatron_croc.monitoring.live.terminal import Style, draw_frame
 
 _CLEAR = "\x1b[H\x1b[J"
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_croc.cli.monitor",
+        prog="python -m megatron_croc.monitoring.live",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -8,8 +8,18 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .heldout import ANSWER, IMAGE, PADDING, TEXT, MaskedRow
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, figure_style, save
+from megatron_croc.monitoring.run_report.heldout import ANSWER, IMAGE, PADDING, TEXT, MaskedRow
+from megatron_croc.monitoring.run_report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    figure_style,
+    save,
+)
 
 HIDDEN, PAST, AHEAD = range(3)
 """What a cell of the mask is: not seen; seen and not later than the query; seen ahead of it."""

@@ -8,8 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .stages import Row, StageRun, series
-from .style import BLUE, GREEN, LINE_COLOURS, ORANGE, PURPLE, figure_style, save
+from megatron_croc.monitoring.run_report.stages import Row, StageRun, series
+from megatron_croc.monitoring.run_report.style import (
+    BLUE,
+    GREEN,
+    LINE_COLOURS,
+    ORANGE,
+    PURPLE,
+    figure_style,
+    save,
+)
 
 PANEL = (5.2, 3.1)
 """Width and height of one panel, inches."""

@@ -10,10 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .style import GREEN, GREY, ORANGE, as_picture, figure_style, save
+from megatron_croc.monitoring.run_report.style import (
+    GREEN,
+    GREY,
+    ORANGE,
+    as_picture,
+    figure_style,
+    save,
+)
 
 if TYPE_CHECKING:  # the pictures need its fields, not the model behind it
-    from .observations import Observations
+    from megatron_croc.monitoring.run_report.observations import Observations
 
 NUM_ROWS = 8
 """Most used pool rows whose patches are shown."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.cli.monitor.__main__ import main
-from megatron_croc.cli.monitor.reading import find_runs, read_run
-from megatron_croc.cli.monitor.terminal import Style, draw_frame, duration, sparkline
 from megatron_croc.errors import DataError
+from megatron_croc.monitoring.live.__main__ import main
+from megatron_croc.monitoring.live.reading import find_runs, read_run
+from megatron_croc.monitoring.live.terminal import Style, draw_frame, duration, sparkline
 
 PLAIN = Style(width=100, colour=False, unicode=False)
 
@@ -140,7 +140,7 @@ def test_a_frame_says_what_is_going_on(folder: Path):
 
 
 def test_a_narrow_terminal_keeps_every_region(folder: Path):
-    from megatron_croc.cli.monitor.terminal import REGION_LETTERS
+    from megatron_croc.monitoring.live.terminal import REGION_LETTERS
 
     row = {k: v for k, v in train_row(40).items() if not k.startswith("time_share/")}
     row |= {f"time_share/{name}": 1 / 12 for name in REGION_LETTERS}
@@ -241,7 +241,7 @@ def test_the_page_holds_everything_and_loads_nothing(folder: Path, tmp_path: Pat
 
 
 def test_lines_are_where_their_numbers_are(folder: Path):
-    from megatron_croc.cli.monitor.charts import (
+    from megatron_croc.monitoring.live.charts import (
         BOTTOM,
         HEIGHT,
         LEFT,
@@ -273,13 +273,13 @@ def test_lines_are_where_their_numbers_are(folder: Path):
     ],
 )
 def test_ticks_are_round_and_cover_the_data(low: float, high: float, ticks: list[float]):
-    from megatron_croc.cli.monitor.charts import nice_ticks
+    from megatron_croc.monitoring.live.charts import nice_ticks
 
     assert nice_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_a_long_run_keeps_its_peaks():
-    from megatron_croc.cli.monitor.charts import thin
+    from megatron_croc.monitoring.live.charts import thin
 
     points = [(float(k), 1.0) for k in range(100_000)]
     points[54_321] = (54_321.0, 99.0)
@@ -290,7 +290,7 @@ def test_a_long_run_keeps_its_peaks():
 
 def test_a_pipe_gets_one_plain_frame_and_torch_is_not_imported(folder: Path):
     code = (
-        "import sys; from megatron_croc.cli.monitor.__main__ import main; "
+        "import sys; from megatron_croc.monitoring.live.__main__ import main; "
         f"status = main([{str(folder)!r}]); "
         "print(status, 'torch' in sys.modules)"
     )

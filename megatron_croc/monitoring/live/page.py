@@ -5,10 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_croc.cli.monitor.charts import Series, bar_chart, line_chart, stacked_chart
-from megatron_croc.cli.monitor.reading import SHARE, RunView
-from megatron_croc.cli.monitor.style import CSS, REGION_COLOURS
-from megatron_croc.cli.monitor.terminal import duration, number
+from megatron_croc.monitoring.live.charts import Series, bar_chart, line_chart, stacked_chart
+from megatron_croc.monitoring.live.reading import SHARE, RunView
+from megatron_croc.monitoring.live.style import CSS, REGION_COLOURS
+from megatron_croc.monitoring.live.terminal import duration, number
 
 _OF_ALL = (
     ("text_loss", "Text loss", "cross entropy per labelled token", False),

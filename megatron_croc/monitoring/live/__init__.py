@@ -1,4 +1,4 @@
-"""A run at a glance: `python -m megatron_croc.cli.monitor RUN_DIR`.
+"""A run at a glance: `python -m megatron_croc.monitoring.live RUN_DIR`.
 
 reading.py     what training wrote                 --> RunView
 terminal.py    RunView --> a frame of text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_croc.cli.monitor.reading import RunView
+from megatron_croc.monitoring.live.reading import RunView
 
 _RAMP = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_RAMP = "_.-=+*%#"

@@ -22,11 +22,10 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.errors import DataError
 from megatron_croc.model.croc_model import CrocModel, ModelOutput
+from megatron_croc.monitoring.run_report.stages import StageRun
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.training.build import build_model
 from megatron_croc.training.step import to_model_inputs
-
-from .stages import StageRun
 
 MAX_SAMPLES = 256
 """Held-out samples that are run."""

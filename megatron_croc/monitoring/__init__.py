@@ -1,0 +1,1 @@
+"""A run made visible, while it goes on and after it."""
