@@ -7,7 +7,7 @@
     python tools/scaling.py report GRID.yaml --out DIR     # fit, and DIR/report.{md,html,png}
     python tools/scaling.py all    GRID.yaml --out DIR     # plan, launch here, report
 
-GRID.yaml is described in tools/scaling_runs/grid.py. --data FOLDER names a folder of the demo's
+GRID.yaml is described in megatron_croc/scaling/grid.py. --data FOLDER names a folder of the demo's
 form (shards/STAGE, shards/valid_STAGE, tokenizer.model) instead of paths in the grid. Unfinished
 runs are started again by the same command; finished ones are left alone.
 """
@@ -18,9 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling_runs.grid import Grid, read_grid
-
 from megatron_croc.errors import CrocError
+from megatron_croc.scaling.grid import Grid, read_grid
 
 COMMANDS = ("plan", "launch", "fit", "report", "all")
 
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(grid: Grid, out: Path) -> None:
     """Print and keep the table of runs."""
-    from scaling_runs.price import price_table
+    from megatron_croc.scaling.price import price_table
 
     table = price_table(grid)
     (out / "plan.md").write_text(table + "\n", encoding="utf-8")
@@ -76,7 +75,7 @@ def plan(grid: Grid, out: Path) -> None:
 
 def launch(grid: Grid, options: argparse.Namespace) -> bool:
     """Start what is not finished; whether nothing failed."""
-    from scaling_runs.launch import launch_locally, write_slurm
+    from megatron_croc.scaling.launch import launch_locally, write_slurm
 
     if not options.slurm:
         return not launch_locally(grid, at_once=options.at_once, nice=options.nice)
@@ -96,7 +95,7 @@ def launch(grid: Grid, options: argparse.Namespace) -> bool:
 
 def report(grid: Grid, options: argparse.Namespace, *, draw: bool) -> None:
     """Fit every group of runs; write fit.json, and the report."""
-    from scaling_runs.report import fit_groups, write_json, write_report
+    from megatron_croc.scaling.report import fit_groups, write_json, write_report
 
     fits = fit_groups(grid, options.metric, resamples=options.resamples)
     write_json(options.out / "fit.json", fits, options.target_samples)

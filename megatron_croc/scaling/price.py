@@ -4,8 +4,7 @@ from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.planning.memory import estimate_memory
 from megatron_croc.planning.step_time import estimate_step
 from megatron_croc.planning.workload import from_numbers
-
-from .grid import Grid
+from megatron_croc.scaling.grid import Grid
 
 TEXT_TOKENS = 150.0
 """Mean text tokens of a sample, for the price (a detailed caption and its question)."""

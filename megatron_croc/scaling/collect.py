@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_croc.errors import ConfigError
-
-from .fit import Points
-from .grid import Grid, GridRun
-from .launch import final_validation, folder_of, read_metrics
+from megatron_croc.scaling.fit import Points
+from megatron_croc.scaling.grid import Grid, GridRun
+from megatron_croc.scaling.launch import final_validation, folder_of, read_metrics
 
 METRICS = ("valid_loss", "valid_text_loss", "valid_reconstruction_loss")
 """What can be fitted, all on held-out samples."""

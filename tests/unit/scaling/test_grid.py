@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
-from scaling_runs.collect import collect
-from scaling_runs.grid import read_grid
-from scaling_runs.launch import final_validation, folder_of, prepare, write_slurm
-from scaling_runs.report import fit_groups, write_json, write_report
 
 from megatron_croc.errors import ConfigError
+from megatron_croc.scaling.collect import collect
+from megatron_croc.scaling.grid import read_grid
+from megatron_croc.scaling.launch import final_validation, folder_of, prepare, write_slurm
+from megatron_croc.scaling.report import fit_groups, write_json, write_report
 
 GRID = """
 recipe: tiny/pretrain_croc

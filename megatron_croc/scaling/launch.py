@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_croc.config.base import to_yaml
-
-from .grid import Grid, GridRun
+from megatron_croc.scaling.grid import Grid, GridRun
 
 METRICS = "metrics.jsonl"
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_croc.errors import DataError
-
-from .collect import METRICS, Result, collect, groups, to_points
-from .fit import LEVEL, Fit, extrapolation_doubt, fit_law
-from .grid import Grid
+from megatron_croc.scaling.collect import METRICS, Result, collect, groups, to_points
+from megatron_croc.scaling.fit import LEVEL, Fit, extrapolation_doubt, fit_law
+from megatron_croc.scaling.grid import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
-from scaling_runs.fit import Points, extrapolation_doubt, fit_law
 
 from megatron_croc.errors import DataError
+from megatron_croc.scaling.fit import Points, extrapolation_doubt, fit_law
 
 TRUE = {"E": 1.7, "A": 400.0, "a": 0.34, "B": 60.0, "b": 0.28}
 
