@@ -21,7 +21,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fault_matrix.scenarios import SCENARIOS, BrokenPromiseError, Outcome, Workplace
+from megatron_croc.verification.faults.scenarios import (
+    SCENARIOS,
+    BrokenPromiseError,
+    Outcome,
+    Workplace,
+)
 
 HEAD = ("fault", "promise", "result", "samples seen exactly once", "steps lost", "s to recover")
 
@@ -90,9 +95,9 @@ def matrix(root: Path, names: Sequence[str]) -> int:
 
 def soak(root: Path, steps: int) -> int:
     """A long run in this process."""
-    from fault_matrix.runs import STAGE, make_data, train_words
-    from fault_matrix.soak import RSS_GROWTH, growth
-    from fault_matrix.soak import soak as run_soak
+    from megatron_croc.verification.faults.runs import STAGE, make_data, train_words
+    from megatron_croc.verification.faults.soak import RSS_GROWTH, growth
+    from megatron_croc.verification.faults.soak import soak as run_soak
 
     data = make_data(root / "data")
     words = train_words(data, root / "soak", f"--valid-data-path={data / f'valid_{STAGE}'}")

@@ -65,7 +65,7 @@ def golden(words: list[str]) -> int:
     from megatron_croc.log import quiet_megatron
 
     quiet_megatron()  # before it is imported
-    from golden_parity.run import run_golden
+    from megatron_croc.verification.golden.run import run_golden
 
     return run_golden(
         options.case,
@@ -78,7 +78,7 @@ def golden(words: list[str]) -> int:
 
 def layouts(words: list[str]) -> int:
     """Compare parallel layouts with one process."""
-    from layout_parity.command import run_command
+    from megatron_croc.verification.layouts.command import run_command
 
     return run_command(words)
 
@@ -90,7 +90,7 @@ def runs(words: list[str]) -> int:
     parser.add_argument("b", type=Path, help="the same")
     parser.add_argument("--bound", type=float, default=1e-4, help="largest relative difference")
     options = parser.parse_args(words)
-    from layout_parity.logs import compare_logs
+    from megatron_croc.verification.layouts.logs import compare_logs
 
     return compare_logs(options.a, options.b, bound=options.bound)
 

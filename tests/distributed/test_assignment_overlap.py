@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from layout_parity.layout import Layout
-from layout_parity.observe import RankObservation, observe
 
 from megatron_croc.data.synthetic import MIXED_IMAGES
+from megatron_croc.verification.layouts.layout import Layout
+from megatron_croc.verification.layouts.observe import RankObservation, observe
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
 

@@ -5,10 +5,10 @@ when one query group does not divide), recomputation of attention and of whole l
 """
 
 import pytest
-from layout_parity.compare import BOUNDS, compare, row
-from layout_parity.observe import RankObservation, assemble, observe
 
 from megatron_croc.ops.attention.flash import EMULATED
+from megatron_croc.verification.layouts.compare import BOUNDS, compare, row
+from megatron_croc.verification.layouts.observe import RankObservation, assemble, observe
 from tests.distributed.test_layouts import STEPS, run_layout
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_matrix.inject import Fault
-from fault_matrix.launch import Exit, run_to_exit
-from fault_matrix.runs import (
+
+from megatron_croc.verification.faults.inject import Fault
+from megatron_croc.verification.faults.launch import Exit, run_to_exit
+from megatron_croc.verification.faults.runs import (
     curve,
     effective_samples,
     faulty_train,
@@ -18,7 +19,6 @@ from fault_matrix.runs import (
     trace_fault,
     train_words,
 )
-
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import make_step, tiny_run
 
@@ -172,9 +172,8 @@ def test_a_bad_step_is_skipped_reported_and_after_too_many_the_run_stops(
 
 
 def replay_after(data: Path, save: Path, sample: str | None, report: Path) -> int:
-    from fault_matrix.inject import inject
-
     from megatron_croc.cli.replay import main
+    from megatron_croc.verification.faults.inject import inject
 
     if sample is not None:
         inject(Fault(fault="bad_sample", name=sample))
@@ -214,12 +213,11 @@ def test_replay_finds_the_sample_and_the_module(data: Path, unbroken: Path, tmp_
 
 def refuse_and_compare(spike: bool, changes: dict) -> dict:
     """One good step, one that is refused, and whether anything moved."""
-    from fault_matrix.inject import inject
-
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_trainer
     from megatron_croc.training.safety.anomaly import AnomalyGuard
     from megatron_croc.training.safety.heartbeat import enter
+    from megatron_croc.verification.faults.inject import inject
 
     run = tiny_run(spike_factor=5.0 if spike else 0.0, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
@@ -267,7 +265,7 @@ def test_a_refused_step_moves_nothing_on_any_rank(spike: bool, changes: dict):
 
 
 def soak_run(data: Path, save: Path) -> dict:
-    from fault_matrix.soak import growth, soak
+    from megatron_croc.verification.faults.soak import growth, soak
 
     valid = f"--valid-data-path={data / 'valid_pretrain_croc'}"
     return growth(soak([*train_words(data, save), valid], steps=100))

@@ -3,14 +3,19 @@
 from functools import partial
 
 import pytest
-from layout_parity.compare import BOUNDS, compare, row
-from layout_parity.faults import FAULTS
-from layout_parity.layout import Layout, every_layout
-from layout_parity.observe import Observation, RankObservation, assemble, observe
 from torch import Tensor
 
 from megatron_croc.data.synthetic import MIXED_IMAGES
 from megatron_croc.training import build
+from megatron_croc.verification.layouts.compare import BOUNDS, compare, row
+from megatron_croc.verification.layouts.faults import FAULTS
+from megatron_croc.verification.layouts.layout import Layout, every_layout
+from megatron_croc.verification.layouts.observe import (
+    Observation,
+    RankObservation,
+    assemble,
+    observe,
+)
 from tests.support.distributed import run_distributed
 from tests.support.pipeline_sends import watched_sends
 from tests.support.synthetic import tiny_run

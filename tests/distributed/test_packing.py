@@ -1,15 +1,20 @@
 """Packed training is unpacked training: the same losses and every gradient, at any layout."""
 
 import pytest
-from layout_parity import observe as observing
-from layout_parity.compare import BOUNDS, compare, row
-from layout_parity.layout import Layout
-from layout_parity.observe import Observation, RankObservation, assemble, observe
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.order.packing import pack
 from megatron_croc.data.synthetic import MIXED_IMAGES, make_batch, make_sample
+from megatron_croc.verification.layouts import observe as observing
+from megatron_croc.verification.layouts.compare import BOUNDS, compare, row
+from megatron_croc.verification.layouts.layout import Layout
+from megatron_croc.verification.layouts.observe import (
+    Observation,
+    RankObservation,
+    assemble,
+    observe,
+)
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
 

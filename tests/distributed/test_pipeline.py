@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from layout_parity.layout import Layout
-from layout_parity.observe import observe
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.synthetic import MIXED_IMAGES
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.parallel.target_channel import TargetChannel
 from megatron_croc.training.build import build_trainer
+from megatron_croc.verification.layouts.layout import Layout
+from megatron_croc.verification.layouts.observe import observe
 from tests.support.distributed import run_distributed
 from tests.support.pipeline_sends import watched_sends
 from tests.support.synthetic import make_step, tiny_run

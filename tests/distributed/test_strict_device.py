@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from layout_parity.compare import BOUNDS, compare, row
-from layout_parity.layout import Layout
-from layout_parity.observe import Observation, assemble, observe
 
 from megatron_croc.data.synthetic import MIXED_IMAGES
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.build import build_trainer
+from megatron_croc.verification.layouts.compare import BOUNDS, compare, row
+from megatron_croc.verification.layouts.layout import Layout
+from megatron_croc.verification.layouts.observe import Observation, assemble, observe
 from tests.distributed.test_layouts import STEPS, run_layout
 from tests.support.distributed import run_distributed
 from tests.support.strict_device import Options, Report, install, run_strict

@@ -1,9 +1,9 @@
 """A tiny run's losses do not depend on the backend that matched its tokens."""
 
 import pytest
-from layout_parity.observe import RankObservation, observe
 
 from megatron_croc.ops.assignment import on_cpu
+from megatron_croc.verification.layouts.observe import RankObservation, observe
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import tiny_run
 

@@ -1,8 +1,9 @@
 """tools/chaos.py, as a user calls it."""
 
-import chaos
 import pytest
-from fault_matrix import scenarios
+
+from megatron_croc.verification.faults import scenarios
+from tools import chaos
 
 
 @pytest.mark.distributed

@@ -43,7 +43,7 @@ def test_the_other_version_computes_the_same(export: Path):
 
 
 def test_a_difference_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys):
-    import check_transformers
+    from tools import check_transformers
 
     side = dict(version="1", missing=[], unexpected=[], mismatched=[])
     good = side | dict(logits=[0.0, 1.0], generated=[[1, 2]])

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint.verify import main
 
 from megatron_croc.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
+from tools.checkpoint.verify import main
 
 Verify = Callable[..., tuple[int, list[str]]]
 

@@ -1,17 +1,15 @@
 """The training step against recorded runs of the released code, at several layouts.
 
-The comparison itself is tools/golden_parity; here it is run on every case, and shown to fail.
+The comparison itself is megatron_croc/verification/golden; here it is run on every case, and
+shown to fail.
 """
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.distributed import run_distributed
-
-TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
 
 CASES = (
     "croc/mha_stage15",
@@ -34,9 +32,7 @@ LAYOUTS = {
 
 
 def compare(path: Path, *, tp: int = 1, pp: int = 1, sequence_parallel: bool = False) -> int:
-    if TOOLS not in sys.path:
-        sys.path.insert(0, TOOLS)
-    from golden_parity.run import run_golden
+    from megatron_croc.verification.golden.run import run_golden
 
     return run_golden(path, tp=tp, pp=pp, sequence_parallel=sequence_parallel, bound=BOUND)
 
@@ -44,9 +40,7 @@ def compare(path: Path, *, tp: int = 1, pp: int = 1, sequence_parallel: bool = F
 @pytest.fixture
 def tool():
     """The comparison as a module, to be tampered with."""
-    if TOOLS not in sys.path:
-        sys.path.insert(0, TOOLS)
-    return importlib.import_module("golden_parity.run")
+    return importlib.import_module("megatron_croc.verification.golden.run")
 
 
 @pytest.mark.parametrize("case", CASES)

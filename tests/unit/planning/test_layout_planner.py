@@ -1,6 +1,5 @@
 import json
 
-import plan
 import pytest
 
 from megatron_croc.config.checks import find_faults
@@ -10,6 +9,7 @@ from megatron_croc.planning.search import assess, search
 from megatron_croc.planning.step_time import estimate_step
 from megatron_croc.planning.workload import Workload, from_numbers
 from megatron_croc.recipes import get_recipe
+from tools import plan
 
 H100 = get_gpu("h100")
 

@@ -1,8 +1,8 @@
 """The comparison with recorded runs, apart from the recordings (tests/golden)."""
 
 import torch
-from golden_parity.run import Recorder
 
+from megatron_croc.verification.golden.run import Recorder
 from tests.support.on_device import OnDevice, on_device
 
 

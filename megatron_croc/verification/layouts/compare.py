@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layout_parity.observe import Observation
+from megatron_croc.verification.layouts.observe import Observation
 
 BOUNDS = {
     "fp32": {"loss": 1e-5, "grad_norm": 1e-4, "gradient": 1e-4, "weight": 1e-4},

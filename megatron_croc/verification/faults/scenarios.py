@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fault_matrix.inject import Fault
-from fault_matrix.launch import Exit, run_to_exit
-from fault_matrix.runs import (
+from megatron_croc.verification.faults.inject import Fault
+from megatron_croc.verification.faults.launch import Exit, run_to_exit
+from megatron_croc.verification.faults.runs import (
     STAGE,
     curve,
     effective_samples,
@@ -143,7 +143,14 @@ def _killed_under_torchrun(place: Workplace, save: Path) -> Outcome:
     kill = Fault(fault="kill", rank=1, iteration=4, marker=str(save / "struck"))
     faults = json.dumps([asdict(kill), asdict(trace_fault(save / "trace"))])
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    command = [sys.executable, "-m", *launcher, "-m", "fault_matrix.inject", faults]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "megatron_croc.verification.faults.inject",
+        faults,
+    ]
     command += ["megatron_croc.cli.train", *train_words(place.data, save)]
     environment = {
         **os.environ,

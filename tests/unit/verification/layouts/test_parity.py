@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import parity
 import pytest
-from layout_parity.layout import Layout, every_layout
-from layout_parity.logs import compare_logs
 
 from megatron_croc.errors import ConfigError
+from megatron_croc.verification.layouts.layout import Layout, every_layout
+from megatron_croc.verification.layouts.logs import compare_logs
+from tools import parity
 
 
 def write_log(folder: Path, losses: dict[int, float]) -> Path:

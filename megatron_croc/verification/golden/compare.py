@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from golden_parity.case import SPLIT_IMAGE, Case
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX, Batch
+from megatron_croc.verification.golden.case import SPLIT_IMAGE, Case
 
 ROUNDING = 1e-6
 """A gradient this small beside the largest one is an exact zero plus rounding (a key bias inside a

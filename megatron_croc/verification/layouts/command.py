@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from layout_parity.layout import Layout, every_layout
 from megatron_croc.config.base import raise_faults
 from megatron_croc.config.checks import find_faults
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes.command_line import parse_command, run_parser
+from megatron_croc.verification.layouts.layout import Layout, every_layout
 
 DEFAULT_LAYOUTS = "tp2 tp2+sp pp2 pp2+vpp2 cp2 dp2"
 
@@ -20,7 +20,10 @@ def run_command(words: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=Path("runs/parity"), help="for the results")
     parser.add_argument("--self-test", action="store_true", help="plant faults; all must be seen")
-    parser.add_argument("--plant", help="a fault of layout_parity.faults to plant in the layouts")
+    parser.add_argument(
+        "--plant",
+        help="a fault of megatron_croc.verification.layouts.faults to plant in the layouts",
+    )
     parser.add_argument("--worker", help="set by this tool: the layout of this process")
     parser.add_argument("--worker-folder", type=Path, help="set by this tool")
     options, run = parse_command(parser, words)
@@ -35,7 +38,7 @@ def run_command(words: Sequence[str]) -> int:
             for fault in find_faults(layout.apply(run), layout.world_size)
         ]
     )
-    from layout_parity.launch import compare_layouts
+    from megatron_croc.verification.layouts.launch import compare_layouts
 
     dtype = "bf16" if run.training.bf16 else "fp32"
     if options.self_test:
@@ -57,8 +60,8 @@ def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None
     from megatron_croc.log import quiet_megatron
 
     quiet_megatron()  # before it is imported
-    from layout_parity.faults import FAULTS
-    from layout_parity.observe import work
+    from megatron_croc.verification.layouts.faults import FAULTS
+    from megatron_croc.verification.layouts.observe import work
 
     layout = Layout(name="one") if name == "one" else Layout.parse(name)
     run = layout.apply(run)
@@ -70,8 +73,8 @@ def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None
 
 def _self_test(words: Sequence[str], *, dtype: str, out: Path) -> int:
     """Plant each known fault; 0 when every one is reported."""
-    from layout_parity.faults import FAULTS
-    from layout_parity.launch import compare_layouts
+    from megatron_croc.verification.layouts.faults import FAULTS
+    from megatron_croc.verification.layouts.launch import compare_layouts
 
     missed = []
     for name, (_, layout) in FAULTS.items():

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_matrix.inject import on_enter
+from megatron_croc.verification.faults.inject import on_enter, run_command
 
 RSS_GROWTH = 8.0
 """Most that the second half of a run may add to resident memory, MiB; allocators breathe."""
@@ -50,7 +50,6 @@ def soak(words: list[str], *, steps: int) -> list[Usage]:
         words: of the train command: recipe, data, tokenizer, save.
         steps: optimizer steps.
     """
-    from megatron_croc.cli.train import main
     from megatron_croc.training.safety.heartbeat import own_beat
 
     usages: list[Usage] = []
@@ -61,7 +60,8 @@ def soak(words: list[str], *, steps: int) -> list[Usage]:
 
     on_enter(act)
     more = [f"--train-iters={steps}", "--log-interval=50", "--eval-interval=50", "--eval-iters=1"]
-    status = main([*words, *more, f"--save-interval={max(steps // 10, 1)}", "--no-tensorboard"])
+    more += [f"--save-interval={max(steps // 10, 1)}", "--no-tensorboard"]
+    status = run_command("megatron_croc.cli.train", [*words, *more])
     if status != 0:
         raise RuntimeError(f"training ended with status {status}")
     return usages

@@ -1,6 +1,7 @@
 """Run one of the project's commands with faults put into it.
 
-    python -m fault_matrix.inject '[{"fault": "kill", "rank": 1, "iteration": 3}]' \
+    python -m megatron_croc.verification.faults.inject \
+        '[{"fault": "kill", "rank": 1, "iteration": 3}]' \
         megatron_croc.cli.train --recipe tiny/pretrain_croc ...
 
 The product knows nothing of this: faults come in where a heartbeat is beaten, where a loss is made
@@ -17,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,14 @@ def _trace(folder: Path) -> None:
     Stepper.train = train  # type: ignore[method-assign]
 
 
+def run_command(name: str, words: Sequence[str]) -> int:
+    """Exit status of one of the project's commands, run in this process.
+
+    Found by the name of its module, as a user starts it: nothing imports the commands.
+    """
+    return importlib.import_module(name).main(words)
+
+
 def main() -> int:
     """Inject, then be the command."""
     faults, command, *words = sys.argv[1:]
@@ -239,7 +248,7 @@ def main() -> int:
 
     for fault in json.loads(faults):
         inject(Fault(**fault))
-    return importlib.import_module(command).main(words)
+    return run_command(command, words)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from layout_parity.compare import BOUNDS, HEAD, Difference, compare, row
-from layout_parity.layout import Layout
-from layout_parity.observe import Observation, assemble
-from layout_parity.picture import draw, draw_curves
 from megatron_croc.errors import CrocError
+from megatron_croc.verification.layouts.compare import BOUNDS, HEAD, Difference, compare, row
+from megatron_croc.verification.layouts.layout import Layout
+from megatron_croc.verification.layouts.observe import Observation, assemble
+from megatron_croc.verification.layouts.picture import draw, draw_curves
 
 ONE = Layout(name="one")
 """The single process everything is compared with."""

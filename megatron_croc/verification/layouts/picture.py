@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from layout_parity.compare import Difference
+from megatron_croc.verification.layouts.compare import Difference
 
 
 def draw(differences: Sequence[Difference], path: Path, *, bound: float) -> None:

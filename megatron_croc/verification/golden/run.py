@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from golden_parity.case import Case, build_batch, build_run, load_case
-from golden_parity.compare import Finding, compare_forward, compare_gradients
 from megatron_croc.config.checks import check_run
 from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.names import Rule, build_rules
@@ -28,6 +26,8 @@ from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.training.build import build_model, wrap_model
 from megatron_croc.training.step import Stepper
+from megatron_croc.verification.golden.case import Case, build_batch, build_run, load_case
+from megatron_croc.verification.golden.compare import Finding, compare_forward, compare_gradients
 
 
 class Recorder:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fault_matrix.inject import Fault
+from megatron_croc.verification.faults.inject import Fault
 
 NUM_IMAGES = 60
 STAGE = "pretrain_croc"
@@ -51,12 +51,11 @@ def train_words(data: Path, save: Path, *more: str) -> list[str]:
 
 def faulty_train(faults: Sequence[Fault], words: Sequence[str]) -> int:
     """The train command in this process, with faults; its exit status."""
-    from fault_matrix.inject import inject
-    from megatron_croc.cli.train import main
+    from megatron_croc.verification.faults.inject import inject, run_command
 
     for fault in faults:
         inject(fault)
-    return main(words)
+    return run_command("megatron_croc.cli.train", words)
 
 
 def trace_fault(folder: Path) -> Fault:

@@ -1,0 +1,1 @@
+"""Checks that training is right and safe: run them on your own machine."""
