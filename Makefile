@@ -2,6 +2,7 @@
 # make test         every test a CPU can run
 # make libraries    tests against the real Python of Transformer Engine and flash-attn (10 MB from PyPI)
 # make check        what a change must pass: lint, format, types, layers, tests, installation
+# make docs         the pages of docs/ as a site in build/site; a broken link is an error
 # make clean        remove .venv and everything that was made
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 \
@@ -12,11 +13,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 READY := $(VENV)/.installed-by-make
 BIN := $(VENV)/bin
+DOCS := build/docs-venv
 
 # One thread per process: distributed tests start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test libraries check clean
+.PHONY: quickstart test libraries check docs clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh $(ARGS)
@@ -35,6 +37,15 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(MAKE) test
 	$(BIN)/python -m pytest -m slow tests/functional/test_installation.py
+
+# An environment of its own: the pages need neither torch nor megatron-core.
+docs: $(DOCS)/bin/mkdocs
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/bin/mkdocs: constraints-cpu.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -c constraints-cpu.txt mkdocs
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

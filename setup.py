@@ -31,6 +31,7 @@ setup(
         "hf": ["transformers"],
         "wandb": ["wandb"],
         "prometheus": ["prometheus-client"],
+        "docs": ["mkdocs"],
         "bench": ["lapx>=0.11"],  # a peer in benchmarks/assignment.py
         "dev": [
             "boto3",
