@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",  # scipy 1.17 and numpy 2.4 have no build for 3.10
     packages=find_packages(include=["megatron_croc", "megatron_croc.*"]),
+    entry_points={"console_scripts": ["croc = megatron_croc.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16",

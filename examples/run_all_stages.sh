@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${DATA_CROC:?set DATA_CROC to the shards of stage 1.5}"
 : "${DATA_FINETUNE:?set DATA_FINETUNE to the shards of stage 2}"
 : "${TOKENIZER:?set TOKENIZER to the tokenizer of the language model}"
-: "${START:?set START to what stage 1 starts from (megatron_croc.cli.convert import)}"
+: "${START:?set START to what stage 1 starts from (croc convert import)}"
 RECIPE=${RECIPE:-croc_7b}
 CLUSTER=${CLUSTER:-4x8}
 OUT=${OUT:-checkpoints/$RECIPE}
@@ -37,4 +37,4 @@ mlp=$(submit pretrain_mlp "$DATA_MLP" "$START")
 croc=$(submit pretrain_croc "$DATA_CROC" "$OUT/pretrain_mlp" "$mlp")
 finetune=$(submit finetune "$DATA_FINETUNE" "$OUT/pretrain_croc" "$croc")
 echo "pretrain_mlp $mlp, pretrain_croc $croc, finetune $finetune"
-echo "then: python -m megatron_croc.cli.convert export --load $OUT/finetune --to $OUT/hf"
+echo "then: croc convert export --load $OUT/finetune --to $OUT/hf"

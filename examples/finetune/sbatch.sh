@@ -2,7 +2,7 @@
 # Stage 2 of Croc, instruction tuning, on a Slurm cluster.
 #
 #   DATA=data/finetune TOKENIZER=vicuna-7b-v1.5/tokenizer.model START=checkpoints/pretrain_croc \
-#       sbatch examples/finetune/sbatch.sh [FLAG OF megatron_croc.cli.train ...]
+#       sbatch examples/finetune/sbatch.sh [FLAG OF croc train ...]
 #
 # Call it in the repository's root. Another size: sbatch --nodes=16, with CONFIG naming the file
 # for it. launch/arguments.sh and launch/slurm.sh explain the variables.

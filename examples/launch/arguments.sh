@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# From the variables a user sets to the arguments of megatron_croc.cli.train; sourced by run.sh and
+# From the variables a user sets to the arguments of `croc train`; sourced by run.sh and
 # slurm.sh after STAGE and CONFIG are set.
 #
-#   DATA        folders of shards, separated by blanks (tools/preprocess_data.py writes them)
+#   DATA        folders of shards, separated by blanks (croc data preprocess writes them)
 #   TOKENIZER   tokenizer.model of the language model, or its folder for a Hugging Face tokenizer
 #   START       what the stage starts from: the checkpoints of the stage before, or a model folder
 #               in Hugging Face's format

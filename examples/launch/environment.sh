@@ -37,6 +37,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Fast tokenizers would otherwise start threads and then warn about the fork.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-# Not set here, because they name your network; see `python -m megatron_croc.cli.doctor --network`:
+# Not set here, because they name your network; see `croc doctor --network`:
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   interface of the bootstrap, when hosts have several
 #   NCCL_IB_HCA                              InfiniBand adapters to use, when some are for storage

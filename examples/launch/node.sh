@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One node's share of a job: torchrun with a process per GPU. srun starts it once on every node.
-# Usage: node.sh [argument of megatron_croc.cli.train ...]
+# Usage: node.sh [argument of croc train ...]
 #
 # A signal that announces the end (USR1 before a time limit, TERM at a preemption) goes to the
 # training processes, which finish their step, save and leave; torchrun itself would stop them.
@@ -19,7 +19,7 @@ DISTRIBUTED_ARGS=(
 )
 
 # setsid: out of this process group, so that a signal to the group does not reach torchrun.
-setsid torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc.cli.train "$@" &
+setsid torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc train "$@" &
 agent=$!
 
 # shellcheck disable=SC2317,SC2329  # called by the trap

@@ -32,7 +32,7 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
 fi
 
 # What is wrong on a node shows here, in seconds, not as a hang an hour later.
-srun "${SRUN_ARGS[@]}" python -m megatron_croc.cli.doctor --brief
+srun "${SRUN_ARGS[@]}" python -m megatron_croc doctor --brief
 
 srun "${SRUN_ARGS[@]}" examples/launch/node.sh "${TRAIN_ARGS[@]}" "${EXTRA_ARGS[@]}" &
 step=$!

@@ -2,7 +2,7 @@
 # Stage 1.5 of Croc, replaced visual tokens rebuilt on detailed captions, on a Slurm cluster.
 #
 #   DATA=data/pretrain_croc TOKENIZER=vicuna-7b-v1.5/tokenizer.model START=checkpoints/pretrain_mlp \
-#       sbatch examples/pretrain_croc/sbatch.sh [FLAG OF megatron_croc.cli.train ...]
+#       sbatch examples/pretrain_croc/sbatch.sh [FLAG OF croc train ...]
 #
 # Call it in the repository's root. Another size: sbatch --nodes=16, with CONFIG naming the file
 # for it. launch/arguments.sh and launch/slurm.sh explain the variables.

@@ -2,7 +2,7 @@
 # Stage 1 of Croc, the projector on short captions, on the GPUs of one node.
 #
 #   DATA=data/pretrain_mlp TOKENIZER=vicuna-7b-v1.5/tokenizer.model START=checkpoints/start \
-#       examples/pretrain_mlp/run.sh [FLAG OF megatron_croc.cli.train ...]
+#       examples/pretrain_mlp/run.sh [FLAG OF croc train ...]
 #
 # CONFIG chooses another recipe or cluster (configs/); launch/arguments.sh explains the variables.
 set -euo pipefail
@@ -20,4 +20,4 @@ DISTRIBUTED_ARGS=(
     --nproc-per-node "${GPUS_PER_NODE:-8}"
     --max-restarts "${MAX_RESTARTS:-3}"
 )
-exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc.cli.train "${TRAIN_ARGS[@]}" "$@"
+exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc train "${TRAIN_ARGS[@]}" "$@"

@@ -2,7 +2,7 @@
 # Stage 1 of Croc, the projector on short captions, on a Slurm cluster.
 #
 #   DATA=data/pretrain_mlp TOKENIZER=vicuna-7b-v1.5/tokenizer.model START=checkpoints/start \
-#       sbatch examples/pretrain_mlp/sbatch.sh [FLAG OF megatron_croc.cli.train ...]
+#       sbatch examples/pretrain_mlp/sbatch.sh [FLAG OF croc train ...]
 #
 # Call it in the repository's root. Another size: sbatch --nodes=16, with CONFIG naming the file
 # for it. launch/arguments.sh and launch/slurm.sh explain the variables.

@@ -18,9 +18,9 @@ export OMP_NUM_THREADS=1
 rm -rf "$OUT"/pretrain_mlp "$OUT"/pretrain_croc "$OUT"/finetune
 
 # 1. Data: made-up scenes as a LLaVA JSON + images, then shards; your own data takes the same way.
-python tools/make_demo_data.py --out "$DEMO" --num-images "$NUM_IMAGES" --workers 2
+croc data demo --out "$DEMO" --num-images "$NUM_IMAGES" --workers 2
 for name in {,valid_}{pretrain_mlp,pretrain_croc,finetune}; do
-    python tools/preprocess_data.py --input "$DEMO/$name.json" --image-folder "$DEMO/images" \
+    croc data preprocess --input "$DEMO/$name.json" --image-folder "$DEMO/images" \
         --output "$DEMO/shards/$name" --samples-per-shard 1000 --workers 2
 done
 
@@ -28,7 +28,7 @@ done
 train() {
     local stage=$1
     shift
-    torchrun --standalone --nproc-per-node 2 -m megatron_croc.cli.train \
+    torchrun --standalone --nproc-per-node 2 -m megatron_croc train \
         --recipe "tiny/$stage" \
         --data-path "$DEMO/shards/$stage" \
         --valid-data-path "$DEMO/shards/valid_$stage" \
@@ -42,10 +42,10 @@ train finetune --train-iters "$FINETUNE_ITERS" --pipeline-model-parallel-size 2 
     --eval-answers-iters 2 --pretrained-checkpoint "$OUT/pretrain_croc"
 
 # 3. What it answers to held-out questions, by type, and what mere guessing would get.
-python -m megatron_croc.cli.generate --model "$OUT/finetune" --tokenizer "$DEMO/tokenizer.model" \
+croc generate --model "$OUT/finetune" --tokenizer "$DEMO/tokenizer.model" \
     --input "$DEMO/valid_finetune.json" --image-folder "$DEMO/images" --batch-size 32 \
     --max-new-tokens 16 --output "$OUT/finetune/answers.jsonl" \
     --report "$OUT/finetune/accuracy.json" --baseline "$DEMO/finetune.json"
 
 # 4. What happened, in pictures.
-python tools/report.py "$OUT"
+croc report "$OUT"

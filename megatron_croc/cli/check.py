@@ -1,6 +1,6 @@
 """Is this run what I mean, and does it fit? Answers in a second, without a GPU.
 
-    python -m megatron_croc.cli.check --recipe croc_7b/pretrain_croc --world-size 8
+    croc check --recipe croc_7b/pretrain_croc --world-size 8
 
 Prints the resolved run, its batch arithmetic, parameters by part and rank, a memory estimate and
 operations per step; or every fault at once, and exits 1. Neither torch nor megatron is imported.
@@ -40,7 +40,7 @@ _FLASH_MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, or every fault; return the exit status."""
-    parser = run_parser(prog="python -m megatron_croc.cli.check", description=__doc__ or "")
+    parser = run_parser(prog="croc check", description=__doc__ or "")
     parser.add_argument("--world-size", type=int, default=8, help="processes (default 8)")
     parser.add_argument("--dump", action="store_true", help="print the run as YAML, nothing else")
     parser.add_argument(
@@ -202,7 +202,3 @@ def _attention_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
     for package, module in _FLASH_MODULES.items():
         yield f"flip on {package}", "installed" if find_spec(module) else "not installed"
     yield "flip on torch's own flash", "part of torch"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,10 @@
 """Weights to and from Hugging Face: one process, no GPU, memory of a few tensors.
 
-    python -m megatron_croc.cli.convert import --from-hf vicuna-7b-v1.5 --vision clip --save start
-    python -m megatron_croc.cli.convert import --from-hf Croc-7B --save croc
-    python -m megatron_croc.cli.convert export --load runs/finetune --to croc-hf --tokenizer vicuna
-    python -m megatron_croc.cli.convert inspect FOLDER
-    python -m megatron_croc.cli.convert verify --load runs/finetune --hf croc-hf
+    croc convert import --from-hf vicuna-7b-v1.5 --vision clip --save start
+    croc convert import --from-hf Croc-7B --save croc
+    croc convert export --load runs/finetune --to croc-hf --tokenizer vicuna
+    croc convert inspect FOLDER
+    croc convert verify --load runs/finetune --hf croc-hf
 
 `--load` takes a checkpoint (iter_0001000, release) or a folder of them, whose latest is meant.
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_croc.cli.convert",
+        prog="croc convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -144,7 +144,3 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 """Ask a trained model: one question, or a file of them.
 
-    python -m megatron_croc.cli.generate --model runs/finetune --image a.jpg --prompt "What is it?"
-    python -m megatron_croc.cli.generate --model croc-hf --input questions.jsonl \\
+    croc generate --model runs/finetune --image a.jpg --prompt "What is it?"
+    croc generate --model croc-hf --input questions.jsonl \\
         --image-folder images --output answers.jsonl --batch-size 16
-    python -m megatron_croc.cli.generate --model runs/finetune --input valid.json \\
+    croc generate --model runs/finetune --input valid.json \\
         --image-folder images --report accuracy.json --baseline train.json
 
 `--model` takes an export, a checkpoint (iter_0001000, release) or a folder of them, whose latest is
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_croc.cli.generate",
+        prog="croc generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -174,7 +174,3 @@ def _report(answers: "list[Answer]", arguments: argparse.Namespace) -> None:
     rows = accuracy_by_type(answers, known)
     write_report(arguments.report, rows)
     print("\n".join(as_table(rows)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Do a skipped step again: python -m megatron_croc.cli.replay SAVE/anomalies/iter_0000012.json
+"""Do a skipped step again: croc replay SAVE/anomalies/iter_0000012.json
 
 Settings after the report change the run it describes (--data-path, --load of a checkpoint at or
 before the step). One process does the whole step whatever the layout of the run; for a model too
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_croc.cli.replay",
+        prog="croc replay",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -86,7 +86,3 @@ def describe(findings: "Findings", report: dict[str, Any]) -> Iterator[str]:
             yield f"  first value that is not finite: {micro_batch.bad_value}"
         if micro_batch.bad_gradient:
             yield f"  first gradient that is not finite: {micro_batch.bad_gradient}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,7 @@
-"""Train: torchrun --nproc-per-node 8 -m megatron_croc.cli.train --recipe croc_7b/pretrain_croc ...
+"""Train one stage.
+
+    croc train --recipe tiny/pretrain_croc --data-path shards --tokenizer-model tokenizer.model
+    torchrun --nproc-per-node 8 -m megatron_croc train --recipe croc_7b/pretrain_croc ...
 
 Every fault of the configuration is reported at once, and data and tokenizer are opened, before
 anything is built.
@@ -39,13 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _checked_run(argv: Sequence[str] | None) -> RunConfig:
     """The run, once everything that can be known beforehand is known to be right."""
-    run = parse_run(argv, prog="megatron_croc.cli.train")
+    run = parse_run(argv, prog="croc train", description=__doc__ or "")
     check_run(run, world_size(), for_training=True)
     from megatron_croc.data.loader import check_data
 
     check_data(run)
     return run
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -98,7 +98,7 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
     if training.eval_answers_iters > 0 and run.reconstructs:
         yield (
             f"eval_answers_iters={training.eval_answers_iters} with stage={run.stage}, whose model "
-            "replaces visual tokens: check answers in finetune, or with megatron_croc.cli.generate"
+            "replaces visual tokens: check answers in finetune, or with croc generate"
         )
     stages = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     if (
@@ -290,7 +290,7 @@ def _missing_inputs(run: RunConfig) -> Iterator[str]:
                 if not Path(folder).is_file():
                     yield f"{name}={folder}: no such file; mend the path of the blend"
             elif not folder.startswith("s3://") and not Path(folder).is_dir():
-                yield f"{name}={folder}: no such folder; tools/preprocess_data.py writes it"
+                yield f"{name}={folder}: no such folder; croc data preprocess writes it"
     tokenizer = data.tokenizer_model
     is_file = data.tokenizer_type == "SentencePieceTokenizer"
     if tokenizer is None:

@@ -11,7 +11,7 @@ class DataConfig:
     """Training and validation shards, tokenizer, template and image handling."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of shards written by tools/preprocess_data.py, local or s3://bucket/prefix, shuffled
+    """Folders of shards written by croc data preprocess, local or s3://bucket/prefix, shuffled
     as one; or a single YAML file that blends sources by weight."""
 
     valid_data_path: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class DataConfig:
 
     packing: bool = False
     """Train on rows of several whole samples; micro_batch_size and global_batch_size then count
-    rows. Needs sample lengths in the shards (tools/index_lengths.py)."""
+    rows. Needs sample lengths in the shards (croc data lengths)."""
 
     packing_length: int | None = None
     """With packing: tokens a row holds at most; none: seq_length."""
@@ -46,7 +46,7 @@ class DataConfig:
 
     group_by_modality_length: bool = False
     """Make up global batches of samples with images, or of samples without, longest first, as the
-    released code does. Needs sample lengths in the shards (tools/index_lengths.py)."""
+    released code does. Needs sample lengths in the shards (croc data lengths)."""
 
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """pad: expand to a square with the mean colour. square: resize the short side and crop."""

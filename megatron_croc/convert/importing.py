@@ -130,7 +130,7 @@ def one_process(run: RunConfig) -> Iterator[object]:
     if has_cuda():
         raise CheckpointError(
             "conversion computes on the CPU, and this process on a GPU; start it as "
-            "python -m megatron_croc.cli.convert, or call "
+            "croc convert, or call "
             "megatron_croc.parallel.device.compute_on_cpu() before importing anything else of it"
         )
     try:

@@ -109,7 +109,7 @@ class BadSampleBudget:
             raise DataError(
                 f"{self.num_bad} of {self.num_seen} samples are bad ({kinds}; {sources}), more "
                 f"than max_bad_fraction = {self.max_bad_fraction}. The first ones:\n{listed}\n"
-                "Mend or remove them and run tools/preprocess_data.py again, or raise "
+                "Mend or remove them and run croc data preprocess again, or raise "
                 "max_bad_fraction"
             )
 

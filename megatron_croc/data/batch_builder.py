@@ -165,7 +165,7 @@ class BatchBuilder:
             raise DataError(
                 f"sample {raw.sample_id} has {len(expanded.input_ids)} tokens, its row was packed "
                 f"for {slot.planned_tokens}: the lengths of its dataset folder are not those of "
-                "its shards; run tools/index_lengths.py again"
+                "its shards; run croc data lengths again"
             )
         return expanded, raw.image_bytes
 

@@ -270,7 +270,7 @@ def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
         what = "a release" if kind in RELEASES else f"model_type {kind!r}"
         raise CheckpointError(
             f"{folder}: is {what}, not an export of this program; import it first: "
-            f"python -m megatron_croc.cli.convert import --from-hf {folder} --save START"
+            f"croc convert import --from-hf {folder} --save START"
         )
     from megatron_croc.convert.exporting import export_huggingface, find_checkpoint, read_run
 

@@ -91,6 +91,6 @@ def _config_file(path: str | None, faults: list[str]) -> dict[str, Any]:
         return {}
 
 
-def parse_run(argv: Sequence[str] | None = None, *, prog: str = "megatron_croc") -> RunConfig:
+def parse_run(argv: Sequence[str] | None, *, prog: str, description: str) -> RunConfig:
     """The run described by a command line that has no options of its own."""
-    return parse_command(run_parser(prog=prog, description=__doc__ or ""), argv)[1]
+    return parse_command(run_parser(prog=prog, description=description), argv)[1]

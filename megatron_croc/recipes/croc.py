@@ -2,7 +2,7 @@
 
 Sizes are those of the published checkpoints, rates and batches those of recipes/stages.py.
 Parallel sizes are ours (the released scripts use ZeRO): they hold a micro-batch of samples as
-long as seq_length allows without recomputation; `cli.check` shows the estimate.
+long as seq_length allows without recomputation; `croc check` shows the estimate.
 """
 
 from megatron_croc.config.run import RunConfig, Stage

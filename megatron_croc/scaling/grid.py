@@ -2,7 +2,7 @@
 
 recipe: tiny/pretrain_croc
 world_size: 1                        # processes of each run
-gpu: h100                            # for the price; see tools/plan.py
+gpu: h100                            # for the price; see croc plan
 settings: {optimizer: {lr: 2e-3}}    # of all runs, as in a --config file
 sizes:                               # settings of each model size
   small: {model: {language_model: {hidden_size: 64}}}

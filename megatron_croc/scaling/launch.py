@@ -69,7 +69,7 @@ def train_command(config: str, world_size: str | int) -> list[str]:
     """One run on one node."""
     return [
         *("torchrun", "--standalone", "--nproc-per-node", str(world_size)),
-        *("-m", "megatron_croc.cli.train", "--config", config),
+        *("-m", "megatron_croc", "train", "--config", config),
     ]
 
 
@@ -136,7 +136,7 @@ def write_slurm(
         "srun torchrun --nnodes $SLURM_NNODES --nproc-per-node "
         f'{per_node} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" '
         '--rdzv-endpoint "$HEAD:$((20000 + SLURM_JOB_ID % 20000))" '
-        '-m megatron_croc.cli.train --config "$RUN/run.yaml"',
+        '-m megatron_croc train --config "$RUN/run.yaml"',
     ]
     script = out / "array.sbatch"
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""tools/chaos.py, as a user calls it."""
+"""`croc chaos`, as a user calls it."""
 
 import pytest
 
+from megatron_croc.cli import chaos
 from megatron_croc.verification.faults import scenarios
-from tools import chaos
 
 
 @pytest.mark.distributed

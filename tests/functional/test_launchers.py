@@ -43,7 +43,7 @@ def start(cluster, demo, tmp_path_factory) -> Path:
     """Any checkpoint will do: one step of stage 1 from fresh weights."""
     folder = tmp_path_factory.mktemp("start")
     command = [
-        sys.executable, "-m", "megatron_croc.cli.train", "--recipe=tiny/pretrain_mlp",
+        sys.executable, "-m", "megatron_croc", "train", "--recipe=tiny/pretrain_mlp",
         f"--data-path={demo / 'pretrain_mlp'}", f"--tokenizer-model={cluster['TOKENIZER']}",
         "--train-iters=1", "--micro-batch-size=1", "--global-batch-size=1", "--num-workers=0",
         f"--save={folder}",

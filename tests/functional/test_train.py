@@ -42,7 +42,7 @@ def words(demo: Path, stage: str, *more: str) -> list[str]:
 
 
 def train(arguments: Sequence[str], *, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, "-m", "megatron_croc.cli.train", *arguments]
+    command = [sys.executable, *launcher, "-m", "megatron_croc", "train", *arguments]
     # Variables of a launcher around the tests are not this run's.
     strange = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in strange}

@@ -12,8 +12,6 @@ import pytest
 
 from tests.unit.convert.families import save_family
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_transformers.py"
-
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
@@ -28,7 +26,7 @@ def export(tmp_path_factory) -> Path:
 
 
 def check(export: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), str(export), *more]
+    command = [sys.executable, "-m", "megatron_croc", "parity", "transformers", str(export), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -43,13 +41,13 @@ def test_the_other_version_computes_the_same(export: Path):
 
 
 def test_a_difference_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys):
-    from tools import check_transformers
+    from megatron_croc.verification import transformers_versions
 
     side = dict(version="1", missing=[], unexpected=[], mismatched=[])
     good = side | dict(logits=[0.0, 1.0], generated=[[1, 2]])
-    assert check_transformers.compare(good, good)
+    assert transformers_versions.compare(good, good)
     for change in (dict(logits=[0.0, 1.1]), dict(generated=[[1, 3]]), dict(missing=["a"])):
-        assert not check_transformers.compare(good, good | change)
+        assert not transformers_versions.compare(good, good | change)
 
 
 def test_bad_input_is_one_line(export: Path, tmp_path: Path):

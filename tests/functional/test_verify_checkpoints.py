@@ -1,4 +1,4 @@
-"""tools/checkpoint/verify.py, as a user calls it."""
+"""`croc checkpoint verify`, as a user calls it."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 from megatron_croc.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
-from tools.checkpoint.verify import main
+from megatron_croc.cli.checkpoint import verify as main
 
 Verify = Callable[..., tuple[int, list[str]]]
 

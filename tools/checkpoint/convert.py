@@ -1,12 +1,9 @@
 #!/usr/bin/env python
-"""Weights to and from Hugging Face; the same as `python -m megatron_croc.cli.convert`.
-
-python tools/checkpoint/convert.py import|export|inspect|verify --help
-"""
+"""`croc convert`, for scripts that call it by this path."""
 
 import sys
 
-from megatron_croc.cli.convert import main
+from megatron_croc.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -84,7 +84,7 @@ def look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _open_table(folder: str, name: str, digest: str, template: TemplateName) -> np.ndarray:
     manifest = read_manifest(folder)
     again = (
-        f"run: python tools/index_lengths.py {folder} --tokenizer-model {name} "
+        f"run: croc data lengths {folder} --tokenizer-model {name} "
         f"--conversation-template {template}"
     )
     for info in manifest.lengths:

@@ -23,7 +23,7 @@ from megatron_croc.data.store.storage import (
 )
 from megatron_croc.errors import DataError, first_line
 
-AGAIN = "run tools/preprocess_data.py for it again"
+AGAIN = "run croc data preprocess for it again"
 """The way out of most faults of a dataset folder."""
 
 _PIECE_BYTES = 8 << 20
@@ -57,7 +57,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         there = is_remote(folder) or Path(folder).is_dir()
         state = "holds no finished dataset (no manifest.json)" if there else "is missing"
         raise DataError(
-            f"data_path {folder} {state}: finish it with tools/preprocess_data.py, which goes on "
+            f"data_path {folder} {state}: finish it with croc data preprocess, which goes on "
             "where it stopped"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -113,7 +113,7 @@ def verify_shards(folder: str | Path) -> None:
     for lengths in manifest.lengths:
         path = join_location(folder, lengths.file)
         if _sha256_at(path) != lengths.sha256:
-            raise DataError(f"{path} is not the file that was written; run tools/index_lengths.py")
+            raise DataError(f"{path} is not the file that was written; run croc data lengths")
 
 
 def _sha256_at(location: str) -> str | None:

@@ -122,7 +122,7 @@ class StorageCache:
         if found.hexdigest() != digest:
             raise DataError(
                 f"{remote.location} is not the file that was written (another sha256): "
-                "copy it again, or run tools/preprocess_data.py for it again"
+                "copy it again, or run croc data preprocess for it again"
             )
         os.fsync(descriptor)
         seconds = time.monotonic() - begin

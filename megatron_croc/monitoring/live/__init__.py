@@ -1,4 +1,4 @@
-"""A run at a glance: `python -m megatron_croc.monitoring.live RUN_DIR`.
+"""A run at a glance: `croc monitor RUN_DIR`.
 
 reading.py     what training wrote                 --> RunView
 terminal.py    RunView --> a frame of text

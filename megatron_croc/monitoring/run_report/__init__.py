@@ -1,4 +1,4 @@
-"""Pictures, tables and the page of `tools/report.py`.
+"""Pictures, tables and the page of `croc report`.
 
 stages.py         metrics.jsonl and run.yaml of each stage      -> curve_figures.py
 heldout.py        a packed row of held-out samples              -> mask_figures.py

@@ -208,7 +208,7 @@ def optimizer_table(stages: Sequence[StageRun]) -> Table:
 
 
 def accuracy_table(stage: StageRun) -> Table | None:
-    """Accuracy by type of question as megatron_croc.cli.generate --report wrote it, if it did.
+    """Accuracy by type of question as croc generate --report wrote it, if it did.
 
     Raises:
         DataError: the file is not such a report.

@@ -5,7 +5,7 @@
 
 A skipped step leaves weights, moments and Adam's step count as they were. It is still a step of the
 run: iteration, consumed samples and learning rate go on, so that the data order and the schedule
-stay functions of the iteration. `python -m megatron_croc.cli.replay REPORT` does the step again.
+stay functions of the iteration. `croc replay REPORT` does the step again.
 """
 
 import json
@@ -87,7 +87,7 @@ class AnomalyGuard:
     def error(self) -> RunError:
         """Why the run ends, for the user."""
         limit = self.run.reliability.max_consecutive_skips
-        where = f"; see {self.report} and run megatron_croc.cli.replay on it" if self.report else ""
+        where = f"; see {self.report} and run croc replay on it" if self.report else ""
         return RunError(
             f"{self.state.skipped_in_a_row} steps in a row had to be skipped, the last is "
             f"{self.state.iteration}; max_consecutive_skips={limit}{where}; mend the cause, or "

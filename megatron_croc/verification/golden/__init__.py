@@ -1,1 +1,1 @@
-"""Recorded runs of the released code against ours. The parts of `tools/parity.py golden`."""
+"""Recorded runs of the released code against ours. The parts of `croc parity golden`."""

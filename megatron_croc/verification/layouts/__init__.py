@@ -1,1 +1,1 @@
-"""Does the parallel layout change the numbers? The parts of `tools/parity.py layouts`."""
+"""Comparison of parallel layouts with one process: the parts of `croc parity layouts`."""

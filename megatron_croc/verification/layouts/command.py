@@ -1,4 +1,4 @@
-"""The command line of `parity.py layouts`, and its self-test."""
+"""The command line of `croc parity layouts`, and its self-test."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ DEFAULT_LAYOUTS = "tp2 tp2+sp pp2 pp2+vpp2 cp2 dp2"
 
 def run_command(words: Sequence[str]) -> int:
     """Parse, check every layout before one is started, then compare; or do a worker's part."""
-    parser = run_parser(prog="parity.py layouts", description=__doc__ or "")
+    parser = run_parser(prog="croc parity layouts", description=__doc__ or "")
     parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help="tp2+sp pp2 ..., or allN")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=Path("runs/parity"), help="for the results")

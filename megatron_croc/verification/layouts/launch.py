@@ -29,7 +29,8 @@ def launch(layout: Layout, arguments: Sequence[str], *, fault: str | None = None
     """
     with tempfile.TemporaryDirectory(prefix="layout-parity-") as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(layout.world_size), sys.argv[0], "layouts", *arguments]
+        command += ["--nproc-per-node", str(layout.world_size), "-m"]
+        command += ["megatron_croc", "parity", "layouts", *arguments]
         command += ["--worker", layout.name, "--worker-folder", folder]
         command += ["--plant", fault] if fault else []
         environment = {"OMP_NUM_THREADS": "1", **os.environ}

@@ -13,7 +13,7 @@ from megatron_croc.config.model import AttentionBackend
 from megatron_croc.data.store.shard_writer import FORMAT_NAME, FORMAT_VERSION, ShardInfo, shard_name
 from megatron_croc.recipes import list_recipes
 
-COMMAND = [sys.executable, "-m", "megatron_croc.cli.check"]
+COMMAND = [sys.executable, "-m", "megatron_croc", "check"]
 
 
 def check(*words: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.cli.doctor import accelerators, environment, installed, machine
-from megatron_croc.cli.doctor.__main__ import main
+from megatron_croc.cli.doctor.command import main
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes import get_recipe
 from tests.support.distributed import run_distributed

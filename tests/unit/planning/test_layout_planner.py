@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from megatron_croc.cli import plan
 from megatron_croc.config.checks import find_faults
 from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.planning.published import CASES
@@ -9,7 +10,6 @@ from megatron_croc.planning.search import assess, search
 from megatron_croc.planning.step_time import estimate_step
 from megatron_croc.planning.workload import Workload, from_numbers
 from megatron_croc.recipes import get_recipe
-from tools import plan
 
 H100 = get_gpu("h100")
 

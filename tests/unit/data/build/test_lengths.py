@@ -85,15 +85,14 @@ def test_damaged_tables_are_refused(make_dataset, tokenizer_model):
 
 
 def test_the_commands_measure(make_dataset, tokenizer_model, tmp_path):
-    tools = Path(__file__).resolve().parents[4] / "tools"
     folder = make_dataset(6)
-    command = [sys.executable, str(tools / "index_lengths.py"), folder]
+    command = [sys.executable, "-m", "megatron_croc", "data", "lengths", folder]
     subprocess.run([*command, "--tokenizer-model", tokenizer_model], check=True)
     record = {
         "conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "a"}]
     }
     (tmp_path / "in.json").write_text(json.dumps([record] * 3))
-    command = [sys.executable, str(tools / "preprocess_data.py")]
+    command = [sys.executable, "-m", "megatron_croc", "data", "preprocess"]
     command += ["--input", str(tmp_path / "in.json"), "--image-folder", str(tmp_path)]
     command += ["--output", str(tmp_path / "out"), "--tokenizer-model", tokenizer_model]
     subprocess.run([*command, "--conversation-template", "plain"], check=True)

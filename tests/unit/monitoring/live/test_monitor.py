@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_croc.cli.monitor import main
 from megatron_croc.errors import DataError
-from megatron_croc.monitoring.live.__main__ import main
 from megatron_croc.monitoring.live.reading import find_runs, read_run
 from megatron_croc.monitoring.live.terminal import Style, draw_frame, duration, sparkline
 
@@ -290,7 +290,7 @@ def test_a_long_run_keeps_its_peaks():
 
 def test_a_pipe_gets_one_plain_frame_and_torch_is_not_imported(folder: Path):
     code = (
-        "import sys; from megatron_croc.monitoring.live.__main__ import main; "
+        "import sys; from megatron_croc.cli.monitor import main; "
         f"status = main([{str(folder)!r}]); "
         "print(status, 'torch' in sys.modules)"
     )

@@ -3,20 +3,24 @@
 import json
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
+from megatron_croc.cli.main import main
 from megatron_croc.config.base import to_yaml
 from megatron_croc.errors import DataError
+from megatron_croc.monitoring.run_report.page import write_page
+from megatron_croc.monitoring.run_report.report import answer_sections, curve_section
+from megatron_croc.monitoring.run_report.stages import (
+    as_text,
+    check_files,
+    load_stage,
+    loss_table,
+    optimizer_table,
+)
 from megatron_croc.recipes import get_recipe
-
-
-@pytest.fixture
-def report() -> ModuleType:
-    return import_module("tools.report")
 
 
 def write_stage(run_dir: Path, stage: str, *, world_size: int | None = None, tp: int = 1) -> Path:
@@ -50,12 +54,12 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_tables_show_how_far_each_stage_came(report: ModuleType, tmp_path: Path):
+def test_tables_show_how_far_each_stage_came(tmp_path: Path):
     write_stage(tmp_path, "pretrain_mlp", world_size=2)
     write_stage(tmp_path, "pretrain_croc", tp=2)
-    stages = [report.load_stage(tmp_path, name) for name in ("pretrain_mlp", "pretrain_croc")]
+    stages = [load_stage(tmp_path, name) for name in ("pretrain_mlp", "pretrain_croc")]
 
-    head, mlp, croc = (dict(enumerate(line)) for line in report.loss_table(stages))
+    head, mlp, croc = (dict(enumerate(line)) for line in loss_table(stages))
     column = {name: number for number, name in head.items()}
     assert mlp[column["layout"]] == "TP 1 x PP 1 x DP 2"
     assert mlp[column["text loss"]] == "3.000 -> 1.000"
@@ -65,29 +69,29 @@ def test_tables_show_how_far_each_stage_came(report: ModuleType, tmp_path: Path)
     assert croc[column["layout"]] == "TP 2 x PP 1"  # nothing says how many processes there were
     assert croc[column["reconstruction"]] == "0.0300 -> 0.0100"
 
-    _, _, croc = report.optimizer_table(stages)
+    _, _, croc = optimizer_table(stages)
     assert croc[1:] == [
         "1.0e-03 projector, language model; 5.0e-04 prompt pool",
         "0.30 -> 0.10",
         "25.0% -> 25.0%",
         "9.50 -> 9.50",
     ]
-    text = report.as_text(report.loss_table(stages[:1]))
+    text = as_text(loss_table(stages[:1]))
     assert "pretrain_mlp" in text and "reconstruction" not in text
 
 
-def test_curves_are_drawn_and_the_page_stands_on_its_own(report: ModuleType, tmp_path: Path):
+def test_curves_are_drawn_and_the_page_stands_on_its_own(tmp_path: Path):
     write_stage(tmp_path, "pretrain_mlp")
     write_stage(tmp_path, "pretrain_croc")
-    stages = [report.load_stage(tmp_path, name) for name in ("pretrain_mlp", "pretrain_croc")]
-    section = report.curve_section(stages, tmp_path)
+    stages = [load_stage(tmp_path, name) for name in ("pretrain_mlp", "pretrain_croc")]
+    section = curve_section(stages, tmp_path)
     assert [p.name for p in section.pictures] == [
         "losses.png",
         "optimization.png",
         "pool_training.png",
     ]
     page = tmp_path / "report.html"
-    report.write_page(page, title="a < b", lead="see `this`", sections=[section])
+    write_page(page, title="a < b", lead="see `this`", sections=[section])
     content = page.read_text(encoding="ascii")
     assert content.count("data:image/png;base64,") == 3
     assert "<h1>a &lt; b</h1>" in content and "<code>this</code>" in content
@@ -95,22 +99,22 @@ def test_curves_are_drawn_and_the_page_stands_on_its_own(report: ModuleType, tmp
     assert "http" not in content.replace("data:image/png;base64", "").split("<img")[0]
 
 
-def test_accuracy_is_shown_where_questions_were_asked(report: ModuleType, tmp_path: Path):
+def test_accuracy_is_shown_where_questions_were_asked(tmp_path: Path):
     folder = write_stage(tmp_path, "finetune")
-    stage = report.load_stage(tmp_path, "finetune")
-    assert report.answer_sections([stage]) == []
+    stage = load_stage(tmp_path, "finetune")
+    assert answer_sections([stage]) == []
     row = {"kind": "colour", "num_questions": 4, "accuracy": 0.5, "chance": 0.25}
     (folder / "accuracy.json").write_text(json.dumps([row | {"most_common": "red"}]))
-    (section,) = report.answer_sections([stage])
+    (section,) = answer_sections([stage])
     assert section.tables[0][1] == ["colour", "4", "50.0%", "25.0%", "red"]
     (folder / "accuracy.json").write_text("[{}]")
     with pytest.raises(DataError, match="no report of accuracy"):
-        report.answer_sections([stage])
+        answer_sections([stage])
 
 
-def test_parts_with_one_learning_rate_share_a_line(report: ModuleType, tmp_path: Path):
+def test_parts_with_one_learning_rate_share_a_line(tmp_path: Path):
     write_stage(tmp_path, "pretrain_croc")
-    stage = report.load_stage(tmp_path, "pretrain_croc")
+    stage = load_stage(tmp_path, "pretrain_croc")
     figures = import_module("megatron_croc.monitoring.run_report.curve_figures")
     assert [parts for _, parts in figures.equal_curves(stage)] == [
         ["projector", "language_model"],
@@ -118,7 +122,7 @@ def test_parts_with_one_learning_rate_share_a_line(report: ModuleType, tmp_path:
     ]
 
 
-def test_steps_done_again_after_a_resume_count_once(report: ModuleType, tmp_path: Path):
+def test_steps_done_again_after_a_resume_count_once(tmp_path: Path):
     read_metrics = import_module("megatron_croc.monitoring.run_report.stages").read_metrics
     valid = {"iteration": 20, "valid_loss": 9.0}
     first = [train_row(i, False) for i in (10, 20)] + [valid, train_row(30, False)]
@@ -142,25 +146,25 @@ def test_steps_done_again_after_a_resume_count_once(report: ModuleType, tmp_path
     ids=["no stage", "no metrics", "empty", "not a row", "no checkpoint", "no data"],
 )
 def test_faults_are_one_line_with_the_way_out(
-    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, expected
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, expected
 ):
     damage(write_stage(tmp_path, "pretrain_mlp"))
-    assert report.main([str(tmp_path), "--stages", "pretrain_mlp"]) == 1
+    assert main(["report", str(tmp_path), "--stages", "pretrain_mlp"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert all(words in captured.err for words in expected), captured.err
     assert not (tmp_path / "report").exists()
 
 
-def test_a_stage_without_held_out_data_is_named(report: ModuleType, tmp_path: Path):
+def test_a_stage_without_held_out_data_is_named(tmp_path: Path):
     write_stage(tmp_path, "pretrain_mlp")
-    stage = report.load_stage(tmp_path, "pretrain_mlp")
+    stage = load_stage(tmp_path, "pretrain_mlp")
     stage.run.data.valid_data_path = ()
     with pytest.raises(DataError, match="pretrain_mlp was trained without held-out data"):
-        report.check_files(stage)
+        check_files(stage)
 
 
-def test_cells_of_a_mask_tell_past_from_ahead(report: ModuleType):
+def test_cells_of_a_mask_tell_past_from_ahead():
     figures = import_module("megatron_croc.monitoring.run_report.mask_figures")
     hidden, past, ahead = figures.HIDDEN, figures.PAST, figures.AHEAD
     visible = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1]], dtype=bool)
@@ -171,7 +175,7 @@ def test_cells_of_a_mask_tell_past_from_ahead(report: ModuleType):
     ]
 
 
-def test_only_replaced_patches_are_greyed_out(report: ModuleType):
+def test_only_replaced_patches_are_greyed_out():
     grey_out = import_module("megatron_croc.monitoring.run_report.image_figures").grey_out
     pixels = np.full((9, 9, 3), 7, dtype=np.uint8)  # one pixel more than 2 x 2 patches cover
     out = grey_out(pixels, np.array([[True, False], [False, False]]))

@@ -1,4 +1,4 @@
-"""Watch a run: python -m megatron_croc.monitoring.live RUN_DIR [RUN_DIR ...]
+"""Watch a run: croc monitor RUN_DIR [RUN_DIR ...]
 
 RUN_DIR is the --log-dir (or --save) folder of a run, or a folder of such folders. Several runs are
 shown under each other and compared. It only reads, needs no GPU, and may be started anywhere the
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_croc.monitoring.live",
+        prog="croc monitor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,7 +75,3 @@ def _style() -> Style:
         colour=is_terminal and "NO_COLOR" not in os.environ,
         unicode=encoding == "utf8",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

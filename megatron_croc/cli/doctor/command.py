@@ -1,8 +1,8 @@
 """What is installed here, what training will use, and what is wrong, with the way out.
 
-    python -m megatron_croc.cli.doctor                           this machine
-    torchrun ... -m megatron_croc.cli.doctor --network           all ranks: all-reduce, clocks
-    python -m megatron_croc.cli.doctor --recipe croc_7b/pretrain_croc --disk checkpoints \
+    croc doctor                           this machine
+    torchrun ... -m megatron_croc doctor --network           all ranks: all-reduce, clocks
+    croc doctor --recipe croc_7b/pretrain_croc --disk checkpoints \
         --data-path data/captions --tokenizer-model tokenizer.model
 
 Exits with 1 when something would make training fail.
@@ -23,7 +23,7 @@ from megatron_croc.recipes.command_line import parse_command, run_parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; return the exit status."""
-    parser = run_parser(prog="python -m megatron_croc.cli.doctor", description=__doc__ or "")
+    parser = run_parser(prog="croc doctor", description=__doc__ or "")
     parser.add_argument("--brief", action="store_true", help="one line, and what is wrong")
     parser.add_argument("--network", action="store_true", help="measure over torchrun's ranks")
     parser.add_argument("--disk", metavar="FOLDER", help="measure where checkpoints will go")
@@ -96,7 +96,3 @@ def _loader(run: RunConfig, seconds: float, look) -> Finding:
         return look(run, seconds)
     except CrocError as error:
         return Finding("error", "data", str(error))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

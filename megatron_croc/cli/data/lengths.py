@@ -1,0 +1,62 @@
+"""Measure every sample of finished dataset folders, for --packing and --group-by-modality-length.
+
+    croc data lengths data/captions data/chat --tokenizer-model tokenizer.model
+
+Tokens depend on tokenizer and template, so a folder gets one table for each pair; it is written
+beside the shards and entered in manifest.json. Images are not read, shards are not changed.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_croc.data.build.lengths import index_lengths
+from megatron_croc.data.sample.conversation import TEMPLATES
+from megatron_croc.data.store.manifest import read_manifest
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """What lengths are measured with."""
+    parser.add_argument("--tokenizer-model", required=required, help="file or folder")
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=["SentencePieceTokenizer", "HuggingFaceTokenizer"],
+        help="default: SentencePieceTokenizer for a file, HuggingFaceTokenizer for a folder",
+    )
+    parser.add_argument("--conversation-template", choices=list(TEMPLATES), default="v1")
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the lengths of one folder, with a progress bar."""
+    is_folder = Path(arguments.tokenizer_model).is_dir()
+    guessed = "HuggingFaceTokenizer" if is_folder else "SentencePieceTokenizer"
+    parts = index_lengths(
+        folder,
+        tokenizer_type=arguments.tokenizer_type or guessed,
+        tokenizer_model=arguments.tokenizer_model,
+        template=arguments.conversation_template,
+        num_workers=arguments.workers,
+    )
+    total = read_manifest(folder).num_samples
+    with tqdm(total=total, unit="sample", desc=f"lengths of {folder}", disable=None) as progress:
+        for num_samples in parts:
+            progress.update(num_samples)
+    print(f"{folder}: lengths of {total} samples")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the folders one after the other."""
+    parser = argparse.ArgumentParser(
+        prog="croc data lengths",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="finished dataset folders")
+    add_tokenizer_arguments(parser, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    arguments = parser.parse_args(argv)
+    for folder in arguments.folders:
+        measure(folder, arguments)
+    return 0
