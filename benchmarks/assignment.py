@@ -342,7 +342,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.shapes, options.batches, options.budget = ["432x2048"], [1, 4], 0.5
-    if options.device == "cuda" and (reason := on_gpu.why_not(torch.device("cuda"))):
+    if options.device == "cuda" and (reason := on_gpu.unsupported_reason(torch.device("cuda"))):
         parser.error(f"--device cuda: {reason}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -28,24 +28,24 @@ def work(folder: Path) -> None:
     from megatron_croc.data.synthetic import make_step
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.recipes import get_recipe
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = get_recipe("tiny/finetune")
     run.parallel.pipeline_model_parallel_size = 2
     run.training.micro_batch_size = MICRO_BATCH_SIZE
     pg = start_distributed(run.parallel, seed=1)
-    trainer = build_trainer(run, pg, train_iters=1000)
+    training = build_training_state(run, pg, train_iters=1000)
     seconds = {}
     for count in MICRO_BATCHES:
         run.training.global_batch_size = MICRO_BATCH_SIZE * count
         batch = make_step(run, 0, dp_rank=0, dp_size=1, images=(1,))[:1]
         times = []
         for _ in range(13):
-            for chunk in trainer.chunks:
+            for chunk in training.chunks:
                 chunk.zero_grad_buffer()  # type: ignore[operator]
             dist.barrier()
             started = time.perf_counter()
-            trainer.stepper.forward_backward(batch * count)
+            training.train_step.forward_backward(batch * count)
             dist.barrier()
             times.append(time.perf_counter() - started)
         seconds[count] = float(torch.tensor(times[2:]).median())

@@ -34,7 +34,7 @@ from megatron_croc.parallel.device import (
 )
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.recipes import get_recipe
-from megatron_croc.training.build import Trainer, build_trainer
+from megatron_croc.training.build import TrainingState, build_training_state
 
 TEXT_BEFORE, TEXT_AFTER = 35, 300
 
@@ -87,14 +87,14 @@ def make_step(run: RunConfig, mask_type: MaskType) -> list[Batch]:
     ]
 
 
-def measure(trainer: Trainer, steps: dict[str, list[Batch]], repeats: int) -> dict[str, Any]:
+def measure(training: TrainingState, steps: dict[str, list[Batch]], repeats: int) -> dict[str, Any]:
     """Median milliseconds of a step under each mask, and the last loss."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 2):  # two to warm up
         for name, batches in steps.items():
             synchronize()
             started = time.perf_counter()
-            trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+            training.train_step.train(batches, training.optimizer, training.scheduler)
             synchronize()
             if repeat >= 2:
                 times[name].append((time.perf_counter() - started) * 1e3)
@@ -124,10 +124,10 @@ def main() -> None:
     run = configure(options)
     masks: list[MaskType] = options.masks or ["causal", "visual", "prefix"]
     pg_collection = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg_collection, train_iters=1000)
+    training = build_training_state(run, pg_collection, train_iters=1000)
     steps = {mask_type: make_step(run, mask_type) for mask_type in masks}
     tokens = sum(batch.mixed_mask.bounds[-1] for batch in steps[masks[0]])
-    results = measure(trainer, steps, options.repeats)
+    results = measure(training, steps, options.repeats)
     peak = max_memory_allocated() / 2**30 if has_cuda() else None
     stop_distributed()
 

@@ -28,7 +28,7 @@ from megatron_croc.log import get_logger, log_once
 from megatron_croc.model.core_attention import MixedMaskParams
 from megatron_croc.model.language_model import LanguageModel, LanguageModelOutput
 from megatron_croc.model.projector import Projector
-from megatron_croc.model.prompt_pool import Begun, PromptPool, Replacement
+from megatron_croc.model.prompt_pool import PendingReplacement, PromptPool, Replacement
 from megatron_croc.model.reconstruction_head import build_reconstruction_head
 from megatron_croc.model.token_merge import (
     merge_visual_tokens,
@@ -97,7 +97,7 @@ class ModelOutput:
 
 
 def _embeds_ahead(run: RunConfig) -> bool:
-    """Whether images are embedded, and their matching begun, a micro-batch early."""
+    """Whether images are embedded, and their matching pending, a micro-batch early."""
     if not run.reconstructs or not run.model.prompt_pool.overlap_assignment:
         return False
     if not run.training.freeze_ViT:
@@ -116,11 +116,11 @@ class _Embedded(NamedTuple):
     visual: Tensor
     """visual_embeddings [n, N, h]."""
 
-    nothing: Tensor | float
+    zero_term: Tensor | float
     """A zero that ties a dummy image into the graph."""
 
-    begun: Begun | None = None
-    """Their matching, if it was begun early."""
+    pending: PendingReplacement | None = None
+    """Their matching, if it was pending early."""
 
 
 class CrocModel(MegatronModule):
@@ -197,7 +197,7 @@ class CrocModel(MegatronModule):
             visual = self._replace(embedded, inputs)
             if upcoming is not None:
                 self._embed_ahead(upcoming)
-            decoder_input = self._merge(visual, inputs) + embedded.nothing
+            decoder_input = self._merge(visual, inputs) + embedded.zero_term
         labels = inputs.labels
         if labels is not None:
             labels = split_sequence(labels, self.pg_collection.cp)
@@ -234,8 +234,8 @@ class CrocModel(MegatronModule):
         if len(upcoming.replaced) == 0:
             return
         embedded = self._embed_images(upcoming)
-        begun = pool.begin(embedded.visual, upcoming.replaced, ahead=True)
-        self._ahead = upcoming, embedded._replace(begun=begun)
+        pending = pool.start_matching(embedded.visual, upcoming.replaced, ahead=True)
+        self._ahead = upcoming, embedded._replace(pending=pending)
 
     @region("vision")
     def _embed_images(self, inputs: ModelInputs) -> _Embedded:
@@ -263,7 +263,7 @@ class CrocModel(MegatronModule):
         visual = embedded.visual
         if self.prompt_pool is None:
             return visual
-        replacement: Replacement = self.prompt_pool(visual, inputs.replaced, embedded.begun)
+        replacement: Replacement = self.prompt_pool(visual, inputs.replaced, embedded.pending)
         self.last_replacement = replacement
         return replacement.embeddings
 
@@ -319,8 +319,8 @@ class CrocModel(MegatronModule):
         )
         if tokens.shape[0] == 0:
             dummy = tokens.new_zeros(1, *tokens.shape[1:])
-            nothing = self.reconstruction_head(dummy).float().sum() + hidden_states.float().sum()
-            return tokens, 0.0 * nothing
+            zero_term = self.reconstruction_head(dummy).float().sum() + hidden_states.float().sum()
+            return tokens, 0.0 * zero_term
         seeds = tuple(self._own_images(inputs.image_seeds))
         prediction = self.reconstruction_head(tokens, seeds or None)
         beta = self.run.model.reconstruction.smooth_l1_beta

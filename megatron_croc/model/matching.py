@@ -93,13 +93,13 @@ class Matcher:
         self.tp, self.cp = pg_collection.tp, pg_collection.cp
 
     @torch.no_grad()
-    def begin(self, tokens: Tensor, pool: Tensor, *, ahead: bool = False) -> Pending:
+    def start(self, tokens: Tensor, pool: Tensor, *, ahead: bool = False) -> Pending:
         """Start to match.
 
         Args:
             tokens: [n, R, h], of one micro-batch.
-            pool: [P, h]; must not change before `finish`.
-            ahead: other work comes before `finish`, so search beside it.
+            pool: [P, h]; must not change before `wait`.
+            ahead: other work comes before `wait`, so search beside it.
         """
         started = time.perf_counter()
         size = self.tp.size() * self.cp.size()
@@ -117,7 +117,7 @@ class Matcher:
         self, cost: Tensor, side: SideWork, *, ahead: bool
     ) -> Callable[[], tuple[Assignment, float]]:
         if self.assign_mode == "nearest":
-            found = nearest(cost, check=False)  # it is finite, see `begin`
+            found = nearest(cost, check=False)  # it is finite, see `start`
             return lambda: (found, 0.0)
         backend = choose_backend(self.assign_backend, cost.device)
         if backend == "triton" or not ahead:
@@ -134,7 +134,7 @@ class Matcher:
         return _searcher().submit(search).result
 
     @torch.no_grad()
-    def finish(self, pending: Pending) -> Matches:
+    def wait(self, pending: Pending) -> Matches:
         """Wait for the search, then let all ranks know all images."""
         started = time.perf_counter()
         found, searched = pending.result()

@@ -19,7 +19,7 @@ from megatron_croc.ops.patch_selection import num_kept
 from megatron_croc.parallel.stopwatch import region
 
 
-class Begun(NamedTuple):
+class PendingReplacement(NamedTuple):
     """A micro-batch's replacement under way."""
 
     positions: Tensor
@@ -68,7 +68,9 @@ class PromptPool(nn.Module):
         )
 
     @region("matching")
-    def begin(self, visual_embeddings: Tensor, replaced: Tensor, *, ahead: bool = False) -> Begun:
+    def start_matching(
+        self, visual_embeddings: Tensor, replaced: Tensor, *, ahead: bool = False
+    ) -> PendingReplacement:
         """Choose the tokens and begin to match them; the pool must not change until `forward`.
 
         Args:
@@ -80,23 +82,23 @@ class PromptPool(nn.Module):
         positions = torch.argsort((~replaced).to(torch.uint8), dim=1, stable=True)
         positions = positions[:, : self.num_replaced]
         tokens = _take_rows(visual_embeddings.detach(), positions)
-        return Begun(positions, self.matcher.begin(tokens, self.weight, ahead=ahead))
+        return PendingReplacement(positions, self.matcher.start(tokens, self.weight, ahead=ahead))
 
     def forward(
-        self, visual_embeddings: Tensor, replaced: Tensor, begun: Begun | None = None
+        self, visual_embeddings: Tensor, replaced: Tensor, pending: PendingReplacement | None = None
     ) -> Replacement:
         """Replace the chosen tokens.
 
         Args:
             visual_embeddings: [n, N, h].
             replaced: bool [n, N].
-            begun: what `begin` returned for the same two, if that was early.
+            pending: what `start_matching` returned for the same two, if that was early.
         """
-        if begun is None:
-            begun = self.begin(visual_embeddings, replaced)
-        matches = self.matcher.finish(begun.matching)
+        if pending is None:
+            pending = self.start_matching(visual_embeddings, replaced)
+        matches = self.matcher.wait(pending.matching)
         prompt = self.weight[matches.index].to(visual_embeddings.dtype)
-        target = begun.positions.unsqueeze(-1).expand_as(prompt)
+        target = pending.positions.unsqueeze(-1).expand_as(prompt)
         return Replacement(visual_embeddings.scatter(1, target, prompt), *matches)
 
 

@@ -42,7 +42,7 @@ def resolve_transformer_impl(run: RunConfig) -> Implementation:
     wanted = run.training.transformer_impl
     if wanted == "local":
         return "local"
-    reason = te_fault()
+    reason = te_unsupported_reason()
     if reason is None:
         name_unknown_version("transformer-engine")
         return "te"
@@ -58,7 +58,7 @@ def resolve_transformer_impl(run: RunConfig) -> Implementation:
 
 
 @functools.cache
-def te_fault() -> str | None:
+def te_unsupported_reason() -> str | None:
     """Why Transformer Engine cannot be used here; None when it can."""
     if not has_cuda():
         return "Transformer Engine needs a GPU and there is none"

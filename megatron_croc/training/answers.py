@@ -25,8 +25,8 @@ from megatron_croc.model.croc_model import ModelInputs, ModelOutput
 from megatron_croc.parallel.collectives import all_gather, all_reduce
 from megatron_croc.parallel.context import gather_sequence
 from megatron_croc.parallel.device import current_device
-from megatron_croc.training.build import Trainer
-from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.batch_broadcast import open_batch_broadcast
+from megatron_croc.training.build import TrainingState
 from megatron_croc.training.schedule import run_schedule
 from megatron_croc.training.step import to_model_inputs
 
@@ -41,19 +41,19 @@ class AnswerCounts:
     num_right: int
 
 
-def check_answers(trainer: Trainer) -> AnswerCounts:
+def check_answers(training: TrainingState) -> AnswerCounts:
     """Check the answers of `eval_answers_iters` global batches, always the same ones."""
-    run, pg = _as_at_inference(trainer.run), trainer.pg_collection
+    run, pg = _as_at_inference(training.run), training.pg_collection
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
     data_path = run.data.eval_answers_data_path
     finder = AnswerFinder(tokenizer, run.data.conversation_template)
     counts = torch.zeros(2, dtype=torch.float64, device=current_device())
-    for chunk in trainer.chunks:
+    for chunk in training.chunks:
         chunk.eval()
-    with open_feeder(run, pg, build_valid_loader, data_path=data_path) as feeder:
+    with open_batch_broadcast(run, pg, build_valid_loader, data_path=data_path) as broadcaster:
         for _ in range(run.training.eval_answers_iters):
-            batches = feeder.next_step()
-            counts += _count(trainer, batches, finder, tokenizer.size)
+            batches = broadcaster.next_step()
+            counts += _count(training, batches, finder, tokenizer.size)
     if pg.tp.rank() or pg.cp.rank():
         counts.zero_()  # every rank of a replica's last stage has counted the same answers
     all_reduce(counts)
@@ -69,15 +69,17 @@ def _as_at_inference(run: RunConfig) -> RunConfig:
 
 
 @torch.no_grad()
-def _count(trainer: Trainer, batches: list[Batch], finder: AnswerFinder, num_words: int) -> Tensor:
+def _count(
+    training: TrainingState, batches: list[Batch], finder: AnswerFinder, num_words: int
+) -> Tensor:
     """[answers, right ones] of a global batch; zeros except on the last stage."""
-    step = partial(_forward_step, finder=finder, num_words=num_words, pg=trainer.pg_collection)
+    step = partial(_forward_step, finder=finder, num_words=num_words, pg=training.pg_collection)
     counted = run_schedule(
         step,
         batches,
         [len(batch.input_ids) for batch in batches],
-        chunks=trainer.chunks,
-        pg_collection=trainer.pg_collection,
+        chunks=training.chunks,
+        pg_collection=training.pg_collection,
         forward_only=True,
     )
     start = torch.zeros(2, dtype=torch.float64, device=current_device())
@@ -116,8 +118,8 @@ def _judge(
     )
     right = sum(bool(is_right[begin:end].all()) for begin, end in spans)
     counts = torch.tensor([len(spans), right], dtype=torch.float64, device=current_device())
-    nothing = torch.zeros((), device=current_device())
-    return nothing, torch.zeros((), dtype=torch.int), {"counts": counts}
+    no_loss = torch.zeros((), device=current_device())
+    return no_loss, torch.zeros((), dtype=torch.int), {"counts": counts}
 
 
 def most_likely(logits: Tensor, num_words: int, tp: dist.ProcessGroup) -> Tensor:

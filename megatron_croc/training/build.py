@@ -24,11 +24,11 @@ from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.target_channel import TargetChannel
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
 from megatron_croc.training.safety.heartbeat import enter
-from megatron_croc.training.step import Stepper
+from megatron_croc.training.step import TrainStep
 
 
 @dataclass(kw_only=True)
-class Trainer:
+class TrainingState:
     """What one rank holds while training."""
 
     run: RunConfig
@@ -36,7 +36,7 @@ class Trainer:
     chunks: list[nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    stepper: Stepper
+    train_step: TrainStep
     state: TrainState
     train_iters: int
 
@@ -99,13 +99,13 @@ def _finalize(model: list[nn.Module], num_tokens: Tensor | None, **groups: objec
     finalize_model_grads(model, None, **groups)  # type: ignore[arg-type]
 
 
-def build_trainer(
+def build_training_state(
     run: RunConfig,
     pg_collection: ProcessGroupCollection,
     *,
     train_iters: int,
     weights: WeightSource | None = None,
-) -> Trainer:
+) -> TrainingState:
     """Model, optimizer and schedule; resumed, or started from the stage before.
 
     Args:
@@ -131,13 +131,13 @@ def build_trainer(
         if start is not None:
             optimizer.reload_model_params()  # the fp32 main weights were copied from fresh ones
     scheduler.step(increment=state.iteration * run.training.global_batch_size)
-    return Trainer(
+    return TrainingState(
         run=run,
         pg_collection=pg_collection,
         chunks=chunks,
         optimizer=optimizer,
         scheduler=scheduler,
-        stepper=Stepper(run, chunks, pg_collection),
+        train_step=TrainStep(run, chunks, pg_collection),
         state=state,
         train_iters=train_iters,
     )

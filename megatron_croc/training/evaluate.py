@@ -5,24 +5,24 @@ from dataclasses import fields, replace
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.answers import check_answers
-from megatron_croc.training.build import Trainer
-from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.batch_broadcast import open_batch_broadcast
+from megatron_croc.training.build import TrainingState
 from megatron_croc.training.reporting.metrics import StepMetrics
 
 _AVERAGED = ("text_loss", "reconstruction_loss", "loss")
 
 
 @region("validation", whole=True)
-def evaluate(trainer: Trainer) -> StepMetrics:
+def evaluate(training: TrainingState) -> StepMetrics:
     """Mean of `eval_iters` global batches' losses, counts summed; and the answers, if asked for."""
-    run = trainer.run
+    run = training.run
     steps: list[StepMetrics] = []
-    with open_feeder(run, trainer.pg_collection, build_valid_loader) as feeder:
+    with open_batch_broadcast(run, training.pg_collection, build_valid_loader) as broadcaster:
         for _ in range(run.training.eval_iters):
-            steps.append(trainer.stepper.evaluate(feeder.next_step()))
+            steps.append(training.train_step.evaluate(broadcaster.next_step()))
     metrics = _combine(steps)
     if run.training.eval_answers_iters:
-        counts = check_answers(trainer)
+        counts = check_answers(training)
         metrics = replace(
             metrics, num_answers=counts.num_answers, num_answers_right=counts.num_right
         )

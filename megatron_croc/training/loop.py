@@ -8,9 +8,9 @@ from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.build import Trainer, build_trainer
+from megatron_croc.training.batch_broadcast import open_batch_broadcast
+from megatron_croc.training.build import TrainingState, build_training_state
 from megatron_croc.training.evaluate import evaluate
-from megatron_croc.training.feeder import open_feeder
 from megatron_croc.training.length import resolve_train_iters
 from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 from megatron_croc.training.reporting.profiling import ProfileWindow
@@ -22,27 +22,27 @@ from megatron_croc.training.safety.stopping import stop_requests
 from megatron_croc.training.safety.watchdog import run_folder, watch_over
 
 
-def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
+def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     """Train from the start (or where the run stopped) to the end; returns the trained state.
 
     Args:
         run: the run.
-        weights: see `build_trainer`.
+        weights: see `build_training_state`.
 
     Raises:
         CheckpointError: the last state could not be saved.
         RunError: step after step was not finite, or another rank was lost.
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=resolve_train_iters(run), weights=weights)
-    state, last, folder = trainer.state, trainer.train_iters, run_folder(run)
+    training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
+    state, last, folder = training.state, training.train_iters, run_folder(run)
     if folder is not None and rank() == 0:
         drop_undone_steps(folder, state.iteration)
-    times = TimeSplit(run, trainer.chunks, pg) if run.logging.timing_log_level else None
+    times = TimeSplit(run, training.chunks, pg) if run.logging.timing_log_level else None
     reporter = Reporter(run, train_iters=last, world_size=world_size(), times=times)
     profile = ProfileWindow(run, state.iteration)
     guard = AnomalyGuard(run, state, pg, train_iters=last, folder=folder)
-    saver = CheckpointSaver(run, trainer.chunks, trainer.optimizer, pg)
+    saver = CheckpointSaver(run, training.chunks, training.optimizer, pg)
 
     def due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
@@ -50,19 +50,21 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
     with (
         watch_over(run, first_step=state.iteration + 1),
         stop_requests(run.reliability) as stop,
-        open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder,
+        open_batch_broadcast(
+            run, pg, build_train_loader, state=state.resume_point()
+        ) as broadcaster,
     ):
         is_over = state.iteration >= last
         while not is_over:
             started = time.perf_counter()
             enter("waiting for data", iteration=state.iteration + 1)
-            batches = feeder.next_step()
+            batches = broadcaster.next_step()
             waited = time.perf_counter() - started
 
-            metrics = trainer.stepper.train(
-                batches, trainer.optimizer, trainer.scheduler, guard=guard
+            metrics = training.train_step.train(
+                batches, training.optimizer, training.scheduler, guard=guard
             )
-            state.advance(metrics.num_samples, feeder.order_state)
+            state.advance(metrics.num_samples, broadcaster.order_state)
             reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
             profile.after_step(state.iteration)
             if guard.gives_up():
@@ -73,7 +75,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
 
             if due(run.training.eval_interval):
                 enter("validation")
-                reporter.add_validation(state.iteration, evaluate(trainer))
+                reporter.add_validation(state.iteration, evaluate(training))
                 reporter.restart_clock()
 
             enter("agreeing on whether to stop (all-reduce)")
@@ -87,4 +89,4 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> Trainer:
         saver.close()
     profile.close()
     reporter.close()
-    return trainer
+    return training

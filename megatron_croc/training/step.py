@@ -52,7 +52,7 @@ def to_model_inputs(batch: Batch) -> ModelInputs:
     )
 
 
-class Stepper:
+class TrainStep:
     """Runs training and validation steps over the model chunks of this rank."""
 
     def __init__(

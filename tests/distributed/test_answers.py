@@ -61,12 +61,12 @@ def count_answers(demo: Path, checkpoint: Path, changes: dict) -> tuple[int, int
     """(answers, right) as validation counts them, on every rank."""
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.answers import check_answers
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = run_of(demo, checkpoint, **changes)
     run.checkpoint.save, run.checkpoint.pretrained_checkpoint = None, str(checkpoint)
     pg = start_distributed(run.parallel, seed=1)
-    counts = check_answers(build_trainer(run, pg, train_iters=1))
+    counts = check_answers(build_training_state(run, pg, train_iters=1))
     return counts.num_answers, counts.num_right
 
 

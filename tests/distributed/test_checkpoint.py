@@ -15,26 +15,26 @@ def train_from(changes: dict, first: int, last: int, save: str | None, load: str
     """Train steps first..last; losses, and a digest of this rank's weights and moments."""
     from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = tiny_run("pretrain_croc", save=save, load=load, projector_lr=1e-3, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=10)
-    assert trainer.state.iteration == first
+    training = build_training_state(run, pg, train_iters=10)
+    assert training.state.iteration == first
     rows = []
     for step in range(first, last):
         batches = make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=IMAGES)
-        metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-        trainer.state.iteration += 1
-        trainer.state.consumed_samples += run.training.global_batch_size
+        metrics = training.train_step.train(batches, training.optimizer, training.scheduler)
+        training.state.iteration += 1
+        training.state.consumed_samples += run.training.global_batch_size
         rows.append((metrics.text_loss, metrics.reconstruction_loss, metrics.grad_norm))
         rates = metrics.learning_rates
     if save is not None:
-        save_checkpoint(run, trainer.state, trainer.chunks, trainer.optimizer, pg)
-    weights = [p.detach().clone() for chunk in trainer.chunks for p in chunk.parameters()]
+        save_checkpoint(run, training.state, training.chunks, training.optimizer, pg)
+    weights = [p.detach().clone() for chunk in training.chunks for p in chunk.parameters()]
     moments = [
         state[name].clone()
-        for state in trainer.optimizer.chained_optimizers[0].optimizer.state.values()
+        for state in training.optimizer.chained_optimizers[0].optimizer.state.values()
         for name in ("exp_avg", "exp_avg_sq", "step")
     ]
     return {"rows": rows, "weights": weights, "moments": moments, "rates": rates}
@@ -100,24 +100,24 @@ def start_stage(stage: str, changes: dict, pretrained: str, save: str | None) ->
     from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.model.sharded_weights import iter_shards
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = tiny_run(stage, pretrained_checkpoint=pretrained or None, save=save, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=10)
+    training = build_training_state(run, pg, train_iters=10)
     if save is not None:
         with torch.no_grad():
-            for parameter in trainer.chunks[0].parameters():
+            for parameter in training.chunks[0].parameters():
                 parameter += 0.25
-        save_checkpoint(run, trainer.state, trainer.chunks, trainer.optimizer, pg)
+        save_checkpoint(run, training.state, training.chunks, training.optimizer, pg)
     # What the optimizer will step from must be the loaded weights, not the fresh ones.
     batches = make_step(run, 0, dp_rank=0, dp_size=1, images=IMAGES)
-    start = {s.name: s.data.detach().clone() for s in iter_shards(trainer.chunks[0].module)}
-    trainer.scheduler.step(increment=8)
-    trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+    start = {s.name: s.data.detach().clone() for s in iter_shards(training.chunks[0].module)}
+    training.scheduler.step(increment=8)
+    training.train_step.train(batches, training.optimizer, training.scheduler)
     moved = {
         s.name: (s.data.detach() - start[s.name]).abs().max().item()
-        for s in iter_shards(trainer.chunks[0].module)
+        for s in iter_shards(training.chunks[0].module)
     }
     return {"start": start, "moved": moved}
 

@@ -109,25 +109,27 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
 
 
 def trainer_of(run, pg):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
-    return build_trainer(run, pg, train_iters=10)
+    return build_training_state(run, pg, train_iters=10)
 
 
-def step(trainer) -> None:
-    pg, run = trainer.pg_collection, trainer.run
+def step(training) -> None:
+    pg, run = training.pg_collection, training.run
     batches = make_step(
-        run, trainer.state.iteration, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=IMAGES
+        run, training.state.iteration, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=IMAGES
     )
-    trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-    trainer.state.iteration += 1
-    trainer.state.consumed_samples += run.training.global_batch_size
+    training.train_step.train(batches, training.optimizer, training.scheduler)
+    training.state.iteration += 1
+    training.state.consumed_samples += run.training.global_batch_size
 
 
-def saver_of(trainer):
+def saver_of(training):
     from megatron_croc.checkpoint.saving import CheckpointSaver
 
-    return CheckpointSaver(trainer.run, trainer.chunks, trainer.optimizer, trainer.pg_collection)
+    return CheckpointSaver(
+        training.run, training.chunks, training.optimizer, training.pg_collection
+    )
 
 
 def start(root: str, **changes):
@@ -137,8 +139,8 @@ def start(root: str, **changes):
     return trainer_of(run, start_distributed(run.parallel, seed=run.training.seed))
 
 
-def weights_of(trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for chunk in trainer.chunks for p in chunk.parameters()]
+def weights_of(training) -> list[torch.Tensor]:
+    return [p.detach().clone() for chunk in training.chunks for p in chunk.parameters()]
 
 
 @contextmanager
@@ -167,36 +169,36 @@ def save_on_a_full_disk(root: str) -> list[dict]:
     def no_room(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    trainer = start(root)
-    rank = trainer.pg_collection.tp.rank()
+    training = start(root)
+    rank = training.pg_collection.tp.rank()
     seen = []
-    step(trainer)
-    saver_of(trainer).save(trainer.state)
+    step(training)
+    saver_of(training).save(training.state)
     for is_async in (False, True):
-        trainer.run.checkpoint.async_save = is_async
-        saver = saver_of(trainer)
-        step(trainer)
+        training.run.checkpoint.async_save = is_async
+        saver = saver_of(training)
+        step(training)
         with file_limit(20_000) if rank == 1 else file_limit(resource.RLIM_INFINITY):
-            saver.save(trainer.state)
+            saver.save(training.state)
             saver.finish()
         torch.distributed.barrier()
         seen.append({"latest": resume_candidates(root)[0].name, "said": close(saver)})
         real = saving.write_manifest
         saving.write_manifest = no_room  # type: ignore[assignment]
-        saver.save(trainer.state)
+        saver.save(training.state)
         saver.finish()
         saving.write_manifest = real
         torch.distributed.barrier()
         files = sorted(os.listdir(root))
         seen.append({"latest": resume_candidates(root)[0].name, "said": close(saver)})
-        step(trainer)
-        saver.save(trainer.state)  # there is room again
+        step(training)
+        saver.save(training.state)  # there is room again
         seen.append({"said": close(saver), "files": files})
         torch.distributed.barrier()
         seen[-1]["latest"] = resume_candidates(root)[0].name
-    weights = weights_of(trainer)
-    resumed = trainer_of(trainer.run, trainer.pg_collection)
-    assert resumed.state == trainer.state
+    weights = weights_of(training)
+    resumed = trainer_of(training.run, training.pg_collection)
+    assert resumed.state == training.state
     assert all(map(torch.equal, weights_of(resumed), weights))
     return seen
 
@@ -218,41 +220,41 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
 
 def save_and_die(root: str) -> None:
     """Rank 1 is killed by the system in the middle of writing its file."""
-    trainer = start(root)
-    step(trainer)
-    saver = saver_of(trainer)
-    saver.save(trainer.state)
-    step(trainer)
-    if trainer.pg_collection.tp.rank() == 1:
+    training = start(root)
+    step(training)
+    saver = saver_of(training)
+    saver.save(training.state)
+    step(training)
+    if training.pg_collection.tp.rank() == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    saver.save(trainer.state)
+    saver.save(training.state)
 
 
 def resume_all(root: str) -> list[str]:
     """A torn file of one rank: both fall back, or both refuse."""
     from megatron_croc.errors import CheckpointError
 
-    trainer = start(root)
-    assert trainer.state.iteration == 1
-    saver = saver_of(trainer)  # clears what the killed run left
+    training = start(root)
+    assert training.state.iteration == 1
+    saver = saver_of(training)  # clears what the killed run left
     torch.distributed.barrier()
     files = sorted(os.listdir(root))
-    step(trainer)
-    saver.save(trainer.state)
-    if trainer.pg_collection.tp.rank() == 0:
+    step(training)
+    saver.save(training.state)
+    if training.pg_collection.tp.rank() == 0:
         file = Path(root) / "iter_0000002" / "__1_0.distcp"
         content = bytearray(file.read_bytes())
         content[1000] ^= 4
         file.write_bytes(content)
     torch.distributed.barrier()
-    trainer.run.checkpoint.strict_resume = True
+    training.run.checkpoint.strict_resume = True
     try:
-        trainer_of(trainer.run, trainer.pg_collection)
+        trainer_of(training.run, training.pg_collection)
     except CheckpointError as error:
         files.append(str(error))
-    trainer.run.checkpoint.strict_resume = False
-    assert trainer_of(trainer.run, trainer.pg_collection).state.iteration == 1
+    training.run.checkpoint.strict_resume = False
+    assert trainer_of(training.run, training.pg_collection).state.iteration == 1
     return files
 
 
@@ -275,8 +277,8 @@ def save_in_the_background(root: str) -> list[list[str]]:
     """Two saves of a run, each held back on rank 1 while training goes on."""
     from megatron_croc.checkpoint.writer import Share
 
-    trainer = start(root + "/async", async_save=True)
-    rank = trainer.pg_collection.tp.rank()
+    training = start(root + "/async", async_save=True)
+    rank = training.pg_collection.tp.rank()
     gate, real = threading.Event(), Share.write
 
     def write(share: Share) -> None:
@@ -291,40 +293,40 @@ def save_in_the_background(root: str) -> list[list[str]]:
         return names
 
     Share.write = write  # type: ignore[method-assign]
-    saver = saver_of(trainer)
+    saver = saver_of(training)
     seen = []
-    step(trainer)
-    saver.save(trainer.state)
+    step(training)
+    saver.save(training.state)
     for _ in range(2):  # training goes on, and rank 0 has long written its part
-        step(trainer)
+        step(training)
         saver.poll()
         seen.append(published())
     gate.set()
     for _ in range(50):
-        step(trainer)
+        step(training)
         saver.poll()
         if saver._pending is None:
             break
     seen.append(published())
-    last = trainer.state.iteration
+    last = training.state.iteration
     gate.clear()
-    saver.save(trainer.state)
-    step(trainer)
+    saver.save(training.state)
+    step(training)
     threading.Timer(0.2, gate.set).start()
-    saver.save(trainer.state)  # waits for the one before it
+    saver.save(training.state)  # waits for the one before it
     seen.append([name for name in published() if not name.endswith("incomplete")])
     saver.close()
     seen.append(published())
     assert seen[3] == ["iter_0000001", f"iter_{last:07d}", LATEST_FILE]
     # The same run, saved in step.
-    trainer.run.checkpoint.save = root + "/sync"
-    trainer.run.checkpoint.async_save = False
-    trainer.run.checkpoint.load = None
-    again = trainer_of(trainer.run, trainer.pg_collection)
+    training.run.checkpoint.save = root + "/sync"
+    training.run.checkpoint.async_save = False
+    training.run.checkpoint.load = None
+    again = trainer_of(training.run, training.pg_collection)
     saver = saver_of(again)
     step(again)
     saver.save(again.state)
-    while again.state.iteration < trainer.state.iteration:
+    while again.state.iteration < training.state.iteration:
         step(again)
     saver.save(again.state)
     saver.close()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def start(changes: dict, bucket_size: int | None = None):
-    """A trainer after one step; with `bucket_size`, gradients are reduced in many buckets."""
+    """A training after one step; with `bucket_size`, gradients are reduced in many buckets."""
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training import build
 
@@ -25,11 +25,11 @@ def start(changes: dict, bucket_size: int | None = None):
         changes = {**changes, "overlap_grad_reduce": True}
     run = tiny_run(**{"projector_lr": 1e-3, **changes})
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build.build_trainer(run, pg, train_iters=10)
-    trainer.scheduler.step(increment=16)
+    training = build.build_training_state(run, pg, train_iters=10)
+    training.scheduler.step(increment=16)
     batches = make_step(run, 0, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=IMAGES)
-    trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-    return trainer
+    training.train_step.train(batches, training.optimizer, training.scheduler)
+    return training
 
 
 def pieces_to_write(content: dict) -> dict[tuple, torch.Tensor]:
@@ -55,7 +55,7 @@ def ours_and_megatrons(changes: dict, max_gathered: int) -> dict:
 
     from megatron_croc.checkpoint import sharded, shares
 
-    trainer = start(changes)
+    training = start(changes)
     shares.MAX_GATHERED = max_gathered
     gathered: list[int] = []
     real = dist.all_gather_into_tensor
@@ -65,17 +65,17 @@ def ours_and_megatrons(changes: dict, max_gathered: int) -> dict:
         return real(output, *args, **kwargs)
 
     dist.all_gather_into_tensor = watched
-    pg = trainer.pg_collection
-    ours = sharded.checkpoint_content(trainer.chunks, trainer.optimizer, pg)
+    pg = training.pg_collection
+    ours = sharded.checkpoint_content(training.chunks, training.optimizer, pg)
     dist.all_gather_into_tensor = real
     metadata = {
         **sharded._metadata(pg),
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
     }
-    theirs = sharded._model_state(trainer.chunks, metadata)
+    theirs = sharded._model_state(training.chunks, metadata)
     flat = {f"{chunk}.{k}": v for chunk, state in theirs.items() for k, v in state.items()}
-    theirs["optimizer"] = trainer.optimizer.sharded_state_dict(flat, metadata=metadata)
+    theirs["optimizer"] = training.optimizer.sharded_state_dict(flat, metadata=metadata)
     keys = {k: v for k, v in ours["optimizer"].items() if k != "param_state"}
     assert keys == {k: v for k, v in theirs["optimizer"].items() if k != "param_state"}
     return {"ours": pieces_to_write(ours), "theirs": pieces_to_write(theirs), "gathered": gathered}
@@ -116,10 +116,10 @@ def weights_and_their_copies(changes: dict, bucket_size: int) -> dict:
     """What this rank writes, and how many of its buckets are padded before the last."""
     from megatron_croc.checkpoint.sharded import checkpoint_content
 
-    trainer = start(changes, bucket_size)
-    (buffer,) = trainer.chunks[0].buffers
+    training = start(changes, bucket_size)
+    (buffer,) = training.chunks[0].buffers
     padded = sum(b.numel_unpadded < b.grad_data.numel() for b in buffer.buckets[:-1])
-    content = checkpoint_content(trainer.chunks, trainer.optimizer, trainer.pg_collection)
+    content = checkpoint_content(training.chunks, training.optimizer, training.pg_collection)
     return {"pieces": pieces_to_write(content), "padded": padded}
 
 
@@ -138,9 +138,9 @@ def test_padded_buckets_shift_nothing():
 def save(changes: dict, folder: str) -> None:
     from megatron_croc.checkpoint.saving import save_checkpoint
 
-    trainer = start({**changes, "save": folder})
-    state, pg = trainer.state, trainer.pg_collection
-    save_checkpoint(trainer.run, state, trainer.chunks, trainer.optimizer, pg)
+    training = start({**changes, "save": folder})
+    state, pg = training.state, training.pg_collection
+    save_checkpoint(training.run, state, training.chunks, training.optimizer, pg)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["in step", "in the background"])
@@ -161,10 +161,10 @@ def room_to_load(changes: dict) -> tuple[int, int]:
 
     from megatron_croc.checkpoint import sharded, shares
 
-    trainer = start(changes)
-    model_state = sharded._model_state(trainer.chunks, sharded._metadata(trainer.pg_collection))
-    room = shares.state_to_load(trainer.optimizer, model_state)
-    whole = sum(p.numel() for c in trainer.chunks for p in c.parameters() if p.requires_grad)
+    training = start(changes)
+    model_state = sharded._model_state(training.chunks, sharded._metadata(training.pg_collection))
+    room = shares.state_to_load(training.optimizer, model_state)
+    whole = sum(p.numel() for c in training.chunks for p in c.parameters() if p.requires_grad)
     return sum(entry.data.numel() for entry in nested_values(room)), 3 * whole
 
 

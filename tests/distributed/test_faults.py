@@ -214,37 +214,39 @@ def test_replay_finds_the_sample_and_the_module(data: Path, unbroken: Path, tmp_
 def refuse_and_compare(spike: bool, changes: dict) -> dict:
     """One good step, one that is refused, and whether anything moved."""
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
     from megatron_croc.training.safety.anomaly import AnomalyGuard
     from megatron_croc.training.safety.heartbeat import enter
     from megatron_croc.verification.faults.inject import inject
 
     run = tiny_run(spike_factor=5.0 if spike else 0.0, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=40)
-    guard = AnomalyGuard(run, trainer.state, pg, train_iters=40, folder=None)
+    training = build_training_state(run, pg, train_iters=40)
+    guard = AnomalyGuard(run, training.state, pg, train_iters=40, folder=None)
     kind = "spike" if spike else "nan_loss"
     last = 10 if spike else 2
     inject(Fault(fault=kind, rank=1, iteration=last))
 
     def snapshot() -> list[torch.Tensor]:
-        inner = trainer.optimizer.chained_optimizers[0].optimizer
+        inner = training.optimizer.chained_optimizers[0].optimizer
         moments = [state[k] for state in inner.state.values() for k in ("exp_avg", "exp_avg_sq")]
         steps = [torch.tensor(group["step"]) for group in inner.param_groups]
-        weights = [p.detach() for chunk in trainer.chunks for p in chunk.parameters()]
+        weights = [p.detach() for chunk in training.chunks for p in chunk.parameters()]
         return [tensor.clone() for tensor in (*weights, *moments, *steps)]
 
     for step in range(1, last + 1):
         enter("waiting", iteration=step)
-        before, rate = snapshot(), trainer.scheduler.num_steps
+        before, rate = snapshot(), training.scheduler.num_steps
         batches = make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=(1, 0))
-        metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler, guard=guard)
-        trainer.state.iteration += 1
+        metrics = training.train_step.train(
+            batches, training.optimizer, training.scheduler, guard=guard
+        )
+        training.state.iteration += 1
         same = [torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True)]
         assert metrics.is_skipped == (step == last)
         assert all(same) == (step == last)
-        assert trainer.scheduler.num_steps == rate + run.training.global_batch_size
-    return {"skipped": trainer.state.num_skipped, "grad_norm": metrics.grad_norm}
+        assert training.scheduler.num_steps == rate + run.training.global_batch_size
+    return {"skipped": training.state.num_skipped, "grad_norm": metrics.grad_norm}
 
 
 @pytest.mark.parametrize(

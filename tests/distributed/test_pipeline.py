@@ -10,7 +10,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.synthetic import MIXED_IMAGES
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.parallel.target_channel import TargetChannel
-from megatron_croc.training.build import build_trainer
+from megatron_croc.training.build import build_training_state
 from megatron_croc.verification.layouts.layout import Layout
 from megatron_croc.verification.layouts.observe import observe
 from tests.support.distributed import run_distributed
@@ -98,10 +98,10 @@ def validate(name: str, changes: dict, images: tuple[int, ...]) -> list[tuple[fl
     """Losses of two global batches without a backward pass, then of one that trains."""
     run = Layout.parse(name).apply(tiny_run("pretrain_croc", num_layers=4, **changes))
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=2)
+    training = build_training_state(run, pg, train_iters=2)
     steps = [make_step(run, k, dp_rank=0, dp_size=1, images=images) for k in range(3)]
-    seen = [trainer.stepper.evaluate(step) for step in steps[:2]]
-    seen.append(trainer.stepper.train(steps[2], trainer.optimizer, trainer.scheduler))
+    seen = [training.train_step.evaluate(step) for step in steps[:2]]
+    seen.append(training.train_step.train(steps[2], training.optimizer, training.scheduler))
     return [(metrics.text_loss, metrics.reconstruction_loss or 0.0) for metrics in seen]
 
 

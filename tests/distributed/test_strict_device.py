@@ -8,7 +8,7 @@ import torch
 
 from megatron_croc.data.synthetic import MIXED_IMAGES
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.build import build_trainer
+from megatron_croc.training.build import build_training_state
 from megatron_croc.verification.layouts.compare import BOUNDS, compare, row
 from megatron_croc.verification.layouts.layout import Layout
 from megatron_croc.verification.layouts.observe import Observation, assemble, observe
@@ -158,10 +158,10 @@ def read_in_a_step(options: Options) -> Counter[str]:
     run = tiny_run(STAGE)
     with install(options) as job:
         pg = start_distributed(run.parallel, seed=1)
-        trainer = build_trainer(run, pg, train_iters=2)
+        training = build_training_state(run, pg, train_iters=2)
         batches = make_step(run, 0, dp_rank=0, dp_size=1, images=MIXED_IMAGES)
         job.report.host_reads.clear()
-        trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+        training.train_step.train(batches, training.optimizer, training.scheduler)
     return job.report.host_reads
 
 

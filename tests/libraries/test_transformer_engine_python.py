@@ -149,10 +149,10 @@ def continue_run(folder, origin, kind):
     from megatron_croc.parallel.groups import start_distributed, stop_distributed
 
     run = train_settings(**{kind: str(folder / origin)})
-    trainer = steps(run, start_distributed(run.parallel, seed=1), 2)
-    inner = trainer.optimizer.chained_optimizers[0].optimizer
+    training = steps(run, start_distributed(run.parallel, seed=1), 2)
+    inner = training.optimizer.chained_optimizers[0].optimizer
     counts = {float(group["step"]) for group in inner.param_groups}
-    weights = {n: p.detach().numpy() for n, p in trainer.chunks[0].module.named_parameters()}
+    weights = {n: p.detach().numpy() for n, p in training.chunks[0].module.named_parameters()}
     stop_distributed()
     return weights, counts, type(inner).__name__
 
@@ -165,15 +165,15 @@ def train_settings(**changes):
 
 
 def steps(run, groups, number):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
     from tests.support.synthetic import make_step
 
-    trainer = build_trainer(run, groups, train_iters=10)
+    training = build_training_state(run, groups, train_iters=10)
     for _ in range(number):
-        batches = make_step(run, trainer.state.iteration, dp_rank=0, dp_size=1)
-        trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-        trainer.state.iteration += 1
-    return trainer
+        batches = make_step(run, training.state.iteration, dp_rank=0, dp_size=1)
+        training.train_step.train(batches, training.optimizer, training.scheduler)
+        training.state.iteration += 1
+    return training
 
 
 def save_two(folder, name):
@@ -184,8 +184,8 @@ def save_two(folder, name):
     for number in (0, 2):
         run = train_settings(save=str(folder / f"{name}{number}"))
         groups = start_distributed(run.parallel, seed=1)
-        trainer = steps(run, groups, number)
-        save_checkpoint(run, trainer.state, trainer.chunks, trainer.optimizer, groups)
+        training = steps(run, groups, number)
+        save_checkpoint(run, training.state, training.chunks, training.optimizer, groups)
         stop_distributed()
 
 

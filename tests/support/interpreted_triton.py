@@ -43,8 +43,8 @@ def count_steps():
     for kind in ("randn", "correlated", "clustered", "equal rows"):
         cost = made(kind)[:1].double()
         lengths = torch.tensor([cost.shape[1]])
-        prices = start.starting_prices(cost, lengths)[0]
-        reference = shortest_paths.solve_image(cost[0], prices).num_steps
+        duals = start.starting_duals(cost, lengths)[0]
+        reference = shortest_paths.solve_image(cost[0], duals).num_steps
         steps.append([int(on_gpu.solve_triton(cost, lengths).num_steps[0]), reference])
     return torch.tensor(steps)
 

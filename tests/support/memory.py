@@ -14,7 +14,7 @@ from megatron_croc.data.sample.collate import ReadySample, expand_sample
 from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.data.synthetic import make_batch
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.build import build_trainer
+from megatron_croc.training.build import build_training_state
 
 
 class SavedTensors:
@@ -105,25 +105,25 @@ def measure(run: RunConfig) -> dict[str, float]:
     """Bytes on this rank, by the names of MemoryEstimate; `activations` holds all of a step."""
     use_fused_norm()
     pg = start_distributed(run.parallel, seed=1)
-    trainer = build_trainer(run, pg, train_iters=100)
+    training = build_training_state(run, pg, train_iters=100)
     count = run.num_microbatches(torch.distributed.get_world_size())
     batches = [full_batch(run, n) for n in range(count)]
-    for chunk in trainer.chunks:
+    for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    trainer.stepper.forward_backward(batches)  # caches of masks and rotary tables
-    known = [t for chunk in trainer.chunks for t in chunk.parameters()]
+    training.train_step.forward_backward(batches)  # caches of masks and rotary tables
+    known = [t for chunk in training.chunks for t in chunk.parameters()]
     saved = SavedTensors(known)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        trainer.stepper.forward_backward(batches)
-    trainer.optimizer.step()
+        training.train_step.forward_backward(batches)
+    training.optimizer.step()
     state: dict[int, int] = {}
-    for tensor in optimizer_tensors(trainer.optimizer):
+    for tensor in optimizer_tensors(training.optimizer):
         state[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
-    parameters = {p.data_ptr(): p for chunk in trainer.chunks for p in chunk.parameters()}
+    parameters = {p.data_ptr(): p for chunk in training.chunks for p in chunk.parameters()}
     buffers = [
         buffer
-        for chunk in trainer.chunks
+        for chunk in training.chunks
         for buffer in chunk.buffers  # type: ignore[attr-defined]
     ]
     return {

@@ -68,7 +68,7 @@ def install(version: str) -> None:
     package.pytorch = pytorch  # type: ignore[attr-defined]
     import megatron_croc.model.transformer_engine as ours
 
-    ours.te_fault = lambda: None  # there is no GPU, which is all that is wrong
+    ours.te_unsupported_reason = lambda: None  # there is no GPU, which is all that is wrong
     torch.cuda.is_available = lambda: True  # its layers ask this, and their inputs where they are
     torch.Tensor.is_cuda = property(
         lambda _: sys._getframe(1).f_code.co_filename.startswith(str(folder))

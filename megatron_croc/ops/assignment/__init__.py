@@ -13,7 +13,7 @@ Backends of `assign`, each exact:
     triton_kernel.py   its kernel, imported only where it runs
     on_cpu.py          cpu (columns pruned, images in threads) and scipy (the oracle)
     shortest_paths.py  torch: the readable reference of what the kernel does
-    start.py           prices to start from, for triton and torch
+    start.py           duals to start from, for triton and torch
     bounds.py          a lower bound on the optimum from an assignment (weak duality)
 """
 

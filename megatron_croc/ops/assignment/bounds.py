@@ -1,10 +1,10 @@
-"""A lower bound on the optimum, proven by prices (weak duality of the assignment problem).
+"""A lower bound on the optimum, proven by duals (weak duality of the assignment problem).
 
 For any numbers u of the rows, every one-to-one assignment costs at least
 
     sum_i u_i  +  sum_j v_j,    v_j = min(0, min_i (c_ij - u_i))
 
-With the prices of an optimal assignment the bound equals its cost, so a gap of zero is a proof.
+With the duals of an optimal assignment the bound equals its cost, so a gap of zero is a proof.
 Where a part of the columns has been assigned optimally, the rest of them have v_j < 0 exactly
 where they would have made it cheaper.
 """
@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 32
 
 
 class Proof(NamedTuple):
-    """What an assignment's own prices prove about all assignments."""
+    """What an assignment's own duals prove about all assignments."""
 
     objective: float
     """Total cost of the assignment."""
@@ -47,11 +47,11 @@ class Proof(NamedTuple):
 def prove(
     cost: NDArray[np.floating], columns: NDArray[np.int64], among: csr_array | None = None
 ) -> Proof:
-    """The best bound that an assignment's own prices give.
+    """The best bound that an assignment's own duals give.
 
     Moving row a from its column to row b's raises the cost by w_ab = c_ab - c_aa, where column a
     is that of row a. Prices must not make any move pay: v_b <= v_a + w_ab, and v <= 0. The
-    largest such prices are shortest path lengths, found here by sweeps (Bellman, Ford).
+    largest such duals are shortest path lengths, found here by sweeps (Bellman, Ford).
 
     Args:
         cost: float32 or float64 [n, P].
@@ -70,7 +70,7 @@ def prove(
     if among is not None:
         moves[~_possible_moves(among, columns)] = np.inf
     of_columns = np.zeros(num_columns, cost.dtype)
-    of_columns[columns] = _largest_prices(moves)
+    of_columns[columns] = _largest_duals(moves)
     of_rows = taken - of_columns[columns]
     least = np.zeros(num_columns, cost.dtype)
     for start in range(0, num_rows, ROWS_AT_ONCE):
@@ -94,13 +94,13 @@ def _possible_moves(among: csr_array, columns: NDArray[np.int64]) -> NDArray[np.
     return is_possible[:, :num_rows]
 
 
-def _largest_prices(moves: NDArray[np.floating]) -> NDArray[np.floating]:
-    prices = np.zeros(len(moves), moves.dtype)
+def _largest_duals(moves: NDArray[np.floating]) -> NDArray[np.floating]:
+    duals = np.zeros(len(moves), moves.dtype)
     fallen = np.arange(len(moves))
     for _ in range(len(moves)):  # a shortest path has fewer edges than there are columns
-        reached = (moves[fallen] + prices[fallen, None]).min(axis=0)
-        fallen = np.flatnonzero(reached < prices)  # only these can lower others
+        reached = (moves[fallen] + duals[fallen, None]).min(axis=0)
+        fallen = np.flatnonzero(reached < duals)  # only these can lower others
         if fallen.size == 0:
             break
-        prices[fallen] = reached[fallen]
-    return prices
+        duals[fallen] = reached[fallen]
+    return duals

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_croc.ops.assignment.start import first_choices, starting_prices
+from megatron_croc.ops.assignment.start import first_choices, starting_duals
 
 COLUMNS_PER_THREAD = 8
 """Of each vector the kernel keeps. Compiled for sm_90, 2048 columns then take 178 registers and
@@ -22,7 +22,7 @@ class Solved(NamedTuple):
     index: Tensor
     """int64 [B, n], -1 past the length and in images that were not solved."""
 
-    prices: Tensor
+    duals: Tensor
     """float64 [B, P], at most 0."""
 
     solved: Tensor
@@ -32,7 +32,7 @@ class Solved(NamedTuple):
     """int32 [B], lines and columns of the cost read one after the other."""
 
 
-def why_not(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """What keeps `solve_triton` from running on this device; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -55,12 +55,12 @@ def solve_triton(cost: Tensor, lengths: Tensor, *, num_warps: int | None = None)
     index = torch.full((num_images, num_rows), -1, dtype=torch.int64, device=cost.device)
     counted = torch.arange(num_rows, device=cost.device) < lengths.unsqueeze(1)
     is_finite = (cost.isfinite().all(dim=2) | ~counted).all(dim=1)
-    prices = cost.new_zeros((num_images, num_columns), dtype=torch.float64)
+    duals = cost.new_zeros((num_images, num_columns), dtype=torch.float64)
     num_steps = torch.zeros(num_images, dtype=torch.int32, device=cost.device)
     if index.numel() == 0:
-        return Solved(index, prices, is_finite, num_steps)
+        return Solved(index, duals, is_finite, num_steps)
     lengths = lengths * is_finite
-    start = starting_prices(cost, lengths)
+    start = starting_duals(cost, lengths)
     choices = first_choices(cost, lengths, start)
     padded = 1 << (num_columns - 1).bit_length()
     if num_warps is None:
@@ -73,14 +73,14 @@ def solve_triton(cost: Tensor, lengths: Tensor, *, num_warps: int | None = None)
         choices.unmatched.int(),
         choices.num_unmatched.int(),
         index,
-        prices,
+        duals,
         num_steps,
         num_rows,
         num_columns,
         NUM_PADDED=padded,
         num_warps=num_warps,
     )
-    return Solved(index, prices, is_finite, num_steps)
+    return Solved(index, duals, is_finite, num_steps)
 
 
 @functools.cache

@@ -117,26 +117,26 @@ def match_columns(cost: Cost) -> Match:
     at_first, at_most = (min(num_columns, int(num_rows * times)) for times in COLUMNS_PER_ROW)
     order = np.argsort(cost.mean(axis=0, dtype=np.float64), kind="stable")
     candidates = np.sort(order[:at_first])
-    prices = sinkhorn_prices(np.take(cost, candidates, axis=1))
+    duals = sinkhorn_duals(np.take(cost, candidates, axis=1))
     while True:
-        columns = candidates[_match_square(np.take(cost, candidates, axis=1), prices)]
+        columns = candidates[_match_square(np.take(cost, candidates, axis=1), duals)]
         proof = prove(cost, columns)
         wanted = np.union1d(candidates, np.flatnonzero(proof.least < proof.of_columns))
         if proof.is_optimal or not candidates.size < wanted.size <= at_most:
             return Match(columns, proof)
-        candidates, prices = wanted, proof.of_columns[wanted].astype(np.float64)
+        candidates, duals = wanted, proof.of_columns[wanted].astype(np.float64)
 
 
-def _match_square(cost: Cost, prices: NDArray[np.float64]) -> Columns:
+def _match_square(cost: Cost, duals: NDArray[np.float64]) -> Columns:
     """scipy on [n, k], made square by rows of zeros, less a price of each column."""
     num_rows, num_columns = cost.shape
     square = np.zeros((num_columns, num_columns))
     square[:num_rows] = cost
-    square -= prices
+    square -= duals
     return linear_sum_assignment(square)[1][:num_rows].astype(np.int64)
 
 
-def sinkhorn_prices(cost: Cost) -> NDArray[np.float64]:
+def sinkhorn_duals(cost: Cost) -> NDArray[np.float64]:
     """float64 [k]: the mean of each column, and annealed Sinkhorn sweeps on what it leaves.
 
     No price can spoil the result; better ones only shorten scipy's paths.

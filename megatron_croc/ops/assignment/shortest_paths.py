@@ -1,4 +1,4 @@
-"""The readable reference: exact assignment by shortest paths, from any starting prices.
+"""The readable reference: exact assignment by shortest paths, from any starting duals.
 
 Prices v <= 0 of the columns are optimal when a matching exists in which
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_croc.ops.assignment.start import starting_prices
+from megatron_croc.ops.assignment.start import starting_duals
 
 
 class Solution(NamedTuple):
@@ -28,7 +28,7 @@ class Solution(NamedTuple):
     columns: Tensor
     """int64 [n]."""
 
-    prices: Tensor
+    duals: Tensor
     """float64 [P], at most 0."""
 
     bound: Tensor
@@ -39,12 +39,12 @@ class Solution(NamedTuple):
 
 
 @torch.no_grad()
-def solve_image(cost: Tensor, prices: Tensor | None = None) -> Solution:
+def solve_image(cost: Tensor, duals: Tensor | None = None) -> Solution:
     """Assign the rows of one image.
 
     Args:
         cost: [n, P], finite, n <= P.
-        prices: [P], at most 0, to start from; `starting_prices` when not given. They decide how
+        duals: [P], at most 0, to start from; `starting_duals` when not given. They decide how
             long it takes, never how good the result is.
 
     Returns:
@@ -55,40 +55,40 @@ def solve_image(cost: Tensor, prices: Tensor | None = None) -> Solution:
     if num_rows == 0:
         zero = cost.new_zeros(())
         return Solution(torch.empty(0, dtype=torch.int64), cost.new_zeros(num_columns), zero, 0)
-    if prices is None:
-        prices = starting_prices(cost.unsqueeze(0), torch.tensor([num_rows], device=cost.device))[0]
-    search = _Search(cost, prices.double().clone())
+    if duals is None:
+        duals = starting_duals(cost.unsqueeze(0), torch.tensor([num_rows], device=cost.device))[0]
+    search = _Search(cost, duals.double().clone())
     search.match_first_choices()
     for row in range(num_rows):
         if search.column_of[row] < 0:
             search.forward(row)
     for column in range(num_columns):
-        if search.row_of[column] < 0 and search.prices[column] < 0:
+        if search.row_of[column] < 0 and search.duals[column] < 0:
             search.reverse(column)
-    bound = (cost - search.prices).min(dim=1).values.sum() + search.prices.sum()
+    bound = (cost - search.duals).min(dim=1).values.sum() + search.duals.sum()
     columns = torch.tensor(search.column_of, device=cost.device)
-    return Solution(columns, search.prices, bound, search.num_steps)
+    return Solution(columns, search.duals, bound, search.num_steps)
 
 
 class _Search:
-    """A partial matching, and prices under which each matched row has a best column."""
+    """A partial matching, and duals under which each matched row has a best column."""
 
-    def __init__(self, cost: Tensor, prices: Tensor) -> None:
+    def __init__(self, cost: Tensor, duals: Tensor) -> None:
         num_rows, num_columns = cost.shape
-        self.cost, self.prices = cost, prices
+        self.cost, self.duals = cost, duals
         self.column_of = [-1] * num_rows
         self.row_of = [-1] * num_columns
         self.num_steps = 0
 
     def match_first_choices(self) -> None:
         """Give each row its best column, if no earlier row has it."""
-        for row, column in enumerate((self.cost - self.prices).argmin(dim=1).tolist()):
+        for row, column in enumerate((self.cost - self.duals).argmin(dim=1).tolist()):
             if self.row_of[column] < 0:
                 self.column_of[row], self.row_of[column] = column, row
 
     def forward(self, row: int) -> None:
         """Match `row`: the cheapest chain of moves that ends at an unmatched column (Dijkstra)."""
-        distance = self.cost[row] - self.prices
+        distance = self.cost[row] - self.duals
         comes_from = [row] * len(self.row_of)
         scanned = torch.zeros_like(distance, dtype=torch.bool)
         while True:
@@ -98,13 +98,13 @@ class _Search:
                 break
             scanned[column] = True
             owner = self.row_of[column]
-            slack = self.cost[owner] - self.prices - (self.cost[owner] - self.prices)[column]
+            slack = self.cost[owner] - self.duals - (self.cost[owner] - self.duals)[column]
             reached = distance[column] + slack
             nearer = ~scanned & (reached < distance)
             distance = torch.where(nearer, reached, distance)
             for other in nearer.nonzero().flatten().tolist():
                 comes_from[other] = owner
-        self.prices += torch.where(scanned, distance - distance[column], 0.0)
+        self.duals += torch.where(scanned, distance - distance[column], 0.0)
         while True:
             mover = comes_from[column]
             self.row_of[column] = mover
@@ -120,11 +120,11 @@ class _Search:
     def reverse(self, start: int) -> None:
         """Raise the price of the unmatched column `start` to 0, or match it and free another."""
         matched = torch.tensor(self.column_of, device=self.cost.device)
-        best = self.cost.gather(1, matched[:, None]).squeeze(1) - self.prices[matched]
-        distance = self.cost[:, start] - self.prices[start] - best
+        best = self.cost.gather(1, matched[:, None]).squeeze(1) - self.duals[matched]
+        distance = self.cost[:, start] - self.duals[start] - best
         goes_to = [start] * len(self.column_of)
         scanned = torch.zeros_like(distance, dtype=torch.bool)
-        freed, rise = start, -float(self.prices[start])
+        freed, rise = start, -float(self.duals[start])
         while not bool(scanned.all()):
             self.num_steps += 1
             row = int(distance.masked_fill(scanned, torch.inf).argmin())
@@ -132,19 +132,19 @@ class _Search:
                 break
             scanned[row] = True
             column = self.column_of[row]
-            until_zero = float(distance[row] - self.prices[column])
+            until_zero = float(distance[row] - self.duals[column])
             if until_zero < rise:
                 freed, rise = column, until_zero
-            slack = self.cost[:, column] - self.prices[column] - best
+            slack = self.cost[:, column] - self.duals[column] - best
             reached = distance[row] + slack
             nearer = ~scanned & (reached < distance)
             distance = torch.where(nearer, reached, distance)
             for other in nearer.nonzero().flatten().tolist():
                 goes_to[other] = column
-        self.prices[matched[scanned]] += rise - distance[scanned]
-        self.prices[start] += rise
-        self.prices.clamp_(max=0.0)
-        self.prices[freed] = 0.0
+        self.duals[matched[scanned]] += rise - distance[scanned]
+        self.duals[start] += rise
+        self.duals.clamp_(max=0.0)
+        self.duals[freed] = 0.0
         if freed == start:
             return
         row, self.row_of[freed] = self.row_of[freed], -1

@@ -104,13 +104,13 @@ def choose_backend(backend: Backend, device: torch.device) -> Backend:
     Raises:
         DataError: triton was asked for and cannot run on this device.
     """
-    if backend == "triton" and (reason := on_gpu.why_not(device)) is not None:
+    if backend == "triton" and (reason := on_gpu.unsupported_reason(device)) is not None:
         raise DataError(f"--assign-backend triton: {reason}; use auto")
     if backend != "auto":
         return backend
     if device.type != "cuda":
         return "cpu"
-    reason = on_gpu.why_not(device)
+    reason = on_gpu.unsupported_reason(device)
     if reason is None:
         return "triton"
     log_once(logger, logging.WARNING, f"tokens are matched on the CPU: {reason}")
@@ -181,9 +181,9 @@ def _solve_on_gpu(cost: Tensor, rows: list[int], *, certify: bool) -> Assignment
     found = on_gpu.solve_triton(cost, lengths)
     bound = torch.full((len(cost),), torch.nan, dtype=torch.float64, device=cost.device)
     if certify:  # image by image: the cost in float64 is large
-        for image, prices in enumerate(found.prices):
-            reduced = cost[image, : rows[image]].double() - prices
-            bound[image] = reduced.amin(dim=1).sum() + prices.sum()
+        for image, duals in enumerate(found.duals):
+            reduced = cost[image, : rows[image]].double() - duals
+            bound[image] = reduced.amin(dim=1).sum() + duals.sum()
     return Assignment(found.index, _objective(cost, found.index), bound, found.solved)
 
 

@@ -1,6 +1,6 @@
 """Prices near the optimal ones, for all images at once and without waiting for the device.
 
-Any prices v <= 0 lead shortest paths to the optimum; good ones leave them little to do. Were the
+Any duals v <= 0 lead shortest paths to the optimum; good ones leave them little to do. Were the
 cost a row term plus a column term b, the n cheapest columns would be matched, and
 v_j = min(0, b_j - b of the first one left over) be optimal. Sinkhorn sweeps at falling
 temperatures do the rest: each row spreads one unit over the columns, no column takes more.
@@ -19,7 +19,7 @@ NUM_SWEEPS = 8
 
 
 class FirstChoices(NamedTuple):
-    """Each row has its best column at the prices, unless a row before it wants the same one."""
+    """Each row has its best column at the duals, unless a row before it wants the same one."""
 
     row_of: Tensor
     """int64 [B, P], the row that holds each column; -1: none."""
@@ -32,7 +32,7 @@ class FirstChoices(NamedTuple):
 
 
 @torch.no_grad()
-def starting_prices(cost: Tensor, lengths: Tensor) -> Tensor:
+def starting_duals(cost: Tensor, lengths: Tensor) -> Tensor:
     """Prices [B, P] <= 0, in the dtype of the cost.
 
     Args:
@@ -44,7 +44,7 @@ def starting_prices(cost: Tensor, lengths: Tensor) -> Tensor:
     cost = cost.where(counted, 0.0)
     means = cost.sum(dim=1) / lengths.clamp(min=1).unsqueeze(1)
     left_over = lengths.clamp(max=num_columns - 1).unsqueeze(1)
-    prices = (means - means.sort(dim=1).values.gather(1, left_over)).clamp(max=0.0)
+    duals = (means - means.sort(dim=1).values.gather(1, left_over)).clamp(max=0.0)
     residual = cost - means.unsqueeze(1)
     residual = (residual - residual.mean(dim=2, keepdim=True)).where(counted, 0.0)
     entries = (lengths * num_columns).clamp(min=1)
@@ -53,31 +53,31 @@ def starting_prices(cost: Tensor, lengths: Tensor) -> Tensor:
     mass = counted.to(cost.dtype).transpose(1, 2)  # [B, 1, n]: padding spreads nothing
     for temperature in TEMPERATURES:
         eps = temperature * scale
-        slack = cost - prices.unsqueeze(1)
+        slack = cost - duals.unsqueeze(1)
         slack = slack - slack.amin(dim=2, keepdim=True)
         affinity = (slack / -eps.unsqueeze(2)).clamp(min=-30.0).exp()
-        most = (prices / -eps).clamp(max=60.0).exp()  # more would lift the price above 0
-        of_column = torch.ones_like(prices).unsqueeze(2)
+        most = (duals / -eps).clamp(max=60.0).exp()  # more would lift the price above 0
+        of_column = torch.ones_like(duals).unsqueeze(2)
         for _ in range(NUM_SWEEPS):
             of_row = mass / (affinity @ of_column).transpose(1, 2)
             of_column = torch.minimum(1.0 / (of_row @ affinity), most.unsqueeze(1)).transpose(1, 2)
         change = eps * of_column.squeeze(2).log()
-        prices = (prices + change.nan_to_num(0.0, 0.0, 0.0)).clamp(max=0.0)
-    return prices.nan_to_num(0.0, neginf=0.0)  # sums of costs near the largest float overflow
+        duals = (duals + change.nan_to_num(0.0, 0.0, 0.0)).clamp(max=0.0)
+    return duals.nan_to_num(0.0, neginf=0.0)  # sums of costs near the largest float overflow
 
 
 @torch.no_grad()
-def first_choices(cost: Tensor, lengths: Tensor, prices: Tensor) -> FirstChoices:
+def first_choices(cost: Tensor, lengths: Tensor, duals: Tensor) -> FirstChoices:
     """Which rows can have their best column at once; ties go to the lowest column and row.
 
     Args:
         cost: float [B, n, P].
         lengths: int64 [B].
-        prices: float [B, P].
+        duals: float [B, P].
     """
     num_images, num_rows, num_columns = cost.shape
     counted = _rows_that_count(cost, lengths)
-    reduced = cost - prices.unsqueeze(1)
+    reduced = cost - duals.unsqueeze(1)
     is_least = reduced == reduced.amin(dim=2, keepdim=True)
     columns = torch.arange(num_columns, device=cost.device)
     choice = columns.where(is_least, num_columns - 1).amin(dim=2)

@@ -1,6 +1,6 @@
 """Exact assignment on the GPU: one Triton program per image, all images of a call at once.
 
-The search of `shortest_paths`, laid out so that threads have nothing to race for: prices,
+The search of `shortest_paths`, laid out so that threads have nothing to race for: duals,
 distances and the matching are vectors over the columns that live in registers, memory is only
 read until the last store, and all that one thread learns from another passes through a reduction,
 which synchronises. Scalars are read out of a vector by a masked sum. No barrier is needed, and
@@ -45,7 +45,7 @@ def solve_images(
     unmatched,  # int32 [B, n], the rows without a column at the start
     num_unmatched,  # int32 [B]
     index,  # int64 [B, n], written: the column of each row
-    prices,  # float64 [B, P], written
+    duals,  # float64 [B, P], written
     num_steps,  # int32 [B], written
     num_rows,
     num_columns,
@@ -149,5 +149,5 @@ def solve_images(
         start = tl.min(tl.where((row_of < 0) & (price < 0), columns, NUM_PADDED), axis=0)
 
     tl.store(index + image * num_rows + row_of, columns.to(tl.int64), mask=row_of >= 0)
-    tl.store(prices + place, price, mask=exists)
+    tl.store(duals + place, price, mask=exists)
     tl.store(num_steps + image, steps)

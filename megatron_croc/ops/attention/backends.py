@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_croc.errors import ConfigError
 from megatron_croc.log import get_logger, log_once
 from megatron_croc.ops.attention import dense, flex
-from megatron_croc.ops.attention.flash import choose_flash, flash_faults
+from megatron_croc.ops.attention.flash import choose_flash, flash_unsupported_reasons
 from megatron_croc.ops.attention.flip import attend_flip
 from megatron_croc.ops.mixed_mask import MixedMask
 
@@ -32,7 +32,7 @@ class _Backend:
     attend: Callable[..., Tensor]
     """query, key, value, mask, chunks (None: the whole row), softmax_scale -> out; see `attend`."""
 
-    fault: Callable[[Tensor], str | None]
+    unsupported_reason: Callable[[Tensor], str | None]
     """Why it cannot run on tensors like this query; None when it can."""
 
 
@@ -53,7 +53,7 @@ def choose_backend(name: str, query: Tensor) -> str:
         raise ConfigError(
             f"--attention-backend {name} is not known; choose auto or one of {', '.join(_BACKENDS)}"
         )
-    reason = _BACKENDS[name].fault(query)
+    reason = _BACKENDS[name].unsupported_reason(query)
     if reason is not None:
         raise ConfigError(
             f"--attention-backend {name} cannot run here: {reason}. "
@@ -64,7 +64,7 @@ def choose_backend(name: str, query: Tensor) -> str:
 
 def _fastest(query: Tensor) -> str:
     for name in _PREFERENCE["cuda" if query.is_cuda else "cpu"]:
-        reason = _BACKENDS[name].fault(query)
+        reason = _BACKENDS[name].unsupported_reason(query)
         if reason is None:
             if query.is_cuda:
                 log_once(_logger, logging.INFO, "attention backend: %s", name)
@@ -154,8 +154,8 @@ def _flip(
     return attend_flip(query, key, value, plan, softmax_scale=softmax_scale, flash=flash)
 
 
-def _flip_fault(query: Tensor) -> str | None:
-    return None if choose_flash(query) is not None else flash_faults(query)
+def _flip_unsupported_reason(query: Tensor) -> str | None:
+    return None if choose_flash(query) is not None else flash_unsupported_reasons(query)
 
 
 def _flex(
@@ -171,7 +171,7 @@ def _flex(
     return flex.attend_flex(query, key, value, mask, rows, softmax_scale=softmax_scale)
 
 
-def _flex_fault(query: Tensor) -> str | None:
+def _flex_unsupported_reason(query: Tensor) -> str | None:
     if not query.is_cuda and query.requires_grad and torch.is_grad_enabled():
         return f"the tensors are on {query.device} and FlexAttention's backward needs CUDA"
     if query.is_cuda and query.shape[-1] < flex.MIN_HEAD_DIM:
@@ -187,8 +187,8 @@ def _rows(chunks: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
 
 _BACKENDS = {
     "dense": _Backend(_dense, lambda _: None),
-    "flip": _Backend(_flip, _flip_fault),
-    "flex": _Backend(_flex, _flex_fault),
+    "flip": _Backend(_flip, _flip_unsupported_reason),
+    "flex": _Backend(_flex, _flex_unsupported_reason),
 }
 
 _PREFERENCE = {"cuda": ("flip", "flex", "dense"), "cpu": ("dense",)}

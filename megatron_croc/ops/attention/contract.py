@@ -37,7 +37,7 @@ class Flash(Protocol):
         """The package it comes from, by its name in `libraries.KNOWN`; None: torch or this one."""
         ...
 
-    def fault(self, query: Tensor) -> str | None:
+    def unsupported_reason(self, query: Tensor) -> str | None:
         """Why the kernels cannot run on tensors like `query`; None when they can."""
         ...
 

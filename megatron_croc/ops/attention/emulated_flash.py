@@ -20,7 +20,7 @@ class EmulatedFlash:
     name = "emulated flash"
     distribution = None
 
-    def fault(self, query: Tensor) -> str | None:
+    def unsupported_reason(self, query: Tensor) -> str | None:
         """It is for CPUs; a GPU without flash kernels has better backends than the flip."""
         return f"the tensors are on {query.device}, it is for CPUs" if query.is_cuda else None
 

@@ -40,7 +40,7 @@ def choose_flash(query: Tensor) -> Flash | None:
     On CUDA those passed over are named in the log, once, with the reason.
     """
     for flash in (*_KERNELS, EMULATED):
-        reason = flash.fault(query)
+        reason = flash.unsupported_reason(query)
         if reason is None:
             if flash.distribution is not None:
                 name_unknown_version(flash.distribution)
@@ -50,9 +50,9 @@ def choose_flash(query: Tensor) -> Flash | None:
     return None
 
 
-def flash_faults(query: Tensor) -> str:
+def flash_unsupported_reasons(query: Tensor) -> str:
     """Why each of the kernels cannot run on tensors like `query`, in one line."""
-    faults = {flash.name: flash.fault(query) for flash in _KERNELS}
+    faults = {flash.name: flash.unsupported_reason(query) for flash in _KERNELS}
     return "; ".join(f"{name}: {reason}" for name, reason in faults.items() if reason)
 
 
@@ -65,9 +65,9 @@ class FlashAttention3:
     name = "flash-attn 3"
     distribution = "flash-attn-3"
 
-    def fault(self, query: Tensor) -> str | None:
+    def unsupported_reason(self, query: Tensor) -> str | None:
         """Why it cannot run on tensors like `query`."""
-        reason = _kernel_fault(query) or _missing(self.distribution)
+        reason = _kernel_unsupported_reason(query) or _missing(self.distribution)
         if reason is None and _capability(query.device)[0] != 9:
             return f"compute capability {_capability(query.device)}, it needs 9 (Hopper)"
         return reason
@@ -116,9 +116,13 @@ class FlashAttention2:
     name = "flash-attn 2"
     distribution = "flash-attn"
 
-    def fault(self, query: Tensor) -> str | None:
+    def unsupported_reason(self, query: Tensor) -> str | None:
         """Why it cannot run on tensors like `query`."""
-        return _kernel_fault(query) or _missing(self.distribution) or _too_old(self.distribution)
+        return (
+            _kernel_unsupported_reason(query)
+            or _missing(self.distribution)
+            or _too_old(self.distribution)
+        )
 
     def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """See `Flash`."""
@@ -171,9 +175,9 @@ class TorchFlash:
     name = "torch flash"
     distribution = None
 
-    def fault(self, query: Tensor) -> str | None:
+    def unsupported_reason(self, query: Tensor) -> str | None:
         """Why it cannot run on tensors like `query`."""
-        reason = _kernel_fault(query)
+        reason = _kernel_unsupported_reason(query)
         if reason is None and _capability(query.device) < (8, 0):
             return f"compute capability {_capability(query.device)}, it needs 8.0 or higher"
         return reason
@@ -212,7 +216,7 @@ class TorchFlash:
         return call.cu_queries, call.cu_keys, *_max_lengths(call)
 
 
-def _kernel_fault(query: Tensor) -> str | None:
+def _kernel_unsupported_reason(query: Tensor) -> str | None:
     """What rules out every CUDA kernel."""
     if not query.is_cuda:
         return f"the tensors are on {query.device}, it needs CUDA"
@@ -248,7 +252,7 @@ def _import(distribution: str) -> ModuleType | str:
 
 
 def _kernels(distribution: str) -> Any:
-    """The module of the kernels, after `fault` has said that it is there."""
+    """The module of the kernels, after `unsupported_reason` has said that it is there."""
     found = _import(distribution)
     assert isinstance(found, ModuleType), found
     return found

@@ -79,7 +79,7 @@ def kernel_options(query: Tensor) -> "torch_flex.FlexKernelOptions | None":
     """What FlexAttention is told about its kernel; None leaves the choice (Triton's) to torch."""
     if not query.is_cuda:
         return None
-    reason = _flash_fault(query)
+    reason = _flash_unsupported_reason(query)
     if reason is None:
         log_once(_logger, logging.INFO, "attention backend flex stands on FlashAttention 4")
         return {"BACKEND": "FLASH"}
@@ -87,7 +87,7 @@ def kernel_options(query: Tensor) -> "torch_flex.FlexKernelOptions | None":
     return None
 
 
-def _flash_fault(query: Tensor) -> str | None:
+def _flash_unsupported_reason(query: Tensor) -> str | None:
     """Why FlexAttention cannot run on FlashAttention 4; None when it can."""
     options = getattr(torch_flex, "FlexKernelOptions", None)
     if "BACKEND" not in getattr(options, "__annotations__", {}):

@@ -28,8 +28,8 @@ from megatron_croc.errors import RunError
 from megatron_croc.log import world_size
 from megatron_croc.model.language_model import LanguageModelOutput
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.build import Trainer, build_trainer
-from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.batch_broadcast import open_batch_broadcast
+from megatron_croc.training.build import TrainingState, build_training_state
 from megatron_croc.training.optimizer import measure_gradients
 from megatron_croc.training.reporting.metrics import StepMetrics
 from megatron_croc.training.safety.anomaly import AnomalyGuard
@@ -123,8 +123,8 @@ def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
         RunError: the checkpoint does not lie before the step.
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=report["train_iters"])
-    state = trainer.state
+    training = build_training_state(run, pg, train_iters=report["train_iters"])
+    state = training.state
     guard = AnomalyGuard(run, state, pg, train_iters=report["train_iters"], folder=None)
     start = state.iteration
     if start >= report["iteration"]:
@@ -132,52 +132,54 @@ def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
             f"--load {run.checkpoint.load} stands at iteration {start}, past the step "
             f"{report['iteration']} to replay: give an earlier checkpoint"
         )
-    with open_feeder(run, pg, build_train_loader, state=state.resume_point()) as feeder:
+    with open_batch_broadcast(
+        run, pg, build_train_loader, state=state.resume_point()
+    ) as broadcaster:
         while state.iteration < report["iteration"] - 1:
-            batches = feeder.next_step()
-            metrics = trainer.stepper.train(
-                batches, trainer.optimizer, trainer.scheduler, guard=guard
+            batches = broadcaster.next_step()
+            metrics = training.train_step.train(
+                batches, training.optimizer, training.scheduler, guard=guard
             )
-            state.advance(metrics.num_samples, feeder.order_state)
-        batches = feeder.next_step()
-    metrics = _whole_step(trainer, batches)
+            state.advance(metrics.num_samples, broadcaster.order_state)
+        batches = broadcaster.next_step()
+    metrics = _whole_step(training, batches)
     dp = pg.dp
     return Findings(
         start=start,
         metrics=metrics,
         micro_batches=[
-            _look_into(trainer, batch, number * dp.size() + dp.rank())
+            _look_into(training, batch, number * dp.size() + dp.rank())
             for number, batch in enumerate(batches)
         ],
     )
 
 
-def _whole_step(trainer: Trainer, batches: list[Batch]) -> StepMetrics:
-    _zero_gradients(trainer)
-    totals = trainer.stepper.forward_backward(batches)
-    return totals.reduce(grad_norm=measure_gradients(trainer.optimizer))
+def _whole_step(training: TrainingState, batches: list[Batch]) -> StepMetrics:
+    _zero_gradients(training)
+    totals = training.train_step.forward_backward(batches)
+    return totals.reduce(grad_norm=measure_gradients(training.optimizer))
 
 
-def _zero_gradients(trainer: Trainer) -> None:
-    for chunk in trainer.chunks:
+def _zero_gradients(training: TrainingState) -> None:
+    for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()  # type: ignore[operator]
-    trainer.optimizer.zero_grad()
+    training.optimizer.zero_grad()
 
 
-def _look_into(trainer: Trainer, batch: Batch, number: int) -> MicroBatchFindings:
+def _look_into(training: TrainingState, batch: Batch, number: int) -> MicroBatchFindings:
     """One micro-batch forward and backward, with an eye on every module."""
     findings = MicroBatchFindings(number=number, sample_ids=batch.sample_ids)
-    _zero_gradients(trainer)
-    with _watched_modules(trainer, batch, findings):
-        metrics = trainer.stepper.forward_backward([batch]).reduce()
+    _zero_gradients(training)
+    with _watched_modules(training, batch, findings):
+        metrics = training.train_step.forward_backward([batch]).reduce()
     findings.reconstruction_loss = metrics.reconstruction_loss
     return findings
 
 
 @contextmanager
 def _watched_modules(
-    trainer: Trainer, batch: Batch, findings: MicroBatchFindings
+    training: TrainingState, batch: Batch, findings: MicroBatchFindings
 ) -> Iterator[None]:
     """Note the first output and the first gradient that are not finite, and each sample's loss."""
 
@@ -200,7 +202,7 @@ def _watched_modules(
 
     hooks = [
         watch(name or "the model", module)
-        for model in trainer.stepper.models
+        for model in training.train_step.models
         for name, module in model.named_modules()
     ]
     try:

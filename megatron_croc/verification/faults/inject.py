@@ -148,12 +148,12 @@ def _spoil_loss(fault: Fault) -> None:
 
 
 def _spoil_gradient(fault: Fault) -> None:
-    from megatron_croc.training.step import Stepper
+    from megatron_croc.training.step import TrainStep
 
     chunks: list[Any] = []
-    before = Stepper.forward_backward
+    before = TrainStep.forward_backward
 
-    def forward_backward(self: Stepper, *args: Any, **kwargs: Any) -> Any:
+    def forward_backward(self: TrainStep, *args: Any, **kwargs: Any) -> Any:
         chunks[:] = self.chunks
         return before(self, *args, **kwargs)
 
@@ -161,7 +161,7 @@ def _spoil_gradient(fault: Fault) -> None:
         if phase.startswith("summing gradients") and fault.strikes():
             chunks[0].buffers[0].grad_data.fill_(float("nan"))
 
-    Stepper.forward_backward = forward_backward  # type: ignore[method-assign]
+    TrainStep.forward_backward = forward_backward  # type: ignore[method-assign]
     on_enter(act)
 
 
@@ -215,12 +215,12 @@ def _fill_disk(fault: Fault) -> None:
 
 def _trace(folder: Path) -> None:
     from megatron_croc.training.safety.heartbeat import own_beat
-    from megatron_croc.training.step import Stepper
+    from megatron_croc.training.step import TrainStep
 
     folder.mkdir(parents=True, exist_ok=True)
-    before = Stepper.train
+    before = TrainStep.train
 
-    def train(self: Stepper, batches: Any, *args: Any, **kwargs: Any) -> Any:
+    def train(self: TrainStep, batches: Any, *args: Any, **kwargs: Any) -> Any:
         metrics = before(self, batches, *args, **kwargs)
         if self.pg.mp.rank() == 0 and self.pg.cp.rank() == 0:
             samples = [sample for batch in batches for sample in batch.sample_ids]
@@ -229,7 +229,7 @@ def _trace(folder: Path) -> None:
                 file.write(json.dumps(row) + "\n")
         return metrics
 
-    Stepper.train = train  # type: ignore[method-assign]
+    TrainStep.train = train  # type: ignore[method-assign]
 
 
 def run_command(name: str, words: Sequence[str]) -> int:

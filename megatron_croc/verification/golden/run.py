@@ -25,7 +25,7 @@ from megatron_croc.log import rank
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.training.build import build_model, wrap_model
-from megatron_croc.training.step import Stepper
+from megatron_croc.training.step import TrainStep
 from megatron_croc.verification.golden.case import Case, build_batch, build_run, load_case
 from megatron_croc.verification.golden.compare import Finding, compare_forward, compare_gradients
 
@@ -93,7 +93,7 @@ def _run_golden(path: Path, tp: int, pp: int, sequence_parallel: bool, bound: fl
     chunks = wrap_model(run, models, pg)
     recorder = Recorder(models, pg.tp)
     batch = build_batch(case, run)
-    totals = Stepper(run, chunks, pg).forward_backward([batch])
+    totals = TrainStep(run, chunks, pg).forward_backward([batch])
     losses = totals.reduce(grad_norm=None)
     seen = recorder.collect()
     gradients = gather_gradients(models, rules)

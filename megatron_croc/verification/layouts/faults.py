@@ -39,14 +39,14 @@ def loss_averaged_per_rank(run: RunConfig) -> None:
     """Each data-parallel rank divides by its own count of labels, then ranks are averaged."""
     from megatron_croc.training import step
 
-    denominators = step.Stepper._denominators
+    denominators = step.TrainStep._denominators
 
     def own_counts(self: Any, batches: list) -> Any:
         exact = denominators(self, batches)
         own = torch.tensor(float(sum(b.num_label_tokens for b in batches)), dtype=torch.float64)
         return step.Denominators(text=own * self.pg.dp.size(), reconstruction=exact.reconstruction)
 
-    step.Stepper._denominators = own_counts  # type: ignore[method-assign]
+    step.TrainStep._denominators = own_counts  # type: ignore[method-assign]
 
 
 def patches_from_global_generator(run: RunConfig) -> None:

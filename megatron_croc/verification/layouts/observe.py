@@ -22,8 +22,8 @@ from megatron_croc.log import rank
 from megatron_croc.model.sharded_weights import iter_shards
 from megatron_croc.parallel.device import max_memory_allocated, synchronize
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.training.build import Trainer, build_trainer
-from megatron_croc.training.feeder import open_feeder
+from megatron_croc.training.batch_broadcast import open_batch_broadcast
+from megatron_croc.training.build import TrainingState, build_training_state
 
 Pieces = list[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]
 """Global name, whole shape, block, and the block's numbers."""
@@ -57,22 +57,22 @@ def observe(run: RunConfig, steps: int, images: Sequence[int] = MIXED_IMAGES) ->
     `images` are the numbers of images of made-up samples, used when the run names no data.
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    trainer = build_trainer(run, pg, train_iters=max(steps, 2))
+    training = build_training_state(run, pg, train_iters=max(steps, 2))
     # Warm-up starts at a rate of 0; begin where a step moves the weights.
-    trainer.scheduler.step(increment=run.training.global_batch_size)
+    training.scheduler.step(increment=run.training.global_batch_size)
     rows: list[dict[str, float]] = []
     gradients: Pieces = []
 
     def keep_gradients() -> None:
         if not gradients:
-            gather_gradient_shards(trainer)
-            gradients.extend(_pieces(trainer, lambda p: getattr(p, "main_grad", None)))
+            gather_gradient_shards(training)
+            gradients.extend(_pieces(training, lambda p: getattr(p, "main_grad", None)))
 
     times: list[float] = []
-    for batches in _batches(trainer, steps, images):
+    for batches in _batches(training, steps, images):
         started = time.perf_counter()
-        metrics = trainer.stepper.train(
-            batches, trainer.optimizer, trainer.scheduler, on_gradients=keep_gradients
+        metrics = training.train_step.train(
+            batches, training.optimizer, training.scheduler, on_gradients=keep_gradients
         )
         synchronize()
         times.append(time.perf_counter() - started)
@@ -83,38 +83,38 @@ def observe(run: RunConfig, steps: int, images: Sequence[int] = MIXED_IMAGES) ->
                 "grad_norm": metrics.grad_norm or 0.0,
             }
         )
-    for chunk in trainer.chunks:
+    for chunk in training.chunks:
         if run.optimizer.overlap_param_gather:
             chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
     peak = max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return RankObservation(
         steps=rows,
         gradients=gradients,
-        weights=_pieces(trainer, lambda p: p),
+        weights=_pieces(training, lambda p: p),
         seconds_per_step=sum(times[1:]) / max(len(times) - 1, 1),
         peak_bytes=peak,
     )
 
 
-def _batches(trainer: Trainer, steps: int, images: Sequence[int]) -> Iterator[list[Batch]]:
+def _batches(training: TrainingState, steps: int, images: Sequence[int]) -> Iterator[list[Batch]]:
     """The same global batches at every layout: read from data, or made of numbers."""
-    run, pg = trainer.run, trainer.pg_collection
+    run, pg = training.run, training.pg_collection
     if run.data.data_path:
-        with open_feeder(run, pg, build_train_loader, state=None) as feeder:
+        with open_batch_broadcast(run, pg, build_train_loader, state=None) as broadcaster:
             for _ in range(steps):
-                yield feeder.next_step()
+                yield broadcaster.next_step()
         return
     for step in range(steps):
         yield make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=images)
 
 
-def gather_gradient_shards(trainer: Trainer) -> None:
+def gather_gradient_shards(training: TrainingState) -> None:
     """Fill every rank's gradient buffers: after reduction each holds its own shard only."""
-    for chunk in trainer.chunks:
+    for chunk in training.chunks:
         buffers: Any = chunk.buffers  # of DistributedDataParallel, not torch's
         for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
             group = bucket.data_parallel_group if hasattr(bucket, "data_parallel_group") else None
-            group = group or trainer.pg_collection.dp_cp
+            group = group or training.pg_collection.dp_cp
             shards = list(bucket.grad_data.chunk(group.size()))
             gathered = [torch.empty_like(shard) for shard in shards]
             dist.all_gather(gathered, shards[group.rank()].clone(), group=group)
@@ -122,8 +122,8 @@ def gather_gradient_shards(trainer: Trainer) -> None:
                 shard.copy_(whole)
 
 
-def _pieces(trainer: Trainer, pick: Any) -> Pieces:
-    models: list[nn.Module] = [chunk.module for chunk in trainer.chunks]  # type: ignore[misc]
+def _pieces(training: TrainingState, pick: Any) -> Pieces:
+    models: list[nn.Module] = [chunk.module for chunk in training.chunks]  # type: ignore[misc]
     return [
         (shard.name, shard.shape, shard.block, shard.data.detach().float().cpu().clone())
         for model in models

@@ -36,13 +36,15 @@ def trace(tmp_path: Path):
 def saved(pg_collection, tmp_path: Path) -> Path:
     """A checkpoint of a tiny model."""
     from megatron_croc.checkpoint.saving import save_checkpoint
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     root = tmp_path / "checkpoints"
-    trainer = build_trainer(tiny_run("finetune", save=str(root)), pg_collection, train_iters=10)
-    trainer.state.iteration = 3
+    training = build_training_state(
+        tiny_run("finetune", save=str(root)), pg_collection, train_iters=10
+    )
+    training.state.iteration = 3
     return save_checkpoint(
-        trainer.run, trainer.state, trainer.chunks, trainer.optimizer, pg_collection
+        training.run, training.state, training.chunks, training.optimizer, pg_collection
     )
 
 
@@ -54,13 +56,13 @@ def sign(folder: Path) -> None:
 def refused(folder: Path, pg_collection) -> set[str]:
     """What is said when a run resumes from it, starts from it, and when it is converted."""
     from megatron_croc.convert.exporting import export_huggingface
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     messages = set()
     for name in ("load", "pretrained_checkpoint"):
         run = tiny_run("finetune", **{name: str(folder.parent)})
         with pytest.raises(CrocError) as error:
-            build_trainer(run, pg_collection, train_iters=10)
+            build_training_state(run, pg_collection, train_iters=10)
         messages.add(str(error.value))
     with pytest.raises(CrocError) as error:
         export_huggingface(folder, folder.parent / "out")
@@ -97,14 +99,14 @@ def test_an_index_that_points_elsewhere(saved: Path, pg_collection):
 
 def test_common_state(saved: Path, pg_collection, trace: Path):
     """Read by a run that goes on or starts; a conversion never opens it."""
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     torch.save({"optimizer": Hostile(trace)}, saved / "common.pt")
     sign(saved)
     for name in ("load", "pretrained_checkpoint"):
         run = tiny_run("finetune", **{name: str(saved.parent)})
         with pytest.raises(CheckpointError, match=r"common\.pt: damaged.*could run code"):
-            build_trainer(run, pg_collection, train_iters=10)
+            build_training_state(run, pg_collection, train_iters=10)
 
 
 def rewrite_weights(folder: Path, hostile: Hostile, *, tensors: bool) -> int:
@@ -125,12 +127,12 @@ def rewrite_weights(folder: Path, hostile: Hostile, *, tensors: bool) -> int:
 
 
 def test_stored_objects_are_never_opened(saved: Path, pg_collection, trace: Path):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     assert rewrite_weights(saved, Hostile(trace), tensors=False) > 5
     for name in ("load", "pretrained_checkpoint"):
         run = tiny_run("finetune", **{name: str(saved.parent)})
-        build_trainer(run, pg_collection, train_iters=10)
+        build_training_state(run, pg_collection, train_iters=10)
 
 
 def test_tensors(saved: Path, pg_collection, trace: Path):

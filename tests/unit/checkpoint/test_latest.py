@@ -81,30 +81,30 @@ def test_an_unreadable_state_is_named(tmp_path: Path, content):
 
 
 def trainer_of(run, pg_collection):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
-    return build_trainer(run, pg_collection, train_iters=10)
+    return build_training_state(run, pg_collection, train_iters=10)
 
 
-def save(trainer, pg_collection, iteration: int) -> Path:
+def save(training, pg_collection, iteration: int) -> Path:
     from megatron_croc.checkpoint.saving import save_checkpoint
 
-    trainer.state.iteration = iteration
-    trainer.state.consumed_samples = 8 * iteration
+    training.state.iteration = iteration
+    training.state.consumed_samples = 8 * iteration
     return save_checkpoint(
-        trainer.run, trainer.state, trainer.chunks, trainer.optimizer, pg_collection
+        training.run, training.state, training.chunks, training.optimizer, pg_collection
     )
 
 
-def shift_weights(trainer) -> None:
+def shift_weights(training) -> None:
     with torch.no_grad():
-        for parameter in trainer.chunks[0].module.parameters():
+        for parameter in training.chunks[0].module.parameters():
             parameter.add_(0.5)
-    trainer.optimizer.reload_model_params()
+    training.optimizer.reload_model_params()
 
 
-def first_weight(trainer) -> float:
-    return trainer.chunks[0].module.projector.encoder.linear_fc1.weight.flatten()[0].item()
+def first_weight(training) -> float:
+    return training.chunks[0].module.projector.encoder.linear_fc1.weight.flatten()[0].item()
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def saved(pg_collection, tmp_path: Path):
     """A run with one checkpoint, at iteration 3."""
     root = tmp_path / "checkpoints"
     run = tiny_run("finetune", save=str(root), load=str(root))
-    trainer = trainer_of(run, pg_collection)
-    save(trainer, pg_collection, 3)
-    return trainer, root
+    training = trainer_of(run, pg_collection)
+    save(training, pg_collection, 3)
+    return training, root
 
 
 def test_what_a_save_leaves_behind(saved):
@@ -205,11 +205,11 @@ def test_a_checkpoint_without_digests_is_not_taken_unasked(saved, pg_collection)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, pg_collection, caplog):
-    trainer, root = saved
-    before = first_weight(trainer)
-    shift_weights(trainer)
+    training, root = saved
+    before = first_weight(training)
+    shift_weights(training)
     for iteration in (4, 5):
-        save(trainer, pg_collection, iteration)
+        save(training, pg_collection, iteration)
     (root / "iter_0000005" / ".metadata").write_bytes(b"")
     (root / "iter_0000004" / "run.yaml").unlink()
     run = tiny_run("finetune", load=str(root))
@@ -248,26 +248,26 @@ def test_a_tracker_ahead_of_its_checkpoint_falls_back(saved, pg_collection):
 
 
 def test_retention_through_saves(saved, pg_collection):
-    trainer, root = saved
-    trainer.run.checkpoint.keep_last = 2
-    trainer.run.checkpoint.keep_every = 4
+    training, root = saved
+    training.run.checkpoint.keep_last = 2
+    training.run.checkpoint.keep_every = 4
     for iteration in (4, 5, 6):
-        save(trainer, pg_collection, iteration)
+        save(training, pg_collection, iteration)
     names = ["iter_0000004", "iter_0000005", "iter_0000006", LATEST_FILE]
     assert sorted(os.listdir(root)) == names
     # One that somebody reads stays until nobody does.
     with being_read(root / "iter_0000005"):
-        save(trainer, pg_collection, 7)
+        save(training, pg_collection, 7)
         assert (root / "iter_0000005" / MANIFEST_FILE).exists()
-    save(trainer, pg_collection, 8)
+    save(training, pg_collection, 8)
     names = ["iter_0000004", "iter_0000007", "iter_0000008", LATEST_FILE]
     assert sorted(os.listdir(root)) == names
-    assert trainer_of(trainer.run, pg_collection).state.iteration == 8
+    assert trainer_of(training.run, pg_collection).state.iteration == 8
 
 
 def test_the_same_iteration_can_be_saved_again(saved, pg_collection):
-    trainer, root = saved
-    shift_weights(trainer)
-    save(trainer, pg_collection, 3)
+    training, root = saved
+    shift_weights(training)
+    save(training, pg_collection, 3)
     assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
-    assert first_weight(trainer_of(trainer.run, pg_collection)) == first_weight(trainer)
+    assert first_weight(trainer_of(training.run, pg_collection)) == first_weight(training)

@@ -94,7 +94,7 @@ def save_at(layout: dict, start: str, save: str) -> None:
     from megatron_croc.convert.exporting import find_checkpoint, read_run
     from megatron_croc.convert.source import is_huggingface, open_source, open_weights
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = tiny_run("pretrain_croc", pretrained_checkpoint=start, save=save, **layout)
     from_hf = is_huggingface(start)
@@ -103,8 +103,8 @@ def save_at(layout: dict, start: str, save: str) -> None:
     )
     pg = start_distributed(run.parallel, seed=1)
     weights = open_weights(start, run) if from_hf else None
-    trainer = build_trainer(run, pg, train_iters=10, weights=weights)
-    save_checkpoint(run, trainer.state, trainer.chunks, trainer.optimizer, pg)
+    training = build_training_state(run, pg, train_iters=10, weights=weights)
+    save_checkpoint(run, training.state, training.chunks, training.optimizer, pg)
 
 
 @pytest.mark.distributed

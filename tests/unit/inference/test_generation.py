@@ -19,7 +19,7 @@ def save_random(demo: Path, save: Path, changes: dict) -> None:
     """A checkpoint of random weights, large enough that every token counts (on each rank)."""
     from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = tiny_run(
         "finetune",
@@ -30,8 +30,8 @@ def save_random(demo: Path, save: Path, changes: dict) -> None:
         **changes,
     )
     pg = start_distributed(run.parallel, seed=1)
-    trainer = build_trainer(run, pg, train_iters=1)
-    save_checkpoint(run, trainer.state, trainer.chunks, trainer.optimizer, pg)
+    training = build_training_state(run, pg, train_iters=1)
+    save_checkpoint(run, training.state, training.chunks, training.optimizer, pg)
 
 
 @pytest.fixture(scope="module")

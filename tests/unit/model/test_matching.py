@@ -39,7 +39,7 @@ def test_the_search_waits_for_the_copy_however_fast_its_thread_is(late_stream, m
     tokens, pool = (torch.randn(s, generator=generator) for s in ((2, 12, 64), (32, 64)))
     config = SimpleNamespace(assign_mode="hungarian", assign_backend="cpu")
     matcher = matching.Matcher(config, SimpleNamespace(tp=ONE, cp=ONE))
-    pending = matcher.begin(on_device(tokens), on_device(pool), ahead=True)
+    pending = matcher.start(on_device(tokens), on_device(pool), ahead=True)
     assert late_stream.num_done == len(late_stream.queue) == 1
     expected = assign(pairwise_cost(tokens, pool)).index
-    assert torch.equal(plain(matcher.finish(pending).index), expected)
+    assert torch.equal(plain(matcher.wait(pending).index), expected)

@@ -120,11 +120,13 @@ def test_begun_early_it_is_the_same_and_a_thread_searches(pg_collection, monkeyp
         return assign(*args, **options)
 
     monkeypatch.setattr("megatron_croc.model.matching.assign", held_back)
-    begun = pool.begin(visual, replaced, ahead=True)  # returns although nothing is solved yet
+    pending = pool.start_matching(
+        visual, replaced, ahead=True
+    )  # returns although nothing is solved yet
     assert started.wait(timeout=60)
     go.set()
-    begun.matching.result()
-    early = pool(visual, replaced, begun)
+    pending.matching.result()
+    early = pool(visual, replaced, pending)
     assert torch.equal(early.embeddings, now.embeddings)
     assert torch.equal(early.index, now.index) and torch.equal(early.distance, now.distance)
     assert early.hidden_seconds > 0.005
@@ -138,12 +140,12 @@ def test_what_is_not_finite_reaches_the_model_instead_of_ending_one_rank(
     pool, visual, replaced = build(pg_collection, assign_mode)
     with torch.no_grad():
         pool.weight[3, 3] = float("nan")
-    matched = pool(visual, replaced, pool.begin(visual, replaced, ahead=ahead))
+    matched = pool(visual, replaced, pool.start_matching(visual, replaced, ahead=ahead))
     assert matched.embeddings.isnan().any()  # the loss will tell all ranks
     with torch.no_grad():
         pool.weight[3, 3] = 0.0
         visual[0, 0, 0] = float("inf")
-    matched = pool(visual, replaced, pool.begin(visual, replaced, ahead=ahead))
+    matched = pool(visual, replaced, pool.start_matching(visual, replaced, ahead=ahead))
     assert (matched.index >= 0).all()
 
 
@@ -164,7 +166,7 @@ def match_on_every_rank(sizes: dict, num_images: int, ahead: bool) -> tuple:
         return assign(cost, **options)
 
     matching.assign = watched
-    matches = pool.matcher.finish(pool.matcher.begin(tokens, pool.weight, ahead=ahead))
+    matches = pool.matcher.wait(pool.matcher.start(tokens, pool.weight, ahead=ahead))
     return matches.index, matches.distance, solved[0]
 
 

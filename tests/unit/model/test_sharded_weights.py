@@ -24,7 +24,7 @@ def look(changes: dict) -> dict:
     from megatron_croc.model.sharded_weights import fill_weights, iter_shards
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_model, wrap_model
-    from megatron_croc.training.step import Stepper
+    from megatron_croc.training.step import TrainStep
 
     run = tiny_run(freeze_ViT=False, vocab_size=VOCABULARY, **changes)
     pg = start_distributed(run.parallel, seed=1)
@@ -33,12 +33,12 @@ def look(changes: dict) -> dict:
     pieces = [
         (s.name, s.shape, s.block, s.data.detach().numpy().copy()) for s in iter_shards(model)
     ]
-    stepper = Stepper(run, wrap_model(run, models, pg), pg)
+    train_step = TrainStep(run, wrap_model(run, models, pg), pg)
     indices = []
     if model.prompt_pool is not None:
         model.prompt_pool.register_forward_hook(lambda *args: indices.append(args[-1].index))
     batches = make_step(run, 0, dp_rank=0, dp_size=1, images=(1, 2, 0, 0, 1, 0, 3, 1))
-    metrics = stepper.forward_backward(batches).reduce()
+    metrics = train_step.forward_backward(batches).reduce()
     marks = {
         name: [getattr(p, "sequence_parallel", False) for p in module.parameters()]
         for name, module in model.named_modules()

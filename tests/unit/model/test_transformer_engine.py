@@ -29,11 +29,13 @@ def test_what_cannot_be_had_is_refused(change, named):
 
 def test_a_package_that_does_not_import_is_said(monkeypatch):
     monkeypatch.setattr(transformer_engine, "has_cuda", lambda: True)
-    transformer_engine.te_fault.cache_clear()
+    transformer_engine.te_unsupported_reason.cache_clear()
     try:
-        assert "Transformer Engine does not import" in (transformer_engine.te_fault() or "")
+        assert "Transformer Engine does not import" in (
+            transformer_engine.te_unsupported_reason() or ""
+        )
     finally:
-        transformer_engine.te_fault.cache_clear()
+        transformer_engine.te_unsupported_reason.cache_clear()
 
 
 def test_fp8_reaches_the_language_model_alone():
@@ -56,6 +58,6 @@ def test_its_version_is_looked_at_when_it_is_used(monkeypatch):
     run = tiny_run()
     transformer_engine.resolve_transformer_impl(run)
     assert looked_at == []
-    monkeypatch.setattr(transformer_engine, "te_fault", lambda: None)
+    monkeypatch.setattr(transformer_engine, "te_unsupported_reason", lambda: None)
     assert transformer_engine.resolve_transformer_impl(run) == "te"
     assert looked_at == ["transformer-engine"]

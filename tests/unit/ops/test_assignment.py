@@ -141,10 +141,12 @@ def test_auto_takes_triton_on_cuda_and_says_once_what_keeps_it_from_it(monkeypat
     said = []
     monkeypatch.setattr(solve, "log_once", lambda *args: said.append(args[-1]))
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(solve.on_gpu, "why_not", lambda device: None)
+    monkeypatch.setattr(solve.on_gpu, "unsupported_reason", lambda device: None)
     assert choose_backend("auto", cuda) == "triton"
     assert choose_backend("auto", cpu) == "cpu"
-    monkeypatch.setattr(solve.on_gpu, "why_not", lambda device: "Triton is not installed")
+    monkeypatch.setattr(
+        solve.on_gpu, "unsupported_reason", lambda device: "Triton is not installed"
+    )
     assert not said
     assert choose_backend("auto", cuda) == "cpu"
     assert said == ["tokens are matched on the CPU: Triton is not installed"]
@@ -347,7 +349,7 @@ def test_prices_settle_among_the_entries_an_assignment_is_best_of():
 def test_any_starting_prices_lead_to_the_optimum(kind, start):
     cost = made(kind)[0]
     generator = torch.Generator().manual_seed(5)
-    prices = {
+    duals = {
         "zero": torch.zeros(cost.shape[1]),
         "random": -torch.rand(cost.shape[1], generator=generator) * cost.abs().max()
         if cost.numel()
@@ -355,10 +357,10 @@ def test_any_starting_prices_lead_to_the_optimum(kind, start):
         "far below": torch.full((cost.shape[1],), -1e4),
         "sinkhorn": None,
     }[start]
-    solution = shortest_paths.solve_image(cost, prices)
+    solution = shortest_paths.solve_image(cost, duals)
     objective = cost.double().gather(1, solution.columns[:, None]).sum().item()
     check_optimal(cost, solution.columns.tolist(), objective, solution.bound.item())
-    assert (solution.prices <= 0).all()
+    assert (solution.duals <= 0).all()
 
 
 def test_good_prices_shorten_the_search():

@@ -50,9 +50,9 @@ def test_every_number_of_warps_is_exact_and_repeats_itself(kind, shape, num_warp
         again = on_gpu.solve_triton(cost, lengths, num_warps=num_warps)
         assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     assert first.solved.all()
-    for matrix, index, prices in zip(cost, first.index, first.prices, strict=True):
-        reduced = matrix.double() - prices
-        bound = float(reduced.amin(dim=1).sum() + prices.sum())
+    for matrix, index, duals in zip(cost, first.index, first.duals, strict=True):
+        reduced = matrix.double() - duals
+        bound = float(reduced.amin(dim=1).sum() + duals.sum())
         objective = float(matrix.double().gather(1, index[:, None]).sum())
         check_optimal(matrix.cpu(), index.tolist(), objective, bound)
 

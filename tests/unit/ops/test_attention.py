@@ -19,7 +19,7 @@ from megatron_croc.ops.attention.flash import (
     FlashAttention3,
     TorchFlash,
     choose_flash,
-    flash_faults,
+    flash_unsupported_reasons,
 )
 from megatron_croc.ops.mixed_mask import MixedMask
 
@@ -187,13 +187,13 @@ def test_kernels_say_what_they_do_not_take(fault, match):
     dim = int(re.search(r"dim (\d+)", match).group(1)) if "dim" in match else 64
     dtype = torch.float32 if "float32" in match else torch.bfloat16
     query = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(4, 1, dim))
-    assert match in fault.fault(query)
+    assert match in fault.unsupported_reason(query)
 
 
 def test_on_a_cpu_every_kernel_is_passed_over_for_the_emulated():
     query = draw(1, 1)[0]
     assert choose_flash(query) is EMULATED
-    assert flash_faults(query).count("the tensors are on cpu, it needs CUDA") == 3
+    assert flash_unsupported_reasons(query).count("the tensors are on cpu, it needs CUDA") == 3
 
 
 @pytest.mark.parametrize(

@@ -62,16 +62,16 @@ def use(monkeypatch):
 
 
 def build(run, groups):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
-    return build_trainer(run, groups, train_iters=10)
+    return build_training_state(run, groups, train_iters=10)
 
 
-def train(trainer, until: int) -> None:
-    for number in range(trainer.state.iteration, until):
-        batches = make_step(trainer.run, number, dp_rank=0, dp_size=1)
-        trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
-        trainer.state.iteration = number + 1
+def train(training, until: int) -> None:
+    for number in range(training.state.iteration, until):
+        batches = make_step(training.run, number, dp_rank=0, dp_size=1)
+        training.train_step.train(batches, training.optimizer, training.scheduler)
+        training.state.iteration = number + 1
 
 
 @pytest.mark.parametrize("saved_at", [0, 2])

@@ -34,17 +34,17 @@ CPU_SEARCH = {
     ids=str,
 )
 def test_forward_backward_and_metrics_read_the_device_once(pg_collection, changes):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = tiny_run(**changes)
-    trainer = build_trainer(run, pg_collection, train_iters=2)
-    for chunk in trainer.chunks:
+    training = build_training_state(run, pg_collection, train_iters=2)
+    for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     batches = make_step(run, 0, dp_rank=0, dp_size=1)
     assert len(batches) > 1 and sum(batch.num_images for batch in batches) > 1
     with host_reads() as reads:
-        trainer.stepper.forward_backward(batches).reduce()
+        training.train_step.forward_backward(batches).reduce()
     known = ON_HOST | (CPU_SEARCH if run.model.prompt_pool.assign_mode == "hungarian" else set())
     waits = {place: count for place, count in reads.items() if place not in known}
     assert waits == {"megatron_croc/training/reporting/metrics.py:reduce": 1}
@@ -64,10 +64,10 @@ def test_every_way_to_read_is_counted():
 
 
 def test_groups_of_one_exchange_nothing(pg_collection, monkeypatch):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
     run = tiny_run()
-    trainer = build_trainer(run, pg_collection, train_iters=2)
+    training = build_training_state(run, pg_collection, train_iters=2)
     for name in ("all_reduce", "all_gather", "broadcast"):
         real = getattr(dist, name)
 
@@ -77,6 +77,6 @@ def test_groups_of_one_exchange_nothing(pg_collection, monkeypatch):
             return real(*args, **kwargs)
 
         monkeypatch.setattr(dist, name, refuse)
-    trainer.stepper.train(
-        make_step(run, 0, dp_rank=0, dp_size=1), trainer.optimizer, trainer.scheduler
+    training.train_step.train(
+        make_step(run, 0, dp_rank=0, dp_size=1), training.optimizer, training.scheduler
     )

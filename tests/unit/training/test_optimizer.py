@@ -28,28 +28,28 @@ SETTINGS = dict(
 
 
 def build(run, pg_collection, train_iters=10):
-    from megatron_croc.training.build import build_trainer
+    from megatron_croc.training.build import build_training_state
 
-    return build_trainer(run, pg_collection, train_iters=train_iters)
-
-
-def parameters_of(trainer) -> dict[str, torch.nn.Parameter]:
-    return dict(trainer.chunks[0].module.named_parameters())
+    return build_training_state(run, pg_collection, train_iters=train_iters)
 
 
-def inner(trainer) -> torch.optim.AdamW:
-    return trainer.optimizer.chained_optimizers[0].optimizer
+def parameters_of(training) -> dict[str, torch.nn.Parameter]:
+    return dict(training.chunks[0].module.named_parameters())
 
 
-def step_tensors(trainer) -> list[torch.Tensor]:
-    return [state["step"] for state in inner(trainer).state.values()]
+def inner(training) -> torch.optim.AdamW:
+    return training.optimizer.chained_optimizers[0].optimizer
+
+
+def step_tensors(training) -> list[torch.Tensor]:
+    return [state["step"] for state in inner(training).state.values()]
 
 
 class Reference:
     """torch's AdamW over copies of the weights, given the same gradients."""
 
-    def __init__(self, trainer) -> None:
-        self.copies = {n: p.detach().clone() for n, p in parameters_of(trainer).items()}
+    def __init__(self, training) -> None:
+        self.copies = {n: p.detach().clone() for n, p in parameters_of(training).items()}
         groups = []
         for name, copy in self.copies.items():
             part = name.split(".")[0]
@@ -68,17 +68,17 @@ class Reference:
         return norm
 
 
-def train_step(trainer, number: int) -> tuple[dict[str, torch.Tensor], object]:
+def train_step(training, number: int) -> tuple[dict[str, torch.Tensor], object]:
     """One real step; the gradients the optimizer was given, and its metrics."""
     gradients = {}
 
     def note_gradients():
-        for name, parameter in parameters_of(trainer).items():
+        for name, parameter in parameters_of(training).items():
             gradients[name] = parameter.main_grad.detach().clone()
 
-    batches = make_step(trainer.run, number, dp_rank=0, dp_size=1, images=(1, 0, 2, 1))
-    metrics = trainer.stepper.train(
-        batches, trainer.optimizer, trainer.scheduler, on_gradients=note_gradients
+    batches = make_step(training.run, number, dp_rank=0, dp_size=1, images=(1, 0, 2, 1))
+    metrics = training.train_step.train(
+        batches, training.optimizer, training.scheduler, on_gradients=note_gradients
     )
     return gradients, metrics
 
@@ -94,23 +94,23 @@ def test_steps_before_and_after_a_resume_are_torchs(pg_collection, tmp_path: Pat
     constant = dict(lr_decay_style="constant", lr_warmup_fraction=0.0, weight_decay=DECAY)
     save = str(tmp_path / "checkpoints")
     run = tiny_run(**SETTINGS, **constant, clip_grad=1.0, save=save, load=save)
-    trainer = build(run, pg_collection)
-    reference = Reference(trainer)
+    training = build(run, pg_collection)
+    reference = Reference(training)
     for number in range(5):
         if number == 3:
-            trainer.state.iteration = 3
-            save_checkpoint(run, trainer.state, trainer.chunks, trainer.optimizer, pg_collection)
-            trainer = build(run, pg_collection)
-            assert trainer.state.iteration == 3
-            addresses = {tensor.data_ptr() for tensor in step_tensors(trainer)}
-            assert len(addresses) == len(step_tensors(trainer)) > 50
-            assert {tensor.item() for tensor in step_tensors(trainer)} == {3.0}
-        gradients, metrics = train_step(trainer, number)
+            training.state.iteration = 3
+            save_checkpoint(run, training.state, training.chunks, training.optimizer, pg_collection)
+            training = build(run, pg_collection)
+            assert training.state.iteration == 3
+            addresses = {tensor.data_ptr() for tensor in step_tensors(training)}
+            assert len(addresses) == len(step_tensors(training)) > 50
+            assert {tensor.item() for tensor in step_tensors(training)} == {3.0}
+        gradients, metrics = train_step(training, number)
         norm = reference.step(gradients, clip=1.0)
         assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
         assert norm > 1.0  # clipping takes part
-        assert {tensor.item() for tensor in step_tensors(trainer)} == {number + 1.0}
-        for name, parameter in parameters_of(trainer).items():
+        assert {tensor.item() for tensor in step_tensors(training)} == {number + 1.0}
+        for name, parameter in parameters_of(training).items():
             rate = RATES[name.split(".")[0]]
             # A step moves a weight by about the rate; a few roundings of it, and of the weight.
             torch.testing.assert_close(
@@ -127,15 +127,15 @@ def test_a_run_can_be_saved_before_its_first_step(pg_collection, tmp_path: Path)
     save_checkpoint(run, first.state, first.chunks, first.optimizer, pg_collection)
     second = build(run, pg_collection)
     assert {tensor.item() for tensor in step_tensors(second)} == {0.0}
-    for trainer in (first, second):
-        train_step(trainer, 0), train_step(trainer, 1)
+    for training in (first, second):
+        train_step(training, 0), train_step(training, 1)
     for a, b in zip(parameters_of(first).values(), parameters_of(second).values(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_rates_are_transformers_cosine_with_warm_up(pg_collection):
     run = tiny_run(**SETTINGS, lr_warmup_fraction=0.2, lr_decay_style="cosine", min_lr=0.0)
-    trainer = build(run, pg_collection)
+    training = build(run, pg_collection)
     theirs = torch.optim.SGD(
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in RATES.values()]
     )
@@ -145,23 +145,23 @@ def test_rates_are_transformers_cosine_with_warm_up(pg_collection):
     for _ in range(10):
         expected = dict(zip(RATES, (group["lr"] for group in theirs.param_groups), strict=True))
         used = {}
-        for group in trainer.optimizer.param_groups:
+        for group in training.optimizer.param_groups:
             used.setdefault(part_of_group(group), set()).add(group["lr"])
         assert {part: len(rates) for part, rates in used.items()} == dict.fromkeys(RATES, 1)
         ours = {part: rates.pop() for part, rates in used.items()}
         assert ours == pytest.approx(expected, rel=1e-6, abs=1e-12)
-        trainer.scheduler.step(increment=run.training.global_batch_size)
+        training.scheduler.step(increment=run.training.global_batch_size)
         schedule.step()
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear"])
 def test_every_part_ends_at_the_same_fraction_of_its_rate(pg_collection, style):
     run = tiny_run(**SETTINGS, lr_decay_style=style, min_lr=RATES["language_model"] / 10)
-    trainer = build(run, pg_collection)
-    trainer.scheduler.step(increment=10 * run.training.global_batch_size)
+    training = build(run, pg_collection)
+    training.scheduler.step(increment=10 * run.training.global_batch_size)
     from megatron_croc.training.optimizer import part_of_group
 
-    for group in trainer.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         assert group["lr"] == pytest.approx(RATES[part_of_group(group)] / 10, rel=1e-6)
 
 
@@ -169,14 +169,14 @@ def test_groups_hold_every_trained_parameter_once_under_its_own_rate(pg_collecti
     from megatron_croc.training.optimizer import part_of_group
 
     run = tiny_run(**SETTINGS, lr_warmup_fraction=0.0, weight_decay=DECAY)
-    trainer = build(run, pg_collection)
+    training = build(run, pg_collection)
     numbers = dict.fromkeys(RATES, 0)
-    for group in trainer.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         part = part_of_group(group)
         numbers[part] += sum(parameter.numel() for parameter in group["params"])
         assert group["max_lr"] == RATES[part]
     held = dict.fromkeys(RATES, 0)
-    for name, parameter in parameters_of(trainer).items():
+    for name, parameter in parameters_of(training).items():
         held[name.split(".")[0]] += parameter.numel()
     assert numbers == held
 
@@ -193,11 +193,11 @@ def test_parts_without_a_rate_of_their_own_take_the_common_one():
 
 def test_frozen_parts_do_not_move_and_have_no_reported_rate(pg_collection):
     run = tiny_run("finetune", weight_decay=DECAY, lr_warmup_fraction=0.0)
-    trainer = build(run, pg_collection)
-    before = {name: p.detach().clone() for name, p in parameters_of(trainer).items()}
+    training = build(run, pg_collection)
+    before = {name: p.detach().clone() for name, p in parameters_of(training).items()}
     batches = make_step(run, 0, dp_rank=0, dp_size=1, images=(1, 0))
-    metrics = trainer.stepper.train(batches, trainer.optimizer, trainer.scheduler)
+    metrics = training.train_step.train(batches, training.optimizer, training.scheduler)
     assert set(metrics.learning_rates) == {"projector", "language_model"}
-    for name, parameter in parameters_of(trainer).items():
+    for name, parameter in parameters_of(training).items():
         is_frozen = name.startswith("vision_tower.")
         assert torch.equal(parameter, before[name]) == is_frozen, name

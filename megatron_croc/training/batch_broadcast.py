@@ -27,7 +27,7 @@ from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.safety.heartbeat import enter
 
 
-class Feeder:
+class BatchBroadcaster:
     """Hands out the micro-batches of one optimizer step at a time."""
 
     def __init__(
@@ -92,13 +92,13 @@ class Feeder:
 
 
 @contextmanager
-def open_feeder(
+def open_batch_broadcast(
     run: RunConfig,
     pg_collection: ProcessGroupCollection,
     build_loader: Callable[..., MicroBatchLoader],
     **position: Any,
-) -> Iterator[Feeder]:
-    """A feeder over a loader that only the first rank of each replica opens, closed at the end.
+) -> Iterator[BatchBroadcaster]:
+    """Open a loader on the first rank of each replica, and close it at the end.
 
     Args:
         run: the run.
@@ -112,7 +112,7 @@ def open_feeder(
         loader = build_loader(run, dp_rank=dp.rank(), dp_size=dp.size(), **position)
     rows_per_pass = run.training.micro_batch_size * dp.size()
     try:
-        yield Feeder(
+        yield BatchBroadcaster(
             loader,
             pg_collection,
             num_microbatches=run.training.global_batch_size // rows_per_pass,

@@ -29,9 +29,9 @@ class Reader:
 
 
 def feed(changes: dict, error: Exception) -> dict:
-    """Two steps through the feeder; the second one fails in the reader."""
+    """Two steps through the broadcaster; the second one fails in the reader."""
     from megatron_croc.parallel.groups import start_distributed
-    from megatron_croc.training.feeder import open_feeder
+    from megatron_croc.training.batch_broadcast import open_batch_broadcast
 
     run = tiny_run(**changes)
     pg = start_distributed(run.parallel, seed=1)
@@ -45,10 +45,10 @@ def feed(changes: dict, error: Exception) -> dict:
 
     raised, states = None, []
     try:
-        with open_feeder(run, pg, build, state="before") as feeder:
-            batches = feeder.next_step()
-            states.append(feeder.order_state)
-            feeder.next_step()
+        with open_batch_broadcast(run, pg, build, state="before") as broadcaster:
+            batches = broadcaster.next_step()
+            states.append(broadcaster.order_state)
+            broadcaster.next_step()
     except Exception as exception:
         raised = (type(exception).__name__, str(exception))
     return {
@@ -108,14 +108,14 @@ def test_an_error_with_a_constructor_of_its_own_is_understood_everywhere():
 
 
 def test_one_process_reads_for_itself(pg_collection):
-    from megatron_croc.training.feeder import Feeder
+    from megatron_croc.training.batch_broadcast import BatchBroadcaster
 
     run = tiny_run()
     batches = make_step(run, 0, dp_rank=0, dp_size=1, images=IMAGES)
     reader = Reader(batches, StopIteration())
-    feeder = Feeder(reader, pg_collection, num_microbatches=4, img_size=56)
-    for given, batch in zip(feeder.next_step(), batches, strict=True):
+    broadcaster = BatchBroadcaster(reader, pg_collection, num_microbatches=4, img_size=56)
+    for given, batch in zip(broadcaster.next_step(), batches, strict=True):
         assert torch.equal(given.pixel_values, batch.pixel_values)
         assert given.mixed_mask is batch.mixed_mask
     with pytest.raises(StopIteration):
-        feeder.next_step()
+        broadcaster.next_step()
