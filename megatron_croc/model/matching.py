@@ -43,7 +43,7 @@ class MatchingSample(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """Result of `Matcher.finish`."""
+    """Result of `Matcher.wait`."""
 
     index: Tensor
     """int64 [n, R], pool row of each token."""

@@ -19,7 +19,7 @@ def observe_overlap(
     from megatron_croc.model.croc_model import CrocModel
     from megatron_croc.model.prompt_pool import PromptPool
 
-    begin, forward, early, most, said = PromptPool.begin, CrocModel.forward, [], [0], []
+    begin, forward, early, most, said = PromptPool.start_matching, CrocModel.forward, [], [0], []
 
     def watched_begin(self, *args, ahead=False):
         early.extend([1] if ahead else [])
@@ -35,7 +35,7 @@ def observe_overlap(
             said.append(record.getMessage())
 
     logging.getLogger("megatron_croc").addHandler(Listener())
-    PromptPool.begin, CrocModel.forward = watched_begin, watched_forward
+    PromptPool.start_matching, CrocModel.forward = watched_begin, watched_forward
     seen = observe(Layout.parse(name).apply(tiny_run(**changes)), 2, images)
     return seen, len(early), most[0], [line for line in said if "not overlapped" in line]
 
