@@ -144,7 +144,7 @@ class Matcher:
         index = found.index if found.index.device == cost.device else to_device(found.index)
         distance = cost.gather(2, index.unsqueeze(2)).squeeze(2)
         sample = MatchingSample(cost[0], index[0]) if len(cost) else None
-        if self.tp.size() * self.cp.size() > 1:
+        if self.tp.size() * self.cp.size() > 1 and pending.num_images:
             index, distance = self._exchange(index, distance, pending.num_images)
         seconds = pending.seconds + time.perf_counter() - started
         hidden = max(0.0, searched - waited)

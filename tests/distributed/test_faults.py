@@ -275,5 +275,5 @@ def soak_run(data: Path, save: Path) -> dict:
 
 def test_a_longer_run_does_not_grow(data: Path, tmp_path: Path):
     (grown,) = run_distributed(soak_run, 1, data, tmp_path)
-    assert grown["files"] == grown["threads"] == grown["shared"] == 0
+    assert all(grown[name] <= 0 for name in ("files", "threads", "shared")), grown
     assert grown["rss"] < 32  # a loader or a graph kept alive at each step would add more

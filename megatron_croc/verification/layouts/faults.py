@@ -58,7 +58,7 @@ def patches_from_global_generator(run: RunConfig) -> None:
     torch.manual_seed(run.training.seed + rank())
 
     def redrawn(self: Any, visual: torch.Tensor, replaced: torch.Tensor, *_: Any) -> Any:
-        order = torch.rand(replaced.shape).argsort(dim=1)
+        order = torch.rand(replaced.shape, device=replaced.device).argsort(dim=1)
         return forward(self, visual, order < self.num_replaced)
 
     PromptPool.forward = redrawn  # type: ignore[method-assign]
