@@ -6,12 +6,11 @@ threads share the work even when one file holds most of a checkpoint.
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_croc.data.store.shard_writer import write_atomically
+from megatron_croc.atomic_files import sync_directory, write_atomically
 from megatron_croc.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -139,12 +138,3 @@ def _digest_piece(path: Path, start: int) -> str:
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
-
-
-def sync_directory(folder: Path) -> None:
-    """Put the names in a directory on the disk: a rename is durable only after it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

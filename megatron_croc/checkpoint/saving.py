@@ -26,7 +26,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_croc.checkpoint.manifest import sync_directory, write_manifest
+from megatron_croc.atomic_files import sync_directory, write_atomically
+from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.retention import STAGED, prune, retire, sweep
 from megatron_croc.checkpoint.safe_reading import COMMON_FILE
 from megatron_croc.checkpoint.sharded import checkpoint_content
@@ -34,7 +35,6 @@ from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_fo
 from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE, Share, Written, reason
 from megatron_croc.config.base import to_yaml
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import CheckpointError
 from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.parallel.device import current_device

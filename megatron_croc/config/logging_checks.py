@@ -42,7 +42,7 @@ def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) 
     for number in log.profile_ranks:
         if not 0 <= number < world_size:
             yield f"profile_ranks={number}: ranks are 0 to {world_size - 1}"
-    if log.log_dir is None and run.checkpoint.save is None:
+    if run.log_folder is None:
         yield "profile and record_memory_history need a folder: give log_dir or save"
 
 

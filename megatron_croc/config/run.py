@@ -1,6 +1,7 @@
 """One complete run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron_croc.config.checkpoint import CheckpointConfig
@@ -34,6 +35,12 @@ class RunConfig:
     def reconstructs(self) -> bool:
         """Whether visual tokens are replaced and reconstructed (stage pretrain_croc only)."""
         return self.stage == "pretrain_croc"
+
+    @property
+    def log_folder(self) -> Path | None:
+        """Folder of metrics, heartbeats and reports: `log_dir`, else `save`; None without both."""
+        folder = self.logging.log_dir or self.checkpoint.save
+        return None if folder is None else Path(folder)
 
     def num_microbatches(self, world_size: int) -> int:
         """Forward passes of one optimizer step on each data-parallel rank."""

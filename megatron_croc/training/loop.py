@@ -19,7 +19,7 @@ from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
-from megatron_croc.training.safety.watchdog import run_folder, watch_over
+from megatron_croc.training.safety.watchdog import watch_over
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
@@ -35,7 +35,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
-    state, last, folder = training.state, training.train_iters, run_folder(run)
+    state, last, folder = training.state, training.train_iters, run.log_folder
     if folder is not None and rank() == 0:
         drop_undone_steps(folder, state.iteration)
     times = TimeSplit(run, training.chunks, pg) if run.logging.timing_log_level else None

@@ -1,10 +1,11 @@
 """One clean loss curve in metrics.jsonl, however often a run was killed and resumed."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_croc.atomic_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
@@ -31,9 +32,7 @@ def drop_undone_steps(folder: Path, iteration: int) -> int:
     if moved:
         with (folder / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(moved)
-        clean = path.with_name(METRICS_FILE + ".incomplete")
-        clean.write_text("".join(kept), encoding="utf-8")
-        os.replace(clean, path)
+        write_atomically(path, "".join(kept).encode())
     return len(moved)
 
 

@@ -4,8 +4,6 @@
 <log_dir>/profile/rank_00000_memory.pickle            pytorch.org/memory_viz (CUDA)
 """
 
-from pathlib import Path
-
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_croc.config.run import RunConfig
@@ -30,13 +28,13 @@ class ProfileWindow:
             run: the run; its `logging` says what to watch and on which ranks.
             iteration: steps done so far.
         """
-        log, folder = run.logging, run.logging.log_dir or run.checkpoint.save
+        log, folder = run.logging, run.log_folder
         self._first, self._end = log.profile_step_start, log.profile_step_end
         self._profiles, self._records = log.profile, log.record_memory_history
         self._profiler: profile | None = None
         self._is_open = self._has_memory = False
         chosen = folder is not None and rank() in log.profile_ranks
-        self._folder = Path(folder) / "profile" if folder is not None and chosen else None
+        self._folder = folder / "profile" if folder is not None and chosen else None
         if (self._profiles or self._records) and iteration >= self._first:
             logger.warning(
                 f"profile_step_start={self._first}: the run is at step {iteration} already, "

@@ -64,20 +64,18 @@ class Reporter:
         self.warned_of_collapse = False
         self.started = time.perf_counter()
         self.peak = peak_flops(device_name())
-        folder = run.logging.log_dir or run.checkpoint.save
         self.is_writer = rank() == 0
         self.jsonl = self.tensorboard = self.wandb = None
-        self.folder: Path | None = None
+        self.folder = run.log_folder if self.is_writer else None
         self.endpoint: Endpoint | None = None
         if not self.is_writer:
             return
         self.endpoint = open_endpoint(run.logging.prometheus_port)
-        if folder is not None:
-            self.folder = Path(folder)
+        if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
             if run.logging.tensorboard:
-                self.tensorboard = _open_tensorboard(folder)
+                self.tensorboard = _open_tensorboard(self.folder)
         self.wandb = open_wandb(run, self.folder)
 
     def add_step(
@@ -262,13 +260,13 @@ def _mean(steps: list[StepMetrics], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _open_tensorboard(folder: str):
+def _open_tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning("TensorBoard is not installed; metrics go to metrics.jsonl only")
         return None
-    return SummaryWriter(log_dir=str(Path(folder) / "tensorboard"))
+    return SummaryWriter(log_dir=str(folder / "tensorboard"))
 
 
 _SHOWN = {

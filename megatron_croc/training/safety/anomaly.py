@@ -10,7 +10,6 @@ stay functions of the iteration. `croc replay REPORT` does the step again.
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.base import to_tree
 from megatron_croc.config.run import RunConfig
@@ -230,6 +230,4 @@ def _plain(value: float | None) -> float | str | None:
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".incomplete")
-    staged.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

@@ -38,12 +38,6 @@ NUM_NAMED = 4
 """Ranks that a message about lost ones lists."""
 
 
-def run_folder(run: RunConfig) -> Path | None:
-    """Where a run writes what is not a checkpoint; None when it writes nothing."""
-    folder = run.logging.log_dir or run.checkpoint.save
-    return None if folder is None else Path(folder)
-
-
 @contextmanager
 def watch_over(run: RunConfig, *, first_step: int) -> Iterator[None]:
     """Keep a heartbeat and a watchdog while the body trains.
@@ -56,7 +50,7 @@ def watch_over(run: RunConfig, *, first_step: int) -> Iterator[None]:
         RunError: in place of a foreign error (a collective's) when other ranks are lost; says
             which, where they stood, and where this one waited.
     """
-    root = run_folder(run)
+    root = run.log_folder
     folder = None if root is None else root / "heartbeats"
     open_heartbeat(folder)
     watchdog = _Watchdog(
