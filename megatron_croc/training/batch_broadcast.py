@@ -66,7 +66,7 @@ class BatchBroadcaster:
                 state = self.loader.state
             except Exception as exception:  # re-raised below, everywhere
                 error = exception
-        enter("sharing data (broadcast)")
+        enter("sharing data", collective="broadcast")
         bare = [replace(batch, pixel_values=None) for batch in batches]
         bare, state, error = self._share((bare, state, error))
         if error is not None:

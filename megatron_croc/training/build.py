@@ -95,7 +95,7 @@ def wrap_model(
 
 def _finalize(model: list[nn.Module], num_tokens: Tensor | None, **groups: object) -> None:
     """Reduce gradients over DP, SP and tied embeddings; the losses were divided already."""
-    enter("summing gradients (reduce-scatter)")
+    enter("summing gradients", collective="reduce-scatter")
     finalize_model_grads(model, None, **groups)  # type: ignore[arg-type]
 
 

@@ -68,7 +68,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
             reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
             profile.after_step(state.iteration)
             if guard.gives_up():
-                enter("saving a checkpoint (barrier)")
+                enter("saving a checkpoint", collective="barrier")
                 saver.save(guard.last_good)
                 saver.close()
                 raise guard.error()
@@ -78,14 +78,14 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
                 reporter.add_validation(state.iteration, evaluate(training))
                 reporter.restart_clock()
 
-            enter("agreeing on whether to stop (all-reduce)")
+            enter("agreeing on whether to stop", collective="all-reduce")
             is_over = state.iteration >= last or stop.agreed(state.iteration)
             saver.poll()
             if is_over or due(run.checkpoint.save_interval):
-                enter("saving a checkpoint (barrier)")
+                enter("saving a checkpoint", collective="barrier")
                 saver.save(state)
                 reporter.restart_clock()
-        enter("finishing the last checkpoint (all-reduce)")
+        enter("finishing the last checkpoint", collective="all-reduce")
         saver.close()
     profile.close()
     reporter.close()

@@ -85,11 +85,11 @@ class TrainStep:
         totals = self.forward_backward(batches)
         if on_gradients is not None:
             on_gradients()
-        enter("measuring gradients and losses (all-reduce)")
+        enter("measuring gradients and losses", collective="all-reduce")
         grad_norm = measure_gradients(optimizer)
         metrics = totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
         if guard is None or guard.accepts(metrics):
-            enter("updating weights (all-gather)")
+            enter("updating weights", collective="all-gather")
             update_weights(optimizer, grad_norm)
         else:
             guard.examine(metrics, batches, totals, self.chunks)
@@ -106,7 +106,7 @@ class TrainStep:
 
     def forward_backward(self, batches: list[Batch], *, forward_only: bool = False) -> StepTotals:
         """All micro-batches through the pipeline; gradients are left in the DDP buffers."""
-        enter("counting labels (all-reduce)")
+        enter("counting labels", collective="all-reduce")
         totals = StepTotals(self.run, self.pg)
         for batch in batches:
             totals.count_batch(batch)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,25 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["grad_norm"] == 1.5
         assert result["microbatches"] == 2 * dp_size
         assert result["flops"] > 0
+
+
+def test_sums_keep_their_names_in_the_packed_vector():
+    from dataclasses import fields
+
+    from megatron_croc.training.reporting.metrics import StepSums
+
+    names = [entry.name for entry in fields(StepSums) if entry.name != "pool_counts"]
+    sums = StepSums(pool_counts=torch.tensor([7.0, 8.0], dtype=torch.float64))
+    for number, name in enumerate(names, start=1):
+        on_device = torch.tensor(float(number), dtype=torch.float64)
+        setattr(sums, name, on_device if number % 2 else float(number))
+    vector = sums.pack()
+    assert vector.dtype == torch.float64 and vector.shape == (len(names) + 2,)
+    back = StepSums.unpack((2 * vector).tolist())  # as an all-reduce over two equal ranks
+    assert {name: getattr(back, name) for name in names} == {
+        name: 2.0 * number for number, name in enumerate(names, start=1)
+    }
+    assert back.pool_counts == [14.0, 16.0]
 
 
 def test_a_step_without_images_has_no_distance(pg_collection):
@@ -190,13 +210,19 @@ def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     assert shown == pytest.approx(written, rel=1e-6)
 
 
+def set_clock(monkeypatch) -> list[float]:
+    """A clock that shows [0] until that is changed, however often it is read."""
+    from megatron_croc.training.reporting import reporting
+
+    now = [0.0]
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
 def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
-    clock = iter([10.0, 14.0])
-    reporter.started = 0.0
-    monkeypatch.setattr(
-        "megatron_croc.training.reporting.reporting.time.perf_counter", lambda: next(clock)
-    )
-    for number in range(1, 5):
+    now = set_clock(monkeypatch)
+    reporter.restart_clock()
+    for number, now[0] in ((1, 5.0), (2, 10.0), (3, 12.0), (4, 14.0)):
         reporter.add_step(number, make_metrics(number), waited=1.0)
     first, second = rows_of(tmp_path)
     assert first["data_wait_share"] == pytest.approx(2.0 / 10.0)
@@ -208,11 +234,9 @@ def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, m
 def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkeypatch):
     from megatron_croc.model.prompt_pool import MatchingSample
 
-    clock = iter([10.0])
-    reporter.started = 0.0
-    monkeypatch.setattr(
-        "megatron_croc.training.reporting.reporting.time.perf_counter", lambda: next(clock)
-    )
+    now = set_clock(monkeypatch)
+    reporter.restart_clock()
+    now[0] = 10.0
     uses = [(8, 8) + (0,) * 30, (0, 0, 16) + (0,) * 29]
     cost = torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 9.0]])  # best 2 + 1; here 1 + 4
     for number, (counts, sample) in enumerate(
