@@ -54,7 +54,7 @@ def save_small(roots: list[str], iteration: int, die_at: int | None) -> int:
     sys.addaudithook(watch)
     for root in roots:
         run.checkpoint.save = root
-        saver = saving.CheckpointSaver(run, [], None, pg)  # type: ignore[arg-type]
+        saver = saving.CheckpointSaver(run.checkpoint, [], None, pg, settings="")  # type: ignore[arg-type]
         saver.save(TrainState(iteration=iteration, stage=run.stage))
         saver.close()
     return count
@@ -128,7 +128,11 @@ def saver_of(training):
     from megatron_croc.checkpoint.saving import CheckpointSaver
 
     return CheckpointSaver(
-        training.run, training.chunks, training.optimizer, training.pg_collection
+        training.run.checkpoint,
+        training.chunks,
+        training.optimizer,
+        training.pg_collection,
+        settings="",
     )
 
 

@@ -136,7 +136,7 @@ def test_padded_buckets_shift_nothing():
 
 
 def save(changes: dict, folder: str) -> None:
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     training = start({**changes, "save": folder})
     state, pg = training.state, training.pg_collection

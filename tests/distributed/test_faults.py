@@ -222,7 +222,9 @@ def refuse_and_compare(spike: bool, changes: dict) -> dict:
     run = tiny_run(spike_factor=5.0 if spike else 0.0, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg, train_iters=40)
-    guard = AnomalyGuard(run, training.state, pg, train_iters=40, folder=None)
+    guard = AnomalyGuard(
+        run.reliability, training.state, pg, settings={}, train_iters=40, folder=None
+    )
     kind = "spike" if spike else "nan_loss"
     last = 10 if spike else 2
     inject(Fault(fault=kind, rank=1, iteration=last))

@@ -270,9 +270,7 @@ class StepTotals:
         Losses are shares of the CP ranks and equal on the TP ranks.
         """
         size = self.run.model.prompt_pool.pool_size
-        sums = StepSums(
-            pool_counts=torch.zeros(size, dtype=torch.float64, device=current_device())
-        )
+        sums = StepSums(pool_counts=torch.zeros(size, dtype=torch.float64, device=current_device()))
         if self.pg.tp.rank() != 0:
             return sums
         for part in self.losses:

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_croc.config.reliability import WATCHDOG_MARGIN
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.reliability import WATCHDOG_MARGIN, ReliabilityConfig
 from megatron_croc.errors import CrocError, RunError, first_line
 from megatron_croc.log import get_logger, rank, world_size
 from megatron_croc.parallel.flight_recorder import last_collective
@@ -39,25 +38,29 @@ NUM_NAMED = 4
 
 
 @contextmanager
-def watch_over(run: RunConfig, *, first_step: int) -> Iterator[None]:
+def watch_over(
+    config: ReliabilityConfig, folder: Path | None, *, first_step: int
+) -> Iterator[None]:
     """Keep a heartbeat and a watchdog while the body trains.
 
     Args:
-        run: the run.
-        first_step: the iteration it begins with, which may take longer than the others.
+        config: time limits.
+        folder: folder of the run; heartbeats and stacks go to `heartbeats/` in it. None: the
+            heartbeat stays in memory, and stacks go to stderr.
+        first_step: first iteration, which has a time limit of its own.
 
     Raises:
-        RunError: in place of a foreign error (a collective's) when other ranks are lost; says
-            which, where they stood, and where this one waited.
+        RunError: in place of another error (a collective's) when other ranks are lost; names those
+            ranks, their phases, and the phase of this one.
     """
-    root = run.log_folder
-    folder = None if root is None else root / "heartbeats"
+    if folder is not None:
+        folder = folder / "heartbeats"
     open_heartbeat(folder)
     watchdog = _Watchdog(
         folder,
-        limit=60.0 * run.reliability.stall_timeout_minutes,
+        limit=60.0 * config.stall_timeout_minutes,
         first_step=first_step,
-        first_step_limit=60.0 * run.reliability.first_step_timeout_minutes,
+        first_step_limit=60.0 * config.first_step_timeout_minutes,
     )
     try:
         yield

@@ -35,8 +35,8 @@ def trace(tmp_path: Path):
 @pytest.fixture
 def saved(pg_collection, tmp_path: Path) -> Path:
     """A checkpoint of a tiny model."""
-    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.training.build import build_training_state
+    from tests.support.checkpoints import save_checkpoint
 
     root = tmp_path / "checkpoints"
     training = build_training_state(

@@ -87,7 +87,7 @@ def trainer_of(run, pg_collection):
 
 
 def save(training, pg_collection, iteration: int) -> Path:
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     training.state.iteration = iteration
     training.state.consumed_samples = 8 * iteration

@@ -79,7 +79,7 @@ def train(training, until: int) -> None:
 def test_a_run_goes_on_with_another_adam(
     pg_collection, tmp_path: Path, use, before, after, saved_at
 ):
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     save = str(tmp_path / "checkpoints")
     run = tiny_run(save=save, lr=1e-3, weight_decay=0.1, lr_warmup_fraction=0.0)

@@ -22,7 +22,7 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
     run.checkpoint.save = str(tmp_path)
     run.reliability.stall_timeout_minutes = LIMIT_S / 60
     run.reliability.first_step_timeout_minutes = 1.0
-    with watchdog.watch_over(run, first_step=5):
+    with watchdog.watch_over(run.reliability, run.log_folder, first_step=5):
         yield told
 
 

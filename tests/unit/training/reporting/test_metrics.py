@@ -143,10 +143,14 @@ def make_metrics(number: int, **changes):
 
 @pytest.fixture
 def reporter(tmp_path: Path):
-    from megatron_croc.training.reporting.reporting import Reporter
+    return open_reporter(tmp_path)
+
+
+def open_reporter(tmp_path: Path):
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
-    return Reporter(run, train_iters=5, world_size=2)
+    return build_reporter(run, train_iters=5, world_size=2)
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -186,10 +190,10 @@ def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
 
 def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=True)
-    reporter = Reporter(run, train_iters=4, world_size=2)
+    reporter = build_reporter(run, train_iters=4, world_size=2)
     for number in range(1, 5):
         reporter.add_step(number, make_metrics(number), waited=0.0)
     reporter.add_validation(4, make_metrics(4))
@@ -267,7 +271,7 @@ def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkey
     ],
 )
 def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, caplog):
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_interval=1, **changes)
     assert run.model.num_replaced_tokens == 12
@@ -275,7 +279,7 @@ def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, cap
     counts = [0] * size
     for token in range(8 * 12):
         counts[token % num_used] += 1
-    reporter = Reporter(run, train_iters=9, world_size=1)
+    reporter = build_reporter(run, train_iters=9, world_size=1)
     with caplog.at_level("WARNING"):
         reporter.add_step(1, make_metrics(1, pool_counts=(12,) + (0,) * (size - 1)), waited=0.0)
         assert not caplog.messages  # one image says nothing
@@ -301,21 +305,19 @@ def test_validation_has_rows_of_its_own(reporter, tmp_path: Path):
 
 
 def test_a_resumed_run_goes_on_in_the_same_file(reporter, tmp_path: Path):
-    from megatron_croc.training.reporting.reporting import Reporter
-
     reporter.add_step(2, make_metrics(2), waited=0.0)
     reporter.close()
-    again = Reporter(reporter.run, train_iters=5, world_size=2)
+    again = open_reporter(tmp_path)
     again.add_step(4, make_metrics(4), waited=0.0)
     assert [row["iteration"] for row in rows_of(tmp_path)] == [2, 4]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     monkeypatch.setenv("RANK", "1")
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=1)
-    reporter = Reporter(run, train_iters=2, world_size=2)
+    reporter = build_reporter(run, train_iters=2, world_size=2)
     reporter.add_step(1, make_metrics(1), waited=0.0)
     reporter.close()
     assert not (tmp_path / "log").exists()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_croc.config.logging_checks import find_logging_faults
-from megatron_croc.training.reporting import reporting
+from megatron_croc.training.build import build_reporter
 from tests.support.synthetic import tiny_run
 
 
@@ -32,7 +32,7 @@ def client(monkeypatch):
 
 def report(folder, iteration: int) -> None:
     run = tiny_run(wandb_project="croc", wandb_exp_name="first", save=folder, tensorboard=False)
-    reporter = reporting.Reporter(run, train_iters=9, world_size=1)
+    reporter = build_reporter(run, train_iters=9, world_size=1)
     reporter._write(iteration, {"iteration": iteration, "loss": 0.5})
     reporter.close()
 
