@@ -1,7 +1,8 @@
 """Norm of all gradient shards with one read of the device, for use without TE and apex.
 
 megatron's own fallback (megatron.core.utils.local_multi_tensor_l2_norm) reads the norm of each
-shard from the device separately, so the host waits once per shard in every step.
+shard from the device separately, so the host waits once per shard in every step. The replacement
+holds for the whole process (docs/design.md, "State that belongs to the whole process").
 """
 
 import torch

@@ -58,7 +58,7 @@ class ProfileWindow:
             self.close(last=iteration)
 
     def close(self, last: int | None = None) -> None:
-        """Stop recording and write the files; nothing happens outside the window.
+        """Stop recording and write the files. Outside the window it does nothing.
 
         Args:
             last: last step recorded; None: the run ends inside the window.

@@ -5,7 +5,7 @@
      "collective": "reduce-scatter", "micro_batch": null, "num_collectives": 71, "since": 1764.0}
 
 A process has one heartbeat, kept in this module: `enter` is called from inside megatron's schedule,
-where nothing of ours can be passed along (docs/design.md, "State that belongs to the whole
+where it cannot be passed as an argument (docs/design.md, "State that belongs to the whole
 process"). Each call is one pwrite of 512 bytes into the page cache, so the last phase can be read
 even after SIGKILL.
 """
