@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that never stopped, at the same or another layout."""
+"""A resumed run equals an uninterrupted run, at the same and at another layout."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_resume_at_another_layout(tmp_path: Path, saved_at: str, resumed_at: lis
 
 
 def start_stage(stage: str, changes: dict, pretrained: str, save: str | None) -> dict:
-    """Start a stage from another one's checkpoint; whole tensors by name (one process)."""
+    """Start a stage from another stage's checkpoint; return whole tensors by name (one process)."""
     from megatron_croc.model.sharded_weights import iter_shards
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_training_state

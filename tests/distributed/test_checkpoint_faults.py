@@ -1,4 +1,4 @@
-"""Faults while a checkpoint is written or read, made to happen in real processes."""
+"""Faults during the writing and reading of checkpoints, injected into real processes."""
 
 import os
 import resource
@@ -149,7 +149,7 @@ def weights_of(training) -> list[torch.Tensor]:
 
 @contextmanager
 def file_limit(num_bytes: int) -> Iterator[None]:
-    """What a full disk looks like to one process: a write fails half-way."""
+    """Simulate a full disk in one process: a write fails half-way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     yield

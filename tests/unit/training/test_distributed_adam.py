@@ -1,4 +1,4 @@
-"""Checkpoints go from any AdamW to any other (Transformer Engine's own: tests/libraries)."""
+"""Checkpoints of each AdamW load into every other (Transformer Engine's: tests/libraries)."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.synthetic import make_step, tiny_run
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW in the form of Transformer Engine's and apex's: what it keeps, and where."""
+    """AdamW with the state layout of Transformer Engine's and apex's."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
         assert adam_w_mode and not capturable

@@ -69,7 +69,7 @@ class Reference:
 
 
 def train_step(training, number: int) -> tuple[dict[str, torch.Tensor], object]:
-    """One real step; the gradients the optimizer was given, and its metrics."""
+    """Run one real step; return the gradients given to the optimizer, and the metrics."""
     gradients = {}
 
     def note_gradients():

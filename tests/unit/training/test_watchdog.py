@@ -1,4 +1,4 @@
-"""The watchdog's limits, in tenths of a second."""
+"""Time limits of the watchdog, in tenths of a second."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ LIMIT_S = 0.2
 
 @pytest.fixture
 def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Errors told of a run that goes on from step 4; a world of one is not ended."""
+    """Errors logged for a run that continues from step 4; a single process is not ended."""
     told: list[str] = []
     monkeypatch.setattr(watchdog.logger, "error", lambda form, *args: told.append(form % args))
     run = get_recipe("tiny/pretrain_croc")

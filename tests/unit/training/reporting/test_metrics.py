@@ -1,4 +1,4 @@
-"""Sums over ranks worked out by hand, and what the reporter makes of them."""
+"""Sums over ranks computed by hand, and the lines that the reporter writes."""
 
 import json
 from pathlib import Path
@@ -215,7 +215,7 @@ def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
 
 
 def set_clock(monkeypatch) -> list[float]:
-    """A clock that shows [0] until that is changed, however often it is read."""
+    """Replace the reporter's clock; it shows element 0 of the returned list."""
     from megatron_croc.training.reporting import reporting
 
     now = [0.0]

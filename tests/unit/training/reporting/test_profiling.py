@@ -1,4 +1,4 @@
-"""Which steps a window holds; what is in the trace."""
+"""Steps of the profiler's window, and content of the trace."""
 
 import gzip
 import json

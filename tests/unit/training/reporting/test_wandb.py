@@ -1,4 +1,4 @@
-"""One W&B run over all restarts, and none that stops training. Its client is stood in for."""
+"""One W&B run over all restarts; errors of W&B do not stop training. The client is a stub."""
 
 import sys
 from types import SimpleNamespace
@@ -11,12 +11,12 @@ from tests.support.synthetic import tiny_run
 
 
 class OfflineError(Exception):
-    """What the client raises."""
+    """Error type of the client."""
 
 
 @pytest.fixture
 def client(monkeypatch):
-    """What its `init` was called with, and what was logged."""
+    """Stub of the client that records the arguments of `init` and the logged lines."""
     started, logged = [], []
 
     def init(**settings):

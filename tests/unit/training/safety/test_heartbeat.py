@@ -49,7 +49,7 @@ def test_a_bracket_in_the_text_is_no_collective(folder: Path):
 
 
 def test_the_longest_line_leaves_nothing_behind(tmp_path: Path, monkeypatch):
-    """A line longer than the file would leave its end after the next, shorter one."""
+    """A line longer than the file would leave its end behind a shorter next line."""
     monkeypatch.setattr(heartbeat.socket, "gethostname", lambda: "n" * 64)
     monkeypatch.setenv("RANK", "16384")
     heartbeat.open_heartbeat(tmp_path)
@@ -72,7 +72,7 @@ def test_a_torn_file_is_no_heartbeat(folder: Path):
 
 
 def write(folder: Path, number: int, **changes: object) -> None:
-    """Another rank's heartbeat, written as that rank would."""
+    """Write the heartbeat of another rank."""
     import json
     from dataclasses import asdict
 
