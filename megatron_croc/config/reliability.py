@@ -17,7 +17,7 @@ class ReliabilityConfig:
     """Longest time in one phase of a step before the watchdog ends the rank and names it."""
 
     first_step_timeout_minutes: float = 20.0
-    """The same limit for the first step of a run, in which kernels are compiled and tuned."""
+    """stall_timeout_minutes in the first step of a run, which compiles and tunes kernels."""
 
     exit_duration_in_mins: float | None = None
     """Minutes of training after which the run stops with a checkpoint; None: no limit."""
