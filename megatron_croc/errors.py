@@ -1,16 +1,16 @@
-"""Exception types that reach the user: one clear line, and the way out."""
+"""Exceptions shown to the user: one clear line with the way out."""
 
 
 class CrocError(ValueError):
-    """Base of every error caused by input the user can mend."""
+    """Base of all errors that the user can fix."""
 
 
 class ConfigError(CrocError):
-    """One or more settings are wrong; the message lists every fault, a line each."""
+    """One or more settings are wrong; the message has one line per fault."""
 
 
 class DataError(CrocError):
-    """A sample, shard or tokenizer is not what training needs; the message names it."""
+    """A sample, shard or tokenizer cannot be used; the message names it."""
 
 
 class CheckpointError(CrocError):
@@ -18,9 +18,9 @@ class CheckpointError(CrocError):
 
 
 class RunError(CrocError):
-    """The run itself cannot go on: a rank is lost, or step after step is not finite."""
+    """The run cannot continue: a rank is lost, or too many steps in a row are not finite."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its kind, where it says nothing (an EOFError)."""
+    """First line of an error's message; the name of its type if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,8 @@
-"""Optional GPU libraries and the versions of them this code was written against.
+"""Optional GPU libraries, and the versions that this code is written for.
 
-Their interfaces are partly private and change without notice, so another version is named once,
-with what is assumed of it. tests/libraries checks the ends of each range against their own Python.
+Their interfaces are partly private and change without notice, so another version is logged once,
+with the interfaces that are used. tests/libraries tests the oldest and newest version of each range
+with the library's own Python code.
 """
 
 import functools
@@ -14,27 +15,27 @@ from megatron_croc.log import get_logger, log_on_rank_zero
 
 
 class Known(NamedTuple):
-    """A range of versions, and what is taken from them."""
+    """Range of known versions, and the interfaces used."""
 
     first: tuple[int, int]
-    """Oldest major and minor version."""
+    """Oldest known major and minor version."""
 
     last: tuple[int, int]
-    """Newest one."""
+    """Newest known major and minor version."""
 
     modules: tuple[str, ...]
-    """What is imported of it: the first of these that is there."""
+    """Modules to import: the first one that is installed."""
 
     assumed: str
-    """What of it this code relies on."""
+    """Interfaces that this code relies on, as text for the log."""
 
     @property
     def range(self) -> str:
-        """2.8 to 2.20."""
+        """Text such as "2.8 to 2.20"."""
         return " to ".join("{}.{}".format(*edge) for edge in (self.first, self.last))
 
     def covers(self, found: str) -> bool:
-        """Whether a version is within the range; one that is not a number is not."""
+        """Return True if a version is in the range; False if it is not a number."""
         numbers = re.match(r"(\d+)\.(\d+)", found)
         return (
             numbers is not None
@@ -58,12 +59,12 @@ KNOWN = {
     "flash-attn-3": Known(
         first=(3, 0),
         last=(3, 0),
-        # Its own setup.py puts it at the top, Transformer Engine's instructions in a package.
+        # Its setup.py installs it as a top-level module, Transformer Engine's guide in a package.
         modules=("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
         assumed="the arguments of _flash_attn_forward and _backward",
     ),
 }
-"""Distribution -> what is known of it."""
+"""Known versions by distribution."""
 
 
 @functools.cache

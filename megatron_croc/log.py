@@ -1,4 +1,8 @@
-"""Logging that knows its rank, read from the environment: usable before torch is imported."""
+"""Logging with the rank in every line, usable before torch is imported.
+
+The logger and the set of messages logged once belong to the whole process (docs/design.md, "State
+that belongs to the whole process").
+"""
 
 import functools
 import logging
@@ -10,18 +14,18 @@ ROOT = "megatron_croc"
 
 
 def rank() -> int:
-    """Rank of this process as torchrun tells it; 0 when there is only one."""
+    """Rank of this process, from torchrun's environment; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes that torchrun started; 1 without a launcher."""
+    """Number of processes, from torchrun's environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @functools.cache
 def _root() -> logging.Logger:
-    """The project's logger: one handler on stdout, apart from the root logger of the process."""
+    """Logger of the project: one handler on stdout, separate from the process's root logger."""
     root = logging.getLogger(ROOT)
     root.setLevel(os.environ.get("LOG_LEVEL", "INFO").upper())
     root.propagate = False  # libraries that call logging.basicConfig would print each line twice
@@ -33,7 +37,7 @@ def _root() -> logging.Logger:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of one module; every rank that logs through it is heard.
+    """Logger of one module; it writes on every rank.
 
     Args:
         name: `__name__` of the module.
@@ -45,29 +49,29 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def log_on_rank_zero(logger: logging.Logger, level: int, message: str, *args: object) -> None:
-    """Log on rank 0 only: for what is the same on every rank."""
+    """Log on rank 0 only, for messages that are equal on every rank."""
     if rank() == 0:
         logger.log(level, message, *args)
 
 
-_said: set[tuple[str, str]] = set()
+_logged_once: set[tuple[str, str]] = set()
 
 
 def log_once(logger: logging.Logger, level: int, message: str, *args: object) -> None:
-    """Log a message once per process and rank 0 only, however often the code comes by."""
+    """Log a message once per process, on rank 0 only."""
     key = (logger.name, message % args if args else message)
-    if key not in _said:
-        _said.add(key)
+    if key not in _logged_once:
+        _logged_once.add(key)
         log_on_rank_zero(logger, level, message, *args)
 
 
 def quiet_megatron() -> None:
-    """Silence megatron-core's notes on absent apex and Transformer Engine on every rank."""
+    """Silence megatron-core's warnings about missing apex and Transformer Engine."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
-    # megatron 0.16 calls torch.distributed by names that torch 2.13 has just renamed.
+    # megatron 0.16 uses names of torch.distributed that torch 2.13 has renamed.
     for module in (r"torch\.distributed.*", r"megatron\.core.*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
-quiet_megatron()  # its notes come while it is imported, which this module is before
+quiet_megatron()  # megatron warns while it is imported, which happens after this module

@@ -1,1 +1,1 @@
-"""Save, resume, and start from another stage's weights."""
+"""Saving and resuming of runs, and loading weights of another training stage."""

@@ -1,4 +1,4 @@
-"""Find the checkpoint to read, and know that it is whole before anything is loaded from it."""
+"""Choice of the checkpoint to read, verified before anything is loaded from it."""
 
 import logging
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 
 logger = get_logger(__name__)
 
-WAY_OUT = "--no-verify-checkpoint loads it all the same"
+WAY_OUT = "--no-verify-checkpoint loads it without the check"
 
 
 @contextmanager
 def open_for_resume(checkpoint: CheckpointConfig) -> Iterator[Path | None]:
-    """The newest undamaged checkpoint of `load`, the same on every rank; None: there is none.
+    """Open the newest undamaged checkpoint of `load`, the same on every rank; None: there is none.
 
-    It cannot be removed by another run while the block lasts.
+    Other runs cannot remove it inside the block.
 
     Raises:
-        CheckpointError: every one is damaged, or the latest one is and `strict_resume` is set.
+        CheckpointError: all are damaged, or the latest is damaged and `strict_resume` is set.
     """
     assert checkpoint.load is not None
     folders = _from_rank_zero(resume_candidates(checkpoint.load) if rank() == 0 else [])
@@ -37,7 +37,7 @@ def open_for_resume(checkpoint: CheckpointConfig) -> Iterator[Path | None]:
             if not damage:
                 if passed:
                     log_on_rank_zero(
-                        logger, logging.WARNING, "%s; taking %s instead", "; ".join(passed), folder
+                        logger, logging.WARNING, "%s; using %s instead", "; ".join(passed), folder
                     )
                 yield folder
                 return
@@ -55,10 +55,10 @@ def open_for_resume(checkpoint: CheckpointConfig) -> Iterator[Path | None]:
 
 @contextmanager
 def open_for_start(root: str | Path, *, verify: bool) -> Iterator[Path]:
-    """The checkpoint that another run starts from; never a different one than was asked for.
+    """Open the checkpoint that a new run starts from; never an older one instead.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     folder = latest_checkpoint(root)
     if folder is None:
@@ -73,7 +73,7 @@ def open_for_start(root: str | Path, *, verify: bool) -> Iterator[Path]:
 
 
 def agreed_damage(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint; every rank reads its share and hears of all."""
+    """Check a checkpoint, each rank a share of the files; return the damage that all found."""
     mine = find_damage(folder, share=rank(), shares=world_size())
     everyone: list[list[str]] = [[] for _ in range(world_size())]
     dist.all_gather_object(everyone, mine)
@@ -86,7 +86,7 @@ def _line(folder: Path, damage: list[str]) -> str:
 
 
 def _from_rank_zero(folders: list[Path]) -> list[Path]:
-    """What rank 0 sees: ranks that look a moment apart must not choose differently."""
+    """Broadcast the list of rank 0, so that ranks which look at different times choose the same."""
     box = [folders]
     dist.broadcast_object_list(box, src=0)
     return box[0]

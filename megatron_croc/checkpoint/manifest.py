@@ -1,17 +1,16 @@
-"""The final marker of a checkpoint: manifest.json, with size and digests of every file in it.
+"""Manifest of a checkpoint: manifest.json, with size and digests of every file.
 
-A folder without it was never finished. Digests are SHA-256 of pieces of a file, so that ranks and
-threads share the work even when one file holds most of a checkpoint.
+It is written last, so a folder without it was never finished. Digests are SHA-256 of pieces of a
+file, so ranks and threads can share the work even if one file holds most of a checkpoint.
 """
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_croc.data.store.shard_writer import write_atomically
+from megatron_croc.atomic_files import sync_directory, write_atomically
 from megatron_croc.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -20,20 +19,20 @@ PIECE_BYTES = 64 * 2**20
 """Bytes per digest; part of the format."""
 
 THREADS = 4
-"""Pieces hashed at a time by one process; hashlib lets go of the interpreter's lock."""
+"""Pieces that one process hashes at the same time; hashlib releases the GIL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """What one file holds."""
+    """Size and digests of one file."""
 
     num_bytes: int
     sha256: list[str]
-    """One per piece, in order; none for an empty file."""
+    """Hex digest of each piece, in order; empty for an empty file."""
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Read a file once, a few pieces at a time."""
+    """Compute the digests of a file, reading it once."""
     num_bytes = path.stat().st_size
     starts = range(0, num_bytes, PIECE_BYTES)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -42,31 +41,31 @@ def digest_file(path: Path) -> FileDigest:
 
 
 def write_manifest(folder: Path, digests: dict[str, FileDigest] | None = None) -> None:
-    """Finish a checkpoint: name every file in it, and put all of it on the disk.
+    """Write the manifest of all files in a folder, and flush the folder to disk.
 
     Args:
-        folder: holds every file already.
-        digests: of files that were read back before; the others are read now.
+        folder: holds all other files already.
+        digests: known digests by file name; other files are read now.
     """
     known = digests or {}
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
     files = {name: known.get(name) or digest_file(folder / name) for name in names}
-    rows = {n: {"bytes": d.num_bytes, "sha256": d.sha256} for n, d in files.items()}
-    content = json.dumps({"piece_bytes": PIECE_BYTES, "files": rows}, indent=1) + "\n"
+    entries = {n: {"bytes": d.num_bytes, "sha256": d.sha256} for n, d in files.items()}
+    content = json.dumps({"piece_bytes": PIECE_BYTES, "files": entries}, indent=1) + "\n"
     write_atomically(folder / MANIFEST_FILE, content.encode())
     sync_directory(folder)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a folder has the final marker; says nothing about later damage."""
+    """Return True if a folder has a manifest; the files are not checked."""
     return (folder / MANIFEST_FILE).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, FileDigest]:
-    """Files of a checkpoint by name.
+    """Read the manifest: file name -> size and digests.
 
     Raises:
-        CheckpointError: no manifest (the checkpoint was never finished), or an unreadable one.
+        CheckpointError: the manifest is missing (the checkpoint was never finished) or damaged.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -74,8 +73,8 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
         if content["piece_bytes"] != PIECE_BYTES:
             raise ValueError(f"piece_bytes is {content['piece_bytes']}, not {PIECE_BYTES}")
         files = {
-            name: FileDigest(num_bytes=int(row["bytes"]), sha256=list(row["sha256"]))
-            for name, row in content["files"].items()
+            name: FileDigest(num_bytes=int(entry["bytes"]), sha256=list(entry["sha256"]))
+            for name, entry in content["files"].items()
         }
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint was never finished") from error
@@ -87,12 +86,15 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
 
 
 def find_damage(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
-    """Compare files with the manifest; a line per damaged piece, empty when all is well.
+    """Compare files with the manifest.
 
     Args:
         folder: a checkpoint.
-        share: which share of the pieces to read, 0..shares-1.
-        shares: into how many the pieces are dealt.
+        share: share of the pieces to read, 0..shares-1.
+        shares: number of shares.
+
+    Returns:
+        one line per damaged piece; empty for an undamaged checkpoint.
     """
     if not folder.is_dir():
         return ["there is no such folder"]
@@ -139,12 +141,3 @@ def _digest_piece(path: Path, start: int) -> str:
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
-
-
-def sync_directory(folder: Path) -> None:
-    """Put the names in a directory on the disk: a rename is durable only after it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

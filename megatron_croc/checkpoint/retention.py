@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and how one is removed so that nobody ever reads half of it."""
+"""Removal of old checkpoints; a checkpoint that is being read is never removed."""
 
 import errno
 import fcntl
@@ -15,19 +15,19 @@ from megatron_croc.log import get_logger
 logger = get_logger(__name__)
 
 STAGED = ".incomplete"
-"""Ends the name of a checkpoint that is being written."""
+"""Suffix of a checkpoint that is being written."""
 
 REMOVED = ".removed"
-"""Ends the name of a checkpoint that is being deleted."""
+"""Suffix of a checkpoint that is being deleted."""
 
 
 @contextmanager
 def being_read(folder: Path) -> Iterator[None]:
-    """Keep other runs from removing a checkpoint while it is read (where the disk has locks)."""
+    """Lock a checkpoint against removal by other runs, if the file system has locks."""
     try:
         handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
     except OSError:
-        yield  # not there or not readable: for the reader to say
+        yield  # missing or not readable: the reader reports it
         return
     try:
         _lock(handle, fcntl.LOCK_SH)
@@ -37,7 +37,7 @@ def being_read(folder: Path) -> Iterator[None]:
 
 
 def sweep(root: Path) -> None:
-    """Delete what killed runs left behind: half-written and half-deleted checkpoints."""
+    """Delete half-written and half-deleted checkpoints of killed runs."""
     for ending in (STAGED, REMOVED):
         for left in root.glob(f"iter_*{ending}"):
             if iteration_of(left.with_suffix("")) is not None:
@@ -45,10 +45,10 @@ def sweep(root: Path) -> None:
 
 
 def retire(folder: Path) -> Path | None:
-    """Take a checkpoint's name away in one move.
+    """Rename a checkpoint, so that it no longer counts as one.
 
     Returns:
-        the folder to delete, under its new name; None when somebody reads the checkpoint.
+        the renamed folder, to be deleted; None when another process reads the checkpoint.
     """
     away = folder.with_name(folder.name + REMOVED)
     shutil.rmtree(away, ignore_errors=True)
@@ -67,7 +67,7 @@ def retire(folder: Path) -> Path | None:
 
 
 def _lock(handle: int, kind: int) -> bool:
-    """Whether the lock was got; a disk without locks gives every one."""
+    """Return True if the lock was acquired, or if the file system has no locks."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -76,10 +76,10 @@ def _lock(handle: int, kind: int) -> bool:
 
 
 def superfluous(latest: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Checkpoints beside `latest` that may go, oldest first.
+    """List the checkpoints beside `latest` that may be removed, oldest first.
 
-    Never the latest, never a later one (somebody set the run back), never one without a manifest:
-    it is no checkpoint, so it does not count as one of those kept either.
+    Never the latest, never a later one (the run was set back), and never a folder without a
+    manifest; such a folder does not count towards `keep_last` either.
     """
     now = iteration_of(latest)
     if keep_last is None or now is None:
@@ -98,11 +98,11 @@ def superfluous(latest: Path, *, keep_last: int | None, keep_every: int | None) 
 
 
 def prune(latest: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Retire superfluous checkpoints; their folders, still to be deleted."""
+    """Rename superfluous checkpoints; return the folders to delete."""
     gone = []
     for folder in superfluous(latest, keep_last=keep_last, keep_every=keep_every):
         if (away := retire(folder)) is None:
-            logger.info("kept %s: somebody is reading it", folder)
+            logger.info("kept %s: another process is reading it", folder)
         else:
             gone.append(away)
     return gone

@@ -1,9 +1,10 @@
-"""Read torch_dist checkpoints without running anything that a file could name.
+"""Reading of torch_dist checkpoints without executing code from their files.
 
-torch keeps a checkpoint's index (.metadata) and stored objects as pickles, and loads them in a way
-that calls whatever they name. Here an index is built from the few classes an index is made of,
-stored objects are never opened (megatron's extra states, all None), and what common.pt and tensors
-are made of is torch's own restricted list.
+torch stores the index of a checkpoint (.metadata) and its objects as pickles, and loads them in a
+way that can call any function. Here the index may use only the classes that an index needs, stored
+objects are never opened (megatron's extra states, all None), and common.pt and tensors are loaded
+with torch's restricted unpickler. megatron's reader and planner are replaced for the whole process
+(docs/design.md, "State that belongs to the whole process").
 """
 
 import io
@@ -42,7 +43,7 @@ _INDEX_CLASSES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    # megatron keeps the ranks' plans beside the tensors.
+    # megatron stores the ranks' plans beside the tensors.
     "torch.distributed.checkpoint.planner": {
         "SavePlan",
         "TensorWriteData",
@@ -51,14 +52,14 @@ _INDEX_CLASSES = {
     },
     "torch.serialization": {"_get_layout"},
 }
-"""What an index may be made of, by module; dtypes of torch too."""
+"""Classes allowed in an index, by module; torch dtypes are allowed too."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds an index's own classes and nothing else."""
+    """Unpickler that allows only the classes of an index."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """The class of that name, where an index may hold it."""
+        """Return an allowed class; raise UnpicklingError for any other."""
         allowed = global_name in _INDEX_CLASSES.get(module_name, ())
         if not allowed and not (module_name == "torch" and _is_dtype(global_name)):
             raise pickle.UnpicklingError(f"{module_name}.{global_name} does not belong there")
@@ -70,11 +71,11 @@ def _is_dtype(name: str) -> bool:
 
 
 def read_index(folder: Path) -> Metadata:
-    """The names, shapes and places of a checkpoint's tensors.
+    """Read the index: names, shapes and files of a checkpoint's tensors.
 
     Raises:
-        CheckpointError: none there, damaged, or naming anything but an index's own classes and
-            files of its own folder.
+        CheckpointError: the index is missing or damaged, uses a class that is not allowed, or
+            names a file outside its folder.
     """
     path = folder / INDEX_FILE
     try:
@@ -94,14 +95,14 @@ def read_index(folder: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
-    """torch's reader with an index read safely, once."""
+    """torch's reader, with the index read safely and once."""
 
     def __init__(self, folder: str | Path, *_: object, **__: object) -> None:
         super().__init__(folder)
         self._index: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The index."""
+        """Return the index."""
         if self._index is None:
             self._index = read_index(Path(self.path))
             if getattr(self._index, "storage_meta", None) is None:
@@ -110,22 +111,22 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(torch_strategies.MCoreLoadPlanner):
-    """megatron's planner, which opens tensors only."""
+    """megatron's planner, restricted to tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Never asked for by our state; a checkpoint cannot make it."""
+        """Refuse a stored object; our state never asks for one."""
         raise CheckpointError(f"{read_item.dest_index.fqn} is a stored object, not a tensor")
 
 
 def load_state(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fill sharded state from a checkpoint; what `dist_checkpointing.load` does, safely.
+    """Fill sharded state from a checkpoint, as `dist_checkpointing.load` does, but safely.
 
     Args:
         content: megatron's sharded state, tensors only (no ShardedObject).
         folder: a checkpoint.
 
     Raises:
-        CheckpointError: common.pt holds more than plain values and tensors.
+        CheckpointError: common.pt holds objects other than plain values and tensors.
     """
     torch_strategies._get_filesystem_reader = _Reader  # type: ignore[assignment]
     torch_strategies.MCoreLoadPlanner = _Planner  # type: ignore[misc]

@@ -1,12 +1,12 @@
-"""Write checkpoints while a run goes on: nothing half-written is ever taken for one.
+"""Saving of checkpoints: a half-written checkpoint can never be mistaken for a complete one.
 
     stage     iter_0000100.incomplete/: every rank writes its files and reads them back
-    agree     every rank tells rank 0 what it wrote; one failure fails the checkpoint on all
+    agree     every rank reports to rank 0; one failure fails the checkpoint on all ranks
     finish    rank 0: index, state, settings, manifest.json (digests of all files), fsync
-    publish   rename to iter_0000100/, then latest_checkpointed_iteration.txt, each in one move
-    prune     older checkpoints that need not be kept lose their name, then their content
+    publish   rename to iter_0000100/, then write latest_checkpointed_iteration.txt atomically
+    prune     rename, then delete older checkpoints that need not be kept
 
-A failed save is said in a line and training goes on; the latest checkpoint stays what it was.
+A failed save is logged and training continues; the previous checkpoint stays the latest.
 """
 
 import io
@@ -26,15 +26,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_croc.checkpoint.manifest import sync_directory, write_manifest
+from megatron_croc.atomic_files import sync_directory, write_atomically
+from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.retention import STAGED, prune, retire, sweep
 from megatron_croc.checkpoint.safe_reading import COMMON_FILE
 from megatron_croc.checkpoint.sharded import checkpoint_content
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
 from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE, Share, Written, reason
-from megatron_croc.config.base import to_yaml
-from megatron_croc.config.run import RunConfig
-from megatron_croc.data.store.shard_writer import write_atomically
+from megatron_croc.config.checkpoint import CheckpointConfig
 from megatron_croc.errors import CheckpointError
 from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.parallel.device import current_device
@@ -43,52 +42,37 @@ from megatron_croc.parallel.stopwatch import region
 logger = get_logger(__name__)
 
 
-def save_checkpoint(
-    run: RunConfig,
-    state: TrainState,
-    chunks: Sequence[nn.Module],
-    optimizer: MegatronOptimizer,
-    pg_collection: ProcessGroupCollection,
-) -> Path:
-    """Write one checkpoint, wait for it, and make it the latest; every rank must call it.
-
-    Returns:
-        the checkpoint's folder.
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write its part.
-    """
-    saver = CheckpointSaver(run, chunks, optimizer, pg_collection)
-    saver.save(state)
-    saver.close()
-    assert run.checkpoint.save is not None
-    return iteration_folder(Path(run.checkpoint.save), state.iteration)
-
-
 class CheckpointSaver:
-    """Saves a run's checkpoints. Every rank calls every method, at the same step.
+    """Writer of a run's checkpoints. Every rank calls every method at the same step.
 
-    With `async_save`, `save` returns when the state is copied to host memory, and `poll` publishes
-    the checkpoint at a later step, once every rank has written: the ranks learn it from an
-    all-reduce that one step starts and the next picks up, so none waits for another one's disk.
+    With `async_save`, `save` returns once the state is copied to host memory. `poll` publishes the
+    checkpoint at a later step, when all ranks have written their files. They find out by an
+    all-reduce that one step starts and the next step reads, so no rank waits for another's disk.
     """
 
     def __init__(
         self,
-        run: RunConfig,
+        config: CheckpointConfig,
         chunks: Sequence[nn.Module],
         optimizer: MegatronOptimizer,
         pg_collection: ProcessGroupCollection,
+        *,
+        settings: str,
     ) -> None:
-        """Clear what a killed run left half-written or half-deleted in the run's folder.
+        """Delete incomplete checkpoints that a killed run left in the folder.
 
-        Without a folder (`run.checkpoint.save` is None) nothing is ever saved.
+        Args:
+            config: folder and retention; nothing is saved if `save` is None.
+            chunks: this rank's model chunks, wrapped in DistributedDataParallel.
+            optimizer: distributed optimizer.
+            pg_collection: process groups.
+            settings: all settings of the run as YAML, written to run.yaml in each checkpoint.
         """
-        self.run = run
+        self.config, self.settings = config, settings
         self.chunks = chunks
         self.optimizer = optimizer
         self.pg_collection = pg_collection
-        self.root = Path(run.checkpoint.save) if run.checkpoint.save else None
+        self.root = Path(config.save) if config.save else None
         self._pending: _Pending | None = None
         self._gone: list[Path] = []
         self._deleting: list[threading.Thread] = []
@@ -98,9 +82,9 @@ class CheckpointSaver:
 
     @region("checkpoint", whole=True)
     def save(self, state: TrainState) -> None:
-        """Save the state as it is now; first finishes the save before it.
+        """Save the current state; a pending save is finished first.
 
-        A save that fails is logged, and the run goes on from memory.
+        A failed save is logged, and training continues.
         """
         if self.root is None:
             return
@@ -110,8 +94,8 @@ class CheckpointSaver:
         if error := _on_rank_zero(lambda: _make_empty(staged)):
             self._failed(final, error)
             return
-        is_async = self.run.checkpoint.async_save
-        with _weights_of_this_step(self.run, self.chunks):
+        is_async = self.config.async_save
+        with _weights_of_this_step(self.chunks):
             content = checkpoint_content(self.chunks, self.optimizer, self.pg_collection)
             share = Share(content, staged, live=self._live() if is_async else None)
         self._pending = _Pending(share, replace(state), staged, final)
@@ -119,13 +103,13 @@ class CheckpointSaver:
             self.finish()
 
     def poll(self) -> None:
-        """Once a step: publish the checkpoint under way if all ranks have written theirs."""
+        """Publish the pending checkpoint if all ranks have written it. Call it every step."""
         if self._pending is not None and self._pending.is_written_everywhere():
             self.finish()
 
     @region("checkpoint", whole=True)
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and publish it."""
+        """Wait for the pending save, if there is one, and publish it."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -134,7 +118,7 @@ class CheckpointSaver:
         dist.gather_object(written, everyone)
         if error := _on_rank_zero(lambda: self._publish(pending, everyone or [])):
             if rank() == 0:
-                shutil.rmtree(pending.staged, ignore_errors=True)  # a full disk needs the room
+                shutil.rmtree(pending.staged, ignore_errors=True)  # free the space on a full disk
             self._failed(pending.final, error)
             return
         self._failure = None
@@ -143,10 +127,10 @@ class CheckpointSaver:
             self._prune(pending.final)
 
     def close(self) -> None:
-        """Finish everything; the last word about what was saved.
+        """Finish the pending save and all deletions.
 
         Raises:
-            CheckpointError: the last save failed, so the newest state is in no checkpoint.
+            CheckpointError: the last save failed, so no checkpoint holds the newest state.
         """
         self.finish()
         for thread in self._deleting:
@@ -157,8 +141,8 @@ class CheckpointSaver:
 
     def _failed(self, final: Path, error: str) -> None:
         self._failure = f"{final} could not be saved: {error}"
-        latest = "the latest checkpoint stays what it was"
-        log_on_rank_zero(logger, logging.ERROR, "%s; training goes on, %s", self._failure, latest)
+        message = "%s; training goes on, and the latest checkpoint is unchanged"
+        log_on_rank_zero(logger, logging.ERROR, message, self._failure)
 
     def _live(self) -> list[Tensor]:
         """Tensors that the next step changes in place."""
@@ -173,7 +157,7 @@ class CheckpointSaver:
         return tensors
 
     def _publish(self, pending: "_Pending", everyone: list[Written]) -> None:
-        """On rank 0: finish the folder, give it its name, point the tracker at it."""
+        """On rank 0: complete the folder, rename it, and name it in the tracker file."""
         errors = [f"rank {n}: {w.error}" for n, w in enumerate(everyone) if w.error]
         if errors:
             raise CheckpointError("; ".join(errors))
@@ -184,13 +168,13 @@ class CheckpointSaver:
         torch.save(share.common, common)
         write_atomically(staged / COMMON_FILE, common.getvalue())
         write_atomically(staged / BACKENDS_FILE, json.dumps(BACKENDS).encode())
-        write_atomically(staged / "run.yaml", to_yaml(self.run).encode())
+        write_atomically(staged / "run.yaml", self.settings.encode())
         pending.state.save(staged)
         digests = {name: digest for w in everyone for name, digest in w.digests.items()}
         write_manifest(staged, digests)
         if final.exists():
             if (away := retire(final)) is None:
-                raise CheckpointError("one of that name is being read")
+                raise CheckpointError("a checkpoint of that name is being read")
             self._gone.append(away)
         root = final.parent
         os.replace(staged, final)
@@ -199,11 +183,9 @@ class CheckpointSaver:
         sync_directory(root)
 
     def _prune(self, latest: Path) -> None:
-        """On rank 0: rename now, delete in the background."""
-        checkpoint = self.run.checkpoint
-        self._gone += prune(
-            latest, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every
-        )
+        """On rank 0: rename superfluous checkpoints now, delete them in a thread."""
+        config = self.config
+        self._gone += prune(latest, keep_last=config.keep_last, keep_every=config.keep_every)
         thread = threading.Thread(target=_delete, args=(self._gone,), daemon=True)
         self._gone = []
         thread.start()
@@ -211,7 +193,7 @@ class CheckpointSaver:
 
 
 class _Pending:
-    """A checkpoint that is being written."""
+    """Checkpoint that is being written."""
 
     def __init__(self, share: Share, state: TrainState, staged: Path, final: Path) -> None:
         self.share = share
@@ -220,20 +202,20 @@ class _Pending:
         self.final = final
         self._thread = threading.Thread(target=share.write, daemon=True)
         self._thread.start()
-        self._question: tuple[dist.Work, Tensor] | None = None
+        self._all_written: tuple[dist.Work, Tensor] | None = None
 
     def wait(self) -> Written:
-        """What this rank wrote."""
+        """Wait for this rank's writer; return its result."""
         self._thread.join()
-        if self._question is not None:
-            self._question[0].wait()  # started on all ranks, so it ends
+        if self._all_written is not None:
+            self._all_written[0].wait()  # all ranks have started it, so it ends
         assert self.share.written is not None
         return self.share.written
 
     def is_written_everywhere(self) -> bool:
-        """The answer to the question asked a step ago: the same on every rank."""
-        if self._question is not None:
-            work, answer = self._question
+        """Return True if all ranks had written at the previous call; the same on every rank."""
+        if self._all_written is not None:
+            work, answer = self._all_written
             work.wait()
             if answer.item() == 1:
                 return True
@@ -241,14 +223,14 @@ class _Pending:
         answer = torch.tensor([int(done)], device=current_device())
         work = dist.all_reduce(answer, op=dist.ReduceOp.MIN, async_op=True)
         assert work is not None
-        self._question = (work, answer)  # type: ignore[assignment]
+        self._all_written = (work, answer)  # type: ignore[assignment]
         return False
 
 
 @contextmanager
-def _weights_of_this_step(run: RunConfig, chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """With overlap_param_gather, weights not yet gathered are those of the step before."""
-    overlapped = chunks if run.optimizer.overlap_param_gather else ()
+def _weights_of_this_step(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Gather all weights first; overlap_param_gather leaves some at the previous step."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]  # type: ignore[union-attr]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
     yield
@@ -257,7 +239,7 @@ def _weights_of_this_step(run: RunConfig, chunks: Sequence[nn.Module]) -> Iterat
 
 
 def _on_rank_zero(action: Callable[[], None]) -> str | None:
-    """Do something on rank 0; why it failed, on every rank."""
+    """Run `action` on rank 0; return the reason of its failure on every rank, or None."""
     outcome: list[str | None] = [None]
     if rank() == 0:
         try:

@@ -1,8 +1,10 @@
-"""What a checkpoint holds; resume from one, or take weights from another stage's, at any layout.
+"""Content of a checkpoint, resuming from one, and loading weights of another training stage.
+
+All of it works at any layout.
 
 <save>/iter_0000100/      weights and optimizer (torch_dist), train_state.json, run.yaml,
-                          manifest.json (written last: digests of all the others)
-<save>/latest_checkpointed_iteration.txt      moved into place last, atomically
+                          manifest.json (written last: digests of all other files)
+<save>/latest_checkpointed_iteration.txt      written last, atomically
 """
 
 from collections.abc import Sequence
@@ -28,14 +30,14 @@ from megatron_croc.checkpoint.choosing import open_for_resume, open_for_start
 from megatron_croc.checkpoint.safe_reading import load_state, read_index
 from megatron_croc.checkpoint.shares import deal_out, state_to_load, state_to_save
 from megatron_croc.checkpoint.state import TrainState
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.checkpoint import CheckpointConfig
 from megatron_croc.errors import CheckpointError, first_line
 from megatron_croc.log import get_logger, log_on_rank_zero
 
 logger = get_logger(__name__)
 
 FRESH_PARTS = ("prompt_pool.", "reconstruction_head.")
-"""Parts that only stage pretrain_croc has: drawn fresh when a checkpoint lacks them."""
+"""Parts of stage pretrain_croc only; they keep their initial weights if a checkpoint lacks them."""
 
 
 def _metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def _metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
 
 
 def _model_state(chunks: Sequence[nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Sharded state of every chunk; names carry no chunk, so layouts can be changed."""
+    """Sharded state of all chunks. Keys do not name the chunk, so a checkpoint fits any layout."""
     return {
         f"model{number}": _unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for number, chunk in enumerate(chunks)
@@ -60,40 +62,51 @@ def _unwrap(chunk: nn.Module) -> nn.Module:
 def checkpoint_content(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, pg_collection: ProcessGroupCollection
 ) -> dict[str, Any]:
-    """megatron's sharded state of weights and optimizer; every rank must ask for it."""
+    """megatron's sharded state of weights and optimizer. Every rank must call it."""
     model_state = _model_state(chunks, _metadata(pg_collection))
     mine = deal_out(model_state, pg_collection.dp_cp)
     return {**model_state, "optimizer": state_to_save(optimizer, model_state, mine)}
 
 
 def load_checkpoint(
-    run: RunConfig,
+    config: CheckpointConfig,
+    stage: str,
     chunks: Sequence[nn.Module],
     optimizer: MegatronOptimizer,
     pg_collection: ProcessGroupCollection,
 ) -> TrainState | None:
-    """Resume from `run.checkpoint.load`; None when there is nothing to resume from.
+    """Load weights, optimizer and state from the folder `config.load`.
+
+    Args:
+        config: folder and checks.
+        stage: training stage of this run.
+        chunks: this rank's model chunks.
+        optimizer: distributed optimizer.
+        pg_collection: process groups.
+
+    Returns:
+        the state of the run; None when there is no checkpoint to resume from.
 
     Raises:
-        CheckpointError: a checkpoint of another stage or model, or a damaged one.
+        CheckpointError: the checkpoint is damaged, or belongs to another stage or model.
     """
-    if run.checkpoint.load is None:
+    if config.load is None:
         return None
-    with open_for_resume(run.checkpoint) as folder:
-        return None if folder is None else _resume(folder, run, chunks, optimizer, pg_collection)
+    with open_for_resume(config) as folder:
+        return None if folder is None else _resume(folder, stage, chunks, optimizer, pg_collection)
 
 
 def _resume(
     folder: Path,
-    run: RunConfig,
+    stage: str,
     chunks: Sequence[nn.Module],
     optimizer: MegatronOptimizer,
     pg_collection: ProcessGroupCollection,
 ) -> TrainState:
     state = TrainState.load(folder)
-    if state.stage != run.stage:
+    if state.stage != stage:
         raise CheckpointError(
-            f"{folder} was written by stage {state.stage}, this run is {run.stage}; to start "
+            f"{folder} was written by stage {state.stage}, this run is {stage}; to start "
             f"this stage from its weights use --pretrained-checkpoint {folder.parent}"
         )
     model_state = _model_state(chunks, _metadata(pg_collection))
@@ -113,17 +126,20 @@ def load_weights(
     *,
     verify: bool = True,
 ) -> Path:
-    """Take weights only, from the stage before; the pool and head may be missing there.
+    """Load weights only, from the previous training stage; pool and head may be missing there.
 
     Args:
-        root: a checkpoint, or a folder whose latest is meant.
-        chunks: this rank's model.
+        root: a checkpoint, or a folder of checkpoints (the latest is taken).
+        chunks: this rank's model chunks.
         pg_collection: process groups.
         verify: compare every file with its digest first.
 
+    Returns:
+        the folder of the checkpoint.
+
     Raises:
-        CheckpointError: nothing there, damaged, or a checkpoint of another architecture (names
-            the key).
+        CheckpointError: no checkpoint there, a damaged one, or one of another architecture (the
+            message names the parameter).
     """
     with open_for_start(root, verify=verify) as folder:
         _take_weights(folder, chunks, pg_collection)
@@ -144,7 +160,7 @@ def _take_weights(
     log_on_rank_zero(
         logger,
         20,
-        "took weights from %s%s",
+        "loaded weights from %s%s",
         folder,
         f"; fresh: {', '.join(fresh)}" if fresh else "",
     )
@@ -158,13 +174,13 @@ def _load(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise
     except (CheckpointingException, KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read: {first_line(error)}") from error
-    except TorchCheckpointError as error:  # a BaseException; the same one on every rank
+    except TorchCheckpointError as error:  # a BaseException, equal on every rank
         causes = {f"{type(e).__name__}: {first_line(e)}" for e, _ in error.failures.values()}
         raise CheckpointError(f"{folder} cannot be read: {'; '.join(sorted(causes))}") from error
 
 
 def _forget_objects(content: dict[str, Any]) -> None:
-    """Take no stored object: megatron's extra states are all None, and objects are pickles."""
+    """Skip stored objects: they are pickles, and megatron's extra states are all None."""
     for entries in content.values():
         for name in [n for n, entry in entries.items() if isinstance(entry, ShardedObject)]:
             entries[name] = LocalNonpersistentObject(None)
@@ -178,10 +194,13 @@ def _load_chunks(
 
 
 def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]) -> set[str]:
-    """Compare names and shapes before anything is read.
+    """Compare names and shapes of the checkpoint with the model, before any tensor is read.
 
     Returns:
-        keys of this model that the checkpoint lacks; all of them in the parts named by `fresh`.
+        keys of this model that the checkpoint lacks; all are in the parts named by `fresh`.
+
+    Raises:
+        CheckpointError: other keys are missing, or shapes differ.
     """
     stored = read_index(folder).state_dict_metadata
     shapes = {k: tuple(t.size) for k, t in stored.items() if isinstance(t, TensorStorageMetadata)}
@@ -220,9 +239,9 @@ def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]
 
 
 MAX_PADDING = 128
-"""Rows by which two paddings of one vocabulary may differ (TP sizes are far smaller)."""
+"""Largest difference in rows between two paddings of one vocabulary (TP sizes are far smaller)."""
 
 
 def _differ_by_padding(there: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Whether two vocabulary tables are the same but for the padding of their rows."""
+    """Return True if two vocabulary tables differ only in their number of padding rows."""
     return there[1:] == needed[1:] and abs(there[0] - needed[0]) < MAX_PADDING

@@ -1,16 +1,16 @@
-"""Deal a checkpoint out over the data-parallel ranks: each holds and writes an equal share.
+"""Distribution of a checkpoint over the data-parallel ranks: each holds and writes an equal share.
 
 Every data-parallel rank has the same weights, and its own slice of each bucket of the optimizer's
-float32 state, cut without regard to parameters. megatron-core's `fully_reshardable` format wants
-whole parameters; its own code gathers all of them on every rank's host, and rank 0 writes them.
-Here every parameter has one owner, and only the owner keeps its state and writes it:
+float32 state, cut across parameter boundaries. megatron-core's `fully_reshardable` format needs
+whole parameters; megatron gathers all of them on every rank's host, and rank 0 writes them. Here
+every parameter has one owner, and only the owner keeps its state and writes it:
 
     slices of a bucket   rank 0 [aaaaab]  rank 1 [bbbccc]
-    gathered piece by piece on the device, never more than MAX_GATHERED values at once
+    gathered piece by piece on the device, at most MAX_GATHERED values at once
     kept on the host     rank 0 {a: ...}  rank 1 {b: ..., c: ...}
 
-The files hold the same tensors under the same names as megatron's, so either reads the other's.
-(megatron's are wrong where a bucket before the last is padded: its parameters are then shifted.)
+The files hold the same tensors under the same names as megatron's, so each can read the other's.
+(megatron's are wrong if a bucket before the last is padded: the parameters behind it are shifted.)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,26 +28,27 @@ from torch import Tensor
 from megatron_croc.parallel.device import current_device
 
 Entry = ShardedTensor | ShardedTensorFactory
-"""A parameter, or a buffer, in megatron's sharded state."""
+"""Parameter or buffer in megatron's sharded state."""
 
 STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
-"""A parameter's float32 copy and Adam's two moments."""
+"""Names of a parameter's float32 copy and of Adam's two moments."""
 
 MAX_GATHERED = 2**25
-"""Values of all ranks that are on the device at once while state is gathered: 128 MiB."""
+"""Largest number of values of all ranks on the device during the gathering: 128 MiB."""
 
 
 def deal_out(model_state: dict[str, Any], group: dist.ProcessGroup) -> set[Tensor]:
-    """Give every tensor of `model_state` an owner among the ranks of `group`, which writes it.
+    """Assign every tensor of `model_state` to one rank of `group`, which writes it.
 
-    The largest go first, each to the rank with the least so far; all ranks find the same.
+    Largest tensors first, each to the rank with the fewest bytes so far; the result is the same on
+    every rank.
 
     Args:
         model_state: megatron's sharded state; its replica numbers are changed.
-        group: data parallel and context parallel: ranks that hold the same weights.
+        group: data and context parallel ranks, which hold the same weights.
 
     Returns:
-        those that this rank is to write.
+        the tensors that this rank writes.
     """
     rank, size = group.rank(), group.size()
     entries = list(_entries(model_state))
@@ -69,12 +70,12 @@ def deal_out(model_state: dict[str, Any], group: dist.ProcessGroup) -> set[Tenso
 def state_to_save(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], mine: set[Tensor]
 ) -> dict[str, Any]:
-    """The optimizer's sharded state, with this rank's share of the tensors; on every rank.
+    """Optimizer's sharded state with this rank's share of the tensors. Every rank must call it.
 
     Args:
         optimizer: DistributedOptimizers only.
-        model_state: after `deal_out`.
-        mine: what that returned.
+        model_state: megatron's sharded state, after `deal_out`.
+        mine: tensors that this rank writes, from `deal_out`.
     """
 
     def save(part: DistributedOptimizer) -> dict[str, Any]:
@@ -89,15 +90,15 @@ def state_to_save(
 
 
 def state_to_load(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
-    """Room for the tensors this rank's optimizer has a slice of, to be filled from a checkpoint."""
+    """Empty tensors for the parameters that this rank's optimizer has a slice of, to load into."""
 
     def load(part: DistributedOptimizer) -> dict[str, Any]:
-        room = {
+        empty = {
             parameter: {name: torch.empty(parameter.shape) for name in STATE_NAMES}
             for _, slices in _buckets(part)
             for parameter in slices
         }
-        return {"param_state": _sharded(part, model_state, room)}
+        return {"param_state": _sharded(part, model_state, empty)}
 
     return _each_part(optimizer, load)
 
@@ -118,14 +119,14 @@ def _bytes(entry: Entry) -> int:
 def _each_part(
     optimizer: MegatronOptimizer, action: Callable[[DistributedOptimizer], dict[str, Any]]
 ) -> dict[str, Any]:
-    """As a ChainedOptimizer arranges its parts: one stands alone, several are numbered."""
+    """Apply `action` to each part: one result as it is, several by number (megatron's format)."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     states = {number: action(part) for number, part in enumerate(parts)}  # type: ignore[arg-type]
     return states[0] if len(states) == 1 else states  # type: ignore[return-value]
 
 
 def _buckets(part: DistributedOptimizer) -> Iterator[tuple[Any, dict[Tensor, Any]]]:
-    """Every bucket, and the ranges of the parameters in this rank's slice of it."""
+    """All buckets, each with the parameter ranges in this rank's slice."""
     for buffer, by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
         (ranges,) = by_dtype.values()
         for bucket, of_bucket in zip(buffer.buckets, ranges, strict=True):
@@ -137,7 +138,7 @@ def _sharded(
     model_state: dict[str, Any],
     tensors: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> dict[int, dict[str, Entry]]:
-    """megatron's `param_state`: parameter's number in its buffers -> sharded state."""
+    """megatron's `param_state`: number of the parameter in its buffers -> sharded state."""
     entries = {entry.data: entry for entry in _entries(model_state)}
     parameters = [p for buffer in part.buffers for p in buffer.param_index_map]
     return {
@@ -151,7 +152,7 @@ def _sharded(
 
 
 def _like(entry: Entry, prefix: str, tensor: Tensor) -> Entry:
-    """`tensor`, cut over the ranks as `entry` is."""
+    """Entry for `tensor` with the same sharding as `entry`."""
     changes: dict[str, Any] = {"key": f"{prefix}.{entry.key}", "data": tensor}
     if isinstance(entry, ShardedTensor):
         changes["dtype"] = tensor.dtype
@@ -160,7 +161,7 @@ def _like(entry: Entry, prefix: str, tensor: Tensor) -> Entry:
 
 @torch.no_grad()
 def _gather(part: DistributedOptimizer, mine: set[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
-    """The whole state of this rank's own parameters, on the host; every rank must call it."""
+    """Gather the whole state of this rank's own parameters on the host. Every rank must call it."""
     places = {p: at for buffer in part.buffers for p, at in buffer.param_index_map.items()}
     kept: dict[Tensor, dict[str, Tensor]] = {}
     for bucket, slices in _buckets(part):
@@ -179,7 +180,7 @@ def _gather(part: DistributedOptimizer, mine: set[Tensor]) -> dict[Tensor, dict[
 def _pieces(
     part: DistributedOptimizer, bucket_numel: int, slices: dict[Tensor, Any]
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """A bucket's state piece by piece: where each rank's row begins in the bucket, and the rows."""
+    """State of a bucket in pieces: offset of each rank's part, and tensors [ranks, length]."""
     group = part.data_parallel_group
     size = group.size()
     slice_numel = bucket_numel // size
@@ -204,7 +205,7 @@ def _pieces(
 
 
 def _copy_overlap(target: Tensor, start: int, rows: Tensor, row_starts: list[int]) -> None:
-    """Copy what `rows` have of `target`, whose first value has index `start` on the same line."""
+    """Copy the overlap of each row with `target`; starts are offsets in the same bucket."""
     for row, row_start in zip(rows, row_starts, strict=True):
         low = max(start, row_start)
         high = min(start + target.numel(), row_start + row.numel())

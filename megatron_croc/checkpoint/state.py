@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint holds beside weights and optimizer."""
+"""State of a run in a checkpoint, besides weights and optimizer."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,51 +13,51 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Position of a run."""
+    """Progress of a run."""
 
     iteration: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
 
     consumed_samples: int = 0
-    """Samples done, over all sources and epochs."""
+    """Number of samples done, over all sources and epochs."""
 
     stage: str = ""
-    """Training stage that wrote the checkpoint."""
+    """Training stage of the run."""
 
     num_skipped: int = 0
-    """Steps whose update was left out because loss or gradient could not be right."""
+    """Number of steps skipped because of an anomaly in loss or gradient."""
 
     skipped_in_a_row: int = 0
-    """Of those, how many came last, one after the other."""
+    """Number of steps skipped in a row up to now."""
 
     recent_losses: list[float] = field(default_factory=list)
-    """What a spike is measured against; empty when spikes are not looked for."""
+    """Recent losses that spikes are found from; empty without spike detection."""
 
     order: OrderState | None = None
-    """Where the run stands in its order of samples; None before its first step."""
+    """Position in the order of samples; None before the first step."""
 
     def resume_point(self) -> OrderState | None:
-        """Where the order of samples goes on; None at the start of a run.
+        """Position in the order of samples to continue from; None at the start of a run.
 
         Raises:
-            CheckpointError: the checkpoint does not say.
+            CheckpointError: the checkpoint has no such position.
         """
         if self.iteration and self.order is None:
             raise CheckpointError(
-                f"the checkpoint of iteration {self.iteration} does not say which samples are done "
-                f'(no "order" in {STATE_FILE}): start a new run from it with '
+                f"the checkpoint of iteration {self.iteration} does not name its position in the "
+                f'order of samples (no "order" in {STATE_FILE}): start a new run from it with '
                 "--pretrained-checkpoint"
             )
         return self.order
 
     def advance(self, num_samples: int, order: OrderState | None) -> None:
-        """Count a step of `num_samples`; `order` says where the next one begins."""
+        """Count a step of `num_samples`; `order` is the position after it."""
         self.iteration += 1
         self.consumed_samples += num_samples
         self.order = order
 
     def progress(self) -> dict[str, float]:
-        """Counters of the samples done, in all and of each source."""
+        """Counters of samples done, in total and by source."""
         counters: dict[str, float] = {"consumed_samples": self.consumed_samples}
         if self.order is not None:
             for name, samples in zip(self.order.sources, self.order.consumed, strict=True):
@@ -66,12 +66,16 @@ class TrainState:
         return counters
 
     def save(self, folder: Path) -> None:
-        """Write it beside the weights."""
+        """Write the state to a checkpoint folder."""
         (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """Read it back; CheckpointError when it is not there or not readable."""
+        """Read the state of a checkpoint folder.
+
+        Raises:
+            CheckpointError: the file is missing or not readable.
+        """
         path = folder / STATE_FILE
         try:
             tree = json.loads(path.read_text())
@@ -86,21 +90,21 @@ class TrainState:
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
-    """`iter_0000100` under the checkpoint folder."""
+    """Path of a checkpoint: `iter_0000100` in the folder of checkpoints."""
     return root / f"iter_{iteration:07d}"
 
 
 def iteration_of(folder: Path) -> int | None:
-    """The iteration in a folder's name; None when it is no checkpoint's name."""
+    """Iteration in a folder's name; None if it is not the name of a checkpoint."""
     digits = folder.name.removeprefix("iter_")
     return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
 
 
 def resume_candidates(root: str | Path) -> list[Path]:
-    """Checkpoints a run may resume from, best first: the latest, then older ones.
+    """List the checkpoints that a run may resume from: the latest, then older ones.
 
-    A folder that is a checkpoint itself is the only candidate. Without a tracker file (a run that
-    was killed while it published its first checkpoint), every checkpoint is one.
+    If `root` is a checkpoint itself, it is the only candidate. Without a tracker file (the run was
+    killed while it published its first checkpoint), every checkpoint is a candidate.
     """
     root = Path(root)
     if (root / STATE_FILE).exists():
@@ -114,10 +118,10 @@ def resume_candidates(root: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
-    """The checkpoint that `root` names: itself, or the latest in it; None when there is none.
+    """Return `root` if it is a checkpoint, else the latest checkpoint in it; None without one.
 
     Raises:
-        CheckpointError: the tracker file names a checkpoint that is not there.
+        CheckpointError: the tracker file names a missing checkpoint.
     """
     root = Path(root)
     if (root / STATE_FILE).exists():

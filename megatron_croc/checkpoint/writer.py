@@ -1,8 +1,9 @@
-"""One rank's share of a checkpoint: planned together, written alone.
+"""Files of a checkpoint that one rank writes: planned by all ranks together, written by each alone.
 
-megatron-core plans a save and writes it through child processes (280 MB each, orphaned when their
-rank is killed, and forked with gloo's sockets open). Here the planning is megatron's and the same
-function writes the same bytes, but in this process: at once, or in a thread that dies with it.
+megatron-core writes them in child processes (280 MB each, orphaned when their rank is killed, and
+forked with gloo's sockets open). Here megatron plans the save and its function writes the same
+bytes, but in this process: directly, or in a daemon thread. megatron's results queue is replaced
+for the whole process (docs/design.md, "State that belongs to the whole process").
 """
 
 import inspect
@@ -30,45 +31,45 @@ BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""How megatron-core recognises its checkpoints."""
+"""Content of the file by which megatron-core recognises its checkpoints."""
 
 
 @dataclass(kw_only=True)
 class Written:
-    """What a rank has to say after writing; travels to rank 0."""
+    """Result of writing one rank's files; sent to rank 0."""
 
     results: list[WriteResult]
     digests: dict[str, FileDigest]
     error: str | None = None
-    """Why the share could not be written."""
+    """Reason of a failure; None after success."""
 
 
 class _Planning(TorchDistSaveShardedStrategy):
-    """megatron's planning, which hands out the plan instead of callbacks."""
+    """megatron's save strategy, reduced to planning: returns the plan instead of callbacks."""
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
         return writer, planned[1]
 
 
 class Share:
-    """What this rank writes of one checkpoint."""
+    """Files of one checkpoint that this rank writes."""
 
     def __init__(
         self, content: dict[str, Any], folder: Path, *, live: Sequence[Tensor] | None
     ) -> None:
-        """Plan with all ranks, and bring this rank's tensors to host memory.
+        """Plan the save with all ranks, and copy this rank's tensors to host memory.
 
         Args:
             content: megatron's sharded state.
-            folder: where the files go; must exist for `write`.
-            live: None: write before anything changes. Otherwise the tensors that training goes on
-                changing; those on the CPU are copied.
+            folder: folder of the files; must exist when `write` is called.
+            live: tensors that training changes before they are written; those on the CPU are
+                copied. None: nothing changes before `write` has ended.
         """
         filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
         sharded, self.common = save_preprocess(content)
         planning = _Planning("torch_dist", 1, thread_count=1)
         known = inspect.signature(planning.async_save).parameters
-        # From 0.17 on the planner of another package is the default.
+        # Since 0.17 another package's planner is the default.
         ours = {"async_strategy": "mcore"} if "async_strategy" in known else {}
         self.metadata: Metadata | None
         self.writer: FileSystemWriterAsync
@@ -80,7 +81,7 @@ class Share:
         self.written: Written | None = None
 
     def write(self) -> None:
-        """Write and read back this rank's files; never raises, leaves its answer in `written`."""
+        """Write this rank's files and read them back. Never raises; the result is in `written`."""
         try:
             self.written = self._write()
         except Exception as error:
@@ -110,7 +111,7 @@ class Share:
 
 
 class _Counter:
-    """Stands in for the queue by which child processes say they are done."""
+    """Stub of the queue by which megatron's child processes report their end."""
 
     def get(self) -> None: ...
 
@@ -118,7 +119,7 @@ class _Counter:
 
 
 def _detached(buckets: list[Any], live: Sequence[Tensor]) -> Iterator[Any]:
-    """Buckets whose tensors share no memory with `live`."""
+    """Buckets with copies of all CPU tensors that share memory with `live`."""
     storages = {t.untyped_storage().data_ptr() for t in live if t.device.type == "cpu"}
 
     def copy(tensor: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def _detached(buckets: list[Any], live: Sequence[Tensor]) -> Iterator[Any]:
 
 
 def reason(error: BaseException) -> str:
-    """The line that says most: the operating system's, where it is behind the error."""
+    """Return the operating system's message behind an error, else the error's first line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

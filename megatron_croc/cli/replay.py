@@ -18,7 +18,7 @@ from megatron_croc.errors import CrocError
 from megatron_croc.log import rank
 
 if TYPE_CHECKING:
-    from megatron_croc.training.safety.replay import Findings
+    from megatron_croc.training.replay import Findings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("report", help="SAVE/anomalies/iter_....json")
     options, words = parser.parse_known_args(argv)
     from megatron_croc.parallel.groups import stop_distributed
-    from megatron_croc.training.safety.replay import read_report, replay, run_of_report
+    from megatron_croc.training.replay import read_report, replay, run_of_report
 
     try:
         report = read_report(options.report)

@@ -1,1 +1,1 @@
-"""What a run is: dataclasses, reading and changing them, and their checks. No torch here."""
+"""Configuration of a run: dataclasses, reading and changing them, and checks. Without torch."""

@@ -1,13 +1,13 @@
-"""Configurations as YAML, and changing their fields: from a file, from flags, from overrides.
+"""Reading and writing of configurations: YAML files, flags and overrides.
 
-Three ways to name the same setting, all made from the fields of the dataclasses (see settings.py):
+A setting has three names, all derived from the fields of the dataclasses (see settings.py):
 
     YAML       model: {language_model: {num_layers: 4}}
     flag       --num-layers 4
     override   model.language_model.num_layers=4
 
-Every function here collects faults (one line each, naming the setting, its value and the way out)
-instead of stopping at the first, so a user mends a command in one go.
+Functions collect faults instead of stopping at the first one, so that a user can fix a command at
+once. A fault is one line that names the setting, its value and the way out.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ Changes = dict[str, Value]
 
 
 def raise_faults(faults: Sequence[str]) -> None:
-    """Raise one ConfigError with every fault, a line each; nothing when there is none."""
+    """Raise one ConfigError with all faults, one line each; return if there are none."""
     if faults:
         raise ConfigError("\n".join(faults))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown word: ' (did you mean ...?)' or nothing."""
+    """Suggestion for an unknown word: " (did you mean ...?)", or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def apply_changes(config: object, changes: Mapping[str, Value]) -> None:
-    """Change fields of a configuration in place."""
+    """Set fields of a configuration in place."""
     for path, value in changes.items():
         set_setting(config, path, value)
 
@@ -54,10 +54,10 @@ def apply_changes(config: object, changes: Mapping[str, Value]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, made to refuse repeated keys and to read 2e-5 as a number."""
+    """YAML's safe loader, which also refuses repeated keys and reads 2e-5 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; the last of two equal keys would silently win otherwise."""
+        """Build a mapping; raise ConfigError for a repeated key (PyYAML keeps the last one)."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 2e-5 for a string because it has no dot.
+# In YAML 1.1, 2e-5 is a string because it has no dot.
 _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -77,7 +77,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of settings.
 
     Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
+        ConfigError: the file is missing, not YAML, or not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 RETIRED = frozenset({"optimizer.optimizer_offload_fraction"})
-"""Settings of earlier versions, still named in the run.yaml of their checkpoints; now ignored."""
+"""Settings of earlier versions; ignored when found in the run.yaml of an old checkpoint."""
 
 
 def changes_from_tree(
@@ -110,8 +110,8 @@ def changes_from_tree(
     Args:
         config_type: the dataclass the tree describes.
         tree: sections and settings, as read from YAML.
-        faults: lines are appended here for what is wrong.
-        source: named in the lines.
+        faults: list that faults are appended to, one line each.
+        source: name of the tree in those lines.
     """
     settings = {s.path: s for s in settings_of(config_type)}
     sections = {s.section for s in settings.values()} | {
@@ -129,7 +129,7 @@ def changes_from_tree(
         elif path in sections:
             faults.append(f"{source}: {path} is a section and needs settings, got {value!r}")
         else:
-            faults.append(f"{source}: unknown setting {path}{_where(path, settings.values())}")
+            faults.append(f"{source}: unknown setting {path}{_suggestion(path, settings.values())}")
     return changes
 
 
@@ -142,8 +142,8 @@ def _leaves(tree: Mapping[str, Any], sections: set[str], prefix: str) -> Iterato
             yield path, value
 
 
-def _where(path: str, settings: Iterable[Setting]) -> str:
-    """Where a setting that is unknown at `path` can be found, or what it is nearest to."""
+def _suggestion(path: str, settings: Iterable[Setting]) -> str:
+    """Suggestion for an unknown path: the right path of that name, or of a similar name."""
     settings = list(settings)
     name = path.rpartition(".")[2]
     for setting in settings:
@@ -155,7 +155,7 @@ def _where(path: str, settings: Iterable[Setting]) -> str:
 
 
 def to_tree(config: object) -> dict[str, Any]:
-    """A configuration as nested dicts of plain values, in the order of the fields."""
+    """Convert a configuration to nested dicts of plain values, in the order of the fields."""
     assert dataclasses.is_dataclass(config)
     tree: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -170,7 +170,7 @@ def to_tree(config: object) -> dict[str, Any]:
 
 
 def to_yaml(config: object) -> str:
-    """A complete configuration as YAML; reading it back gives an equal one."""
+    """Convert a complete configuration to YAML; reading it back gives an equal one."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=False)
 
 
@@ -179,13 +179,13 @@ def to_yaml(config: object) -> str:
 
 
 def changes_from_words(config_type: type, words: Sequence[str], faults: list[str]) -> Changes:
-    """Read flags and dotted overrides; the last one wins when a setting is given twice.
+    """Read flags and dotted overrides; the last value of a repeated setting is used.
 
     Args:
         config_type: the dataclass whose fields give the flags.
         words: `--num-layers 4`, `--num-layers=4`, `--bf16`, `--no-bf16`,
             `model.language_model.num_layers=4`, in any order.
-        faults: lines are appended here for what is wrong.
+        faults: list that faults are appended to, one line each.
     """
     settings = settings_of(config_type)
     by_flag = {s.flag: s for s in settings}
@@ -219,11 +219,11 @@ def changes_from_words(config_type: type, words: Sequence[str], faults: list[str
         elif name.startswith("--"):
             known = [*by_flag, *negated]
             faults.append(f"unknown flag {name}{nearest(name.replace('_', '-'), known)}")
-            # Its values would each be reported too, and hide what is really wrong.
+            # Skip its values: each would be reported as a fault of its own.
             while position < len(words) and not _starts_setting(words[position], by_path):
                 position += 1
         elif equals:
-            faults.append(f"unknown setting {name}{_where(name, settings)}")
+            faults.append(f"unknown setting {name}{_suggestion(name, settings)}")
         else:
             faults.append(
                 f"unexpected word {word}: settings are --flag value or path.to.field=value"
@@ -231,7 +231,7 @@ def changes_from_words(config_type: type, words: Sequence[str], faults: list[str
     return changes
 
 
-# A misspelt override must not be taken for one more value; `runs/a=b` and `./a.b=c` are values.
+# A misspelt override is no value of the flag before it; `runs/a=b` and `./a.b=c` are values.
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -246,7 +246,7 @@ def _starts_setting(word: str, known_paths: Mapping[str, Setting]) -> bool:
 def _values(
     setting: Setting, words: Sequence[str], position: int, known_paths: Mapping[str, Setting]
 ) -> tuple[Sequence[str], int]:
-    """The words that belong to a flag, and the position after them."""
+    """Words that are the values of a flag, and the position after them."""
     if setting.is_bool:
         return ["true"], position
     end = position
@@ -257,7 +257,7 @@ def _values(
 
 
 def settings_help(config_type: type) -> str:
-    """Every flag with its default and its docstring, grouped by section."""
+    """Help text: every flag with default and docstring, grouped by section."""
     lines: list[str] = []
     section = None
     for setting in settings_of(config_type):
@@ -273,7 +273,7 @@ def settings_help(config_type: type) -> str:
 
 
 def shown(value: Value | list[Any]) -> str:
-    """A value as it would be written after its flag."""
+    """Format a value as it is written after its flag."""
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "none"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,8 +1,8 @@
-"""Is this run possible? Every rule that needs more than one setting, and all faults at once.
+"""Checks of a whole run: batches, optimization, data and folders.
 
-`find_faults` lists what cannot work, `find_warnings` what works and is probably not meant. Each
-line names the setting, its value and the way out. Rules about sizes and processes are in
-layout_checks.py; here are batches, optimisation, data and folders.
+`find_faults` lists settings that cannot work, `find_warnings` settings that work but are probably a
+mistake. Each line names the setting, its value and the way out. Checks of sizes and processes are
+in layout_checks.py, checks of logging in logging_checks.py.
 """
 
 import logging
@@ -20,15 +20,15 @@ from megatron_croc.log import get_logger, log_on_rank_zero
 
 
 def check_run(run: RunConfig, world_size: int, *, for_training: bool = False) -> None:
-    """Refuse a run that cannot work; log what is probably not meant.
+    """Refuse a run that cannot work, and log warnings.
 
     Args:
         run: the complete configuration.
-        world_size: processes of the run.
-        for_training: also require data, tokenizer and the folders it starts from to exist.
+        world_size: number of processes.
+        for_training: also require that data, tokenizer and initial weights exist.
 
     Raises:
-        ConfigError: with every fault, a line each.
+        ConfigError: the run has faults; one line each.
     """
     raise_faults(find_faults(run, world_size, for_training=for_training))
     for line in find_warnings(run, for_training=for_training):
@@ -36,7 +36,7 @@ def check_run(run: RunConfig, world_size: int, *, for_training: bool = False) ->
 
 
 def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) -> list[str]:
-    """Every reason this run cannot work."""
+    """List all faults of a run, one line each."""
     faults = [
         *find_layout_faults(run, world_size),
         *_training_faults(run),
@@ -118,17 +118,17 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
 
 
 def _order_faults(run: RunConfig) -> Iterator[str]:
-    """Rules of packing and grouping."""
+    """Find faults of packing and grouping."""
     data = run.data
     if data.packing and data.group_by_modality_length:
         yield (
-            "packing and group_by_modality_length exclude each other: packed rows are equally "
-            "long already; unset one"
+            "packing and group_by_modality_length exclude each other: packs are equally long "
+            "already; unset one"
         )
     if data.packing_length is not None and data.packing_length < data.seq_length:
         yield (
             f"packing_length={data.packing_length}: a sample may have seq_length="
-            f"{data.seq_length} tokens and is never cut to fit a row; raise packing_length or "
+            f"{data.seq_length} tokens and is never cut to fit a pack; raise packing_length or "
             "lower seq_length"
         )
     if data.packing_buffer_size < 1:
@@ -165,7 +165,7 @@ def _precision_faults(run: RunConfig) -> Iterator[str]:
 
 
 def trains_nothing(run: RunConfig) -> bool:
-    """Whether every part that exists in all stages is frozen."""
+    """Return True if all parts that exist in every stage are frozen."""
     training = run.training
     return training.freeze_LM and training.freeze_ViT and training.freeze_projector
 
@@ -181,7 +181,7 @@ def _optimizer_faults(run: RunConfig) -> Iterator[str]:
     }
     for name, rate in rates.items():
         if rate is not None and rate <= 0:
-            yield f"{name}={rate}: must be positive; freeze a part to keep it as it is"
+            yield f"{name}={rate}: must be positive; freeze a part to keep it unchanged"
     if not 0 <= optimizer.min_lr <= optimizer.lr:
         yield f"min_lr={optimizer.min_lr}: must lie between 0 and lr={optimizer.lr}"
     if not 0 <= optimizer.lr_warmup_fraction < 1:
@@ -222,7 +222,7 @@ def _optimizer_faults(run: RunConfig) -> Iterator[str]:
 
 
 def _croc_faults(run: RunConfig) -> Iterator[str]:
-    """Rules of the prompt pool and its loss; they bind only where tokens are reconstructed."""
+    """Find faults of the prompt pool and its loss; only in stages that reconstruct."""
     if not run.reconstructs:
         return
     pool, reconstruction = run.model.prompt_pool, run.model.reconstruction
@@ -248,7 +248,7 @@ def _croc_faults(run: RunConfig) -> Iterator[str]:
 
 
 def _timeout_faults(run: RunConfig) -> Iterator[str]:
-    """The watchdog must end a rank, and so name it, before torch ends the others' collective."""
+    """Find limits with which torch ends a collective before the watchdog can name a rank."""
     timeout = run.parallel.distributed_timeout_minutes
     for name, limit in {
         "stall_timeout_minutes": run.reliability.stall_timeout_minutes,
@@ -257,7 +257,7 @@ def _timeout_faults(run: RunConfig) -> Iterator[str]:
         if timeout < WATCHDOG_MARGIN * limit:
             yield (
                 f"distributed_timeout_minutes={timeout}: torch would give up before the watchdog "
-                f"can name the rank that is waited for; set it to {WATCHDOG_MARGIN} x {name}="
+                f"can name the rank that caused it; set it to {WATCHDOG_MARGIN} x {name}="
                 f"{limit} = {WATCHDOG_MARGIN * limit:g} or more, or lower {name}"
             )
 
@@ -288,7 +288,7 @@ def _missing_inputs(run: RunConfig) -> Iterator[str]:
         for folder in folders:
             if folder.endswith((".yaml", ".yml")):
                 if not Path(folder).is_file():
-                    yield f"{name}={folder}: no such file; mend the path of the blend"
+                    yield f"{name}={folder}: no such file; fix the path of the blend"
             elif not folder.startswith("s3://") and not Path(folder).is_dir():
                 yield f"{name}={folder}: no such folder; croc data preprocess writes it"
     tokenizer = data.tokenizer_model
@@ -300,11 +300,11 @@ def _missing_inputs(run: RunConfig) -> Iterator[str]:
         yield f"tokenizer_model={tokenizer}: no such {what}, which {data.tokenizer_type} needs"
     start = run.checkpoint.pretrained_checkpoint
     if start is not None and not Path(start).is_dir():
-        yield f"pretrained_checkpoint={start}: no such folder; mend the path, or set it to none"
+        yield f"pretrained_checkpoint={start}: no such folder; fix the path, or set it to none"
 
 
 def find_warnings(run: RunConfig, *, for_training: bool = False) -> list[str]:
-    """What works and is probably not meant."""
+    """List settings that work but are probably a mistake, one line each."""
     return list(_warnings(run, for_training=for_training))
 
 

@@ -1,4 +1,4 @@
-"""What is read, and how it becomes tokens and pixels."""
+"""Settings of data, tokenizer, packing and images."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +15,10 @@ class DataConfig:
     as one; or a single YAML file that blends sources by weight."""
 
     valid_data_path: tuple[str, ...] = ()
-    """Folders of shards the validation loss is computed on; empty: no validation."""
+    """Folders of shards for the validation loss; empty: no validation."""
 
     eval_answers_data_path: tuple[str, ...] = ()
-    """Folders of shards with the answers to check; empty: those of valid_data_path."""
+    """Folders of shards with answers to check; empty: the same as valid_data_path."""
 
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = (
         "SentencePieceTokenizer"
@@ -32,21 +32,21 @@ class DataConfig:
     """plain (caption only) | v1 (Vicuna) | qwen_1_5 (ChatML)."""
 
     seq_length: int = 2048
-    """Longest sample, tokens, visual tokens included; longer ones are cut at the end."""
+    """Longest sample, in tokens with visual tokens; longer samples are cut at the end."""
 
     packing: bool = False
-    """Train on rows of several whole samples; micro_batch_size and global_batch_size then count
-    rows. Needs sample lengths in the shards (croc data lengths)."""
+    """Fill each pack with several whole samples; micro_batch_size and global_batch_size then count
+    packs. Needs sample lengths in the shards (croc data lengths)."""
 
     packing_length: int | None = None
-    """With packing: tokens a row holds at most; none: seq_length."""
+    """With packing: most tokens of a pack; none: seq_length."""
 
     packing_buffer_size: int = 4096
-    """With packing: consecutive samples among which those that fill a row are looked for."""
+    """With packing: number of consecutive samples from which packs are filled."""
 
     group_by_modality_length: bool = False
-    """Make up global batches of samples with images, or of samples without, longest first, as the
-    released code does. Needs sample lengths in the shards (croc data lengths)."""
+    """Build each global batch from samples with images or from samples without, longest first, as
+    in the released code. Needs sample lengths in the shards (croc data lengths)."""
 
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """pad: expand to a square with the mean colour. square: resize the short side and crop."""
@@ -55,24 +55,24 @@ class DataConfig:
     """auto: DALI on the CPU where it is installed, else PIL. dali_gpu: on the GPU."""
 
     data_cache_dir: str | None = None
-    """Local folder, shared by the processes of a node, for copies of shards from s3://."""
+    """Local folder for copies of shards from s3://, shared by the processes of a node."""
 
     data_cache_gb: float = 100.0
-    """Most the cache may hold, in 10^9 bytes; shards that find no room are read in place."""
+    """Size limit of the cache, 10^9 bytes; shards that do not fit are read from s3:// directly."""
 
     num_workers: int = 1
-    """Threads that read, tokenise and decode ahead of training; 0: in the training thread."""
+    """Threads that read, tokenize and decode ahead of training; 0: in the training thread."""
 
     prefetch_factor: int = 2
-    """Micro-batches each worker keeps ready; together never less than one step's."""
+    """Micro-batches that each worker keeps ready; in total at least one step's."""
 
     max_bad_fraction: float = 0.01
-    """Largest share of unusable samples (each is skipped and named); more of them end the run."""
+    """Largest share of unusable samples, which are skipped and logged; more end the run."""
 
     bad_sample_report: str | None = None
-    """Folder for bad_samples-<rank>.jsonl, which names every unusable sample with its reason."""
+    """Folder for bad_samples-<rank>.jsonl: every unusable sample with the reason."""
 
     @property
     def row_length(self) -> int:
-        """Most tokens of a row: one sample, or one pack of samples."""
+        """Most tokens of a pack with packing, else of a sample."""
         return (self.packing_length or self.seq_length) if self.packing else self.seq_length

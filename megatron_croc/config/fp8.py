@@ -1,4 +1,4 @@
-"""Sizes that Transformer Engine's fp8 products take, on each rank."""
+"""Sizes on each rank that Transformer Engine's fp8 matrix products accept."""
 
 from megatron_croc.config.run import RunConfig
 
@@ -7,14 +7,14 @@ _BLOCK = 128
 
 
 def fp8_unit(run: RunConfig) -> int:
-    """What both sides of every matrix must be multiples of."""
+    """Divisor of both dimensions of every matrix."""
     return _UNIT[run.training.fp8_recipe]
 
 
 def fp8_gathered_unit(run: RunConfig) -> int:
-    """What both sides of the matrices must be multiples of that sequence parallelism gathers.
+    """Divisor of both dimensions of the matrices that sequence parallelism gathers.
 
-    Those are a rank's rows of the hidden states; `blockwise` gathers whole blocks.
+    Those are a rank's hidden states [S, D]; `blockwise` gathers whole blocks.
     """
     blocks = run.training.fp8_recipe == "blockwise" and run.parallel.sequence_parallel
     return _BLOCK if blocks else fp8_unit(run)

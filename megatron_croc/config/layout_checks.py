@@ -1,4 +1,4 @@
-"""Rules of sizes: can this model be built, and cut over this many processes?"""
+"""Checks of the sizes of model and layout."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ from megatron_croc.config.run import RunConfig
 
 
 def find_layout_faults(run: RunConfig, world_size: int) -> list[str]:
-    """Every reason the model cannot be built, or cut over `world_size` processes."""
+    """List the faults of building the model and cutting it over `world_size` processes."""
     faults = list(_not_positive(run, world_size))
     if faults:
-        return faults  # the rules below divide by these sizes
+        return faults  # the checks below divide by these sizes
     return [
         *_vision_faults(run),
         *_language_model_faults(run),
@@ -61,7 +61,7 @@ def _vision_faults(run: RunConfig) -> Iterator[str]:
     vision = run.model.vision_tower
     if vision.img_size < vision.patch_dim:
         yield f"img_size={vision.img_size}: smaller than one patch (patch_dim={vision.patch_dim})"
-    # SigLIP's patches leave the last pixels out (384 = 27 * 14 + 6); CLIP's cover the image.
+    # SigLIP's patches leave out the last pixels (384 = 27 * 14 + 6); CLIP's cover the image.
     elif vision.vision_model_type == "clip" and vision.img_size % vision.patch_dim:
         yield (
             f"img_size={vision.img_size}: must be a multiple of patch_dim={vision.patch_dim}; "
@@ -127,7 +127,7 @@ def _tensor_parallel_faults(run: RunConfig) -> Iterator[str]:
         if size % tp:
             yield (
                 f"tensor_model_parallel_size={tp}: must divide {name}={size}; "
-                f"{_largest_divisor(size, tp)} is the next smaller that does"
+                f"{_largest_divisor(size, tp)} is the next smaller divisor"
             )
     if parallel.sequence_parallel and tp == 1:
         yield (

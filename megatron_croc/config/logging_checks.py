@@ -1,4 +1,4 @@
-"""Can everything that is to be written down be written?"""
+"""Checks of logging, metrics and profiling."""
 
 import importlib.util
 import socket
@@ -9,12 +9,12 @@ from megatron_croc.log import rank
 
 
 def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) -> Iterator[str]:
-    """What is wrong with `logging`, a line each.
+    """Find the faults of `logging`, one line each.
 
     Args:
         run: the run.
-        world_size: its processes.
-        for_training: also look for packages, and whether the port is free.
+        world_size: number of processes.
+        for_training: also check that packages are installed and the port is free.
     """
     log = run.logging
     if not 0 <= log.timing_log_level <= 2:
@@ -30,7 +30,7 @@ def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) 
     if log.wandb_project is not None and for_training and not _is_installed("wandb"):
         yield (
             f"wandb_project={log.wandb_project}: wandb is not installed: "
-            "pip install -e '.[wandb]', or leave the project out"
+            "pip install -e '.[wandb]', or unset the project"
         )
     if not (log.profile or log.record_memory_history):
         return
@@ -42,7 +42,7 @@ def find_logging_faults(run: RunConfig, world_size: int, *, for_training: bool) 
     for number in log.profile_ranks:
         if not 0 <= number < world_size:
             yield f"profile_ranks={number}: ranks are 0 to {world_size - 1}"
-    if log.log_dir is None and run.checkpoint.save is None:
+    if run.log_folder is None:
         yield "profile and record_memory_history need a folder: give log_dir or save"
 
 
@@ -53,15 +53,15 @@ def _port_faults(port: int) -> Iterator[str]:
             "pip install -e '.[prometheus]', or set the port to 0"
         )
     if rank() != 0:
-        return  # rank 0 serves
+        return  # only rank 0 opens the port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
-            yield f"prometheus_port={port}: {error.strerror}; take another port, or 0"
+            yield f"prometheus_port={port}: {error.strerror}; choose another port, or 0"
 
 
 def _is_installed(module: str) -> bool:
     spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None  # a folder ./wandb is no package
+    return spec is not None and spec.origin is not None  # a folder ./wandb has no origin

@@ -10,10 +10,11 @@ AttentionBackend = Literal["auto", "flip", "flex", "dense"]
 
 @dataclass(kw_only=True)
 class VisionTowerConfig:
-    """A CLIP or SigLIP(2) vision transformer; Croc reads its second to last hidden state."""
+    """CLIP or SigLIP(2) vision transformer; Croc uses its second to last hidden state."""
 
     vision_model_type: Literal["clip", "siglip"] = "clip"
-    """clip: class token, pre-layernorm, no patch bias. siglip: neither, and a patch bias."""
+    """clip: class token, pre-layernorm, no patch bias. siglip: no class token, no pre-layernorm, a
+    patch bias."""
 
     img_size: int = 336
     """Height and width of the (square) input image, pixels."""
@@ -22,7 +23,7 @@ class VisionTowerConfig:
     """Height and width of one patch, pixels."""
 
     vision_num_layers: int = 24
-    """Layers of the published tower, also those behind the selected one (which never run)."""
+    """Layers of the published tower, including those after the selected one, which never run."""
 
     vision_hidden_size: int = 1024
     """Width of the vision tower."""
@@ -40,34 +41,34 @@ class VisionTowerConfig:
     """Epsilon of the tower's layer norms."""
 
     vision_select_layer: int = -2
-    """Hidden state used as visual features, counted as in Hugging Face's hidden_states (-2)."""
+    """Index of the hidden state used as visual features, as in Hugging Face's hidden_states."""
 
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Per-channel mean of pixels in [0, 1]; also the colour an image is padded with."""
+    """Per-channel mean of pixels in [0, 1]; also the padding color of images."""
 
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Per-channel standard deviation of pixels in [0, 1]."""
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens of one image (the class token is dropped)."""
+        """Visual tokens of one image, without the class token."""
         return (self.img_size // self.patch_dim) ** 2
 
     @property
     def covered_img_size(self) -> int:
-        """Pixels the patches cover: SigLIP's 384 / 14 leaves 6 at the right and bottom unread."""
+        """Image size covered by whole patches, pixels: of SigLIP's 384, the last 6 are not read."""
         return self.img_size // self.patch_dim * self.patch_dim
 
     @property
     def num_active_layers(self) -> int:
-        """Layers that run: hidden_states[-2] needs all but the last."""
+        """Number of layers that run; hidden_states[-2] needs all but the last."""
         selected = self.vision_select_layer
         return selected if selected >= 0 else self.vision_num_layers + 1 + selected
 
 
 @dataclass(kw_only=True)
 class LanguageModelConfig:
-    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions; Qwen2.5 adds a QKV bias."""
+    """Llama-style decoder: RMSNorm, SwiGLU, rotary positions; Qwen2.5 adds a QKV bias."""
 
     num_layers: int = 32
     """Transformer layers."""
@@ -85,22 +86,22 @@ class LanguageModelConfig:
     """Key/value heads (equal to num_attention_heads: multi-head attention)."""
 
     kv_channels: int | None = None
-    """Width of one head; hidden_size / num_attention_heads when not given."""
+    """Width of one head; None: hidden_size / num_attention_heads."""
 
     vocab_size: int = 32000
-    """Rows of the embedding table, as in the tokenizer; padded to a multiple of the TP size."""
+    """Rows of the embedding table: size of the tokenizer, padded to a multiple of the TP size."""
 
     max_position_embeddings: int = 4096
-    """Longest sequence the language model was made for, tokens."""
+    """Longest sequence that the language model was trained for, tokens."""
 
     rotary_base: float = 10000.0
     """Base period of the rotary embedding (theta)."""
 
     rope_scaling_type: Literal["none", "linear", "llama3"] = "none"
-    """How rotary positions are stretched beyond the original length."""
+    """Scaling of rotary positions beyond the original length."""
 
     rope_scaling_factor: float = 1.0
-    """Stretch of `linear` and `llama3`."""
+    """Scaling factor of `linear` and `llama3`."""
 
     norm_epsilon: float = 1e-5
     """Epsilon of the RMS norms."""
@@ -112,7 +113,7 @@ class LanguageModelConfig:
     """False: the output layer uses the embedding table (small Qwen2.5 models)."""
 
     init_method_std: float = 0.02
-    """Standard deviation of fresh weights."""
+    """Standard deviation of initial weights."""
 
     @property
     def head_dim(self) -> int:
@@ -122,10 +123,10 @@ class LanguageModelConfig:
 
 @dataclass(kw_only=True)
 class PromptPoolConfig:
-    """The learnable tokens that stand in for most of an image's visual tokens."""
+    """Learned tokens that replace most of an image's visual tokens."""
 
     pool_size: int = 2048
-    """Tokens in the pool (P)."""
+    """Number of pool tokens (P)."""
 
     pool_init: Literal["randn", "unit"] = "randn"
     """randn: as published (norm ~ sqrt(hidden_size)). unit: norm 1, like the visual tokens."""
@@ -138,8 +139,8 @@ class PromptPoolConfig:
     plain scipy, or torch (readable, slow)."""
 
     overlap_assignment: bool = True
-    """Match the next micro-batch while this one computes, where the vision tower is frozen. It
-    keeps one more micro-batch of visual embeddings, and changes no number."""
+    """Match the next micro-batch while this one computes, if the vision tower is frozen. Keeps one
+    more micro-batch of visual embeddings in memory; results are the same."""
 
     replace_ratio: float = 0.75
     """Share of an image's visual tokens that are replaced."""
@@ -147,7 +148,7 @@ class PromptPoolConfig:
 
 @dataclass(kw_only=True)
 class ReconstructionConfig:
-    """The head that gives the visual tokens back, and its loss."""
+    """Head that reconstructs the visual tokens, and its loss."""
 
     reconstruction_head: Literal["bert", "linear"] = "bert"
     """bert: positions + one BertLayer + linear (Croc). linear: one linear layer (ViCToR)."""
@@ -156,15 +157,15 @@ class ReconstructionConfig:
     """loss = text loss + weight * reconstruction loss."""
 
     smooth_l1_beta: float = 0.01
-    """Where SmoothL1 turns from quadratic to linear."""
+    """Difference at which SmoothL1 changes from quadratic to linear."""
 
     reconstruction_dropout: float = 0.1
-    """Dropout inside the `bert` head while training."""
+    """Dropout of the `bert` head in training."""
 
 
 @dataclass(kw_only=True)
 class CrocModelConfig:
-    """The composite model."""
+    """Composite model: vision tower, prompt pool, language model and reconstruction head."""
 
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
@@ -176,11 +177,11 @@ class CrocModelConfig:
 
     attention_backend: AttentionBackend = "auto"
     """Attention of the language model. flip: two causal flash calls. flex: FlexAttention. dense:
-    a full mask. auto takes the fastest that runs here."""
+    full mask. auto: the fastest that runs on this device."""
 
     @property
     def num_replaced_tokens(self) -> int:
-        """Visual tokens of one image that are replaced: floor(N * (1 - ratio)) stay."""
+        """Replaced visual tokens of one image: N - floor(N * (1 - ratio))."""
         num_tokens = self.vision_tower.num_visual_tokens
         kept = int(num_tokens * (1.0 - self.prompt_pool.replace_ratio) + 1e-6)
         return num_tokens - kept

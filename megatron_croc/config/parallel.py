@@ -1,11 +1,11 @@
-"""How the model is cut over processes."""
+"""Settings of the parallel layout."""
 
 from dataclasses import dataclass
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Sizes of the parallel axes; the data-parallel size is what is left of the world."""
+    """Sizes of the parallel axes; the data-parallel size is the world size over all of them."""
 
     tensor_model_parallel_size: int = 1
     """Processes that share every layer (TP)."""
@@ -20,7 +20,7 @@ class ParallelConfig:
     """Processes that share a sequence (CP)."""
 
     sequence_parallel: bool = False
-    """Cut activations between tensor-parallel regions along the sequence; goes with TP > 1."""
+    """Cut activations between tensor-parallel regions along the sequence; needs TP > 1."""
 
     decoder_first_pipeline_num_layers: int | None = None
     """Language-model layers of the first pipeline stage, which also runs the vision tower."""
@@ -29,12 +29,12 @@ class ParallelConfig:
     """Language-model layers of the last pipeline stage, which also runs both losses."""
 
     distributed_timeout_minutes: float = 30.0
-    """torch ends the run when a collective takes longer. It cannot say which rank was waited for;
-    the watchdog of `reliability` can, so its limits must be shorter."""
+    """Longest time of a collective before torch ends the run. torch cannot name the rank that
+    caused it; the watchdog of `reliability` can, so its limits must be shorter."""
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model."""
+        """Number of processes that hold one copy of the model."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
@@ -42,11 +42,11 @@ class ParallelConfig:
         )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in a world of `world_size` processes."""
+        """Number of copies of the model in `world_size` processes."""
         return world_size // self.model_parallel_size
 
     def pipeline_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Language-model layers of each pipeline stage, as megatron-core deals them out."""
+        """Language-model layers of each pipeline stage, as megatron-core distributes them."""
         first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
         given = [n for n in (first, last) if n is not None]
         num_even = self.pipeline_model_parallel_size - len(given)

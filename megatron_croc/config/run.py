@@ -1,6 +1,7 @@
-"""One complete run."""
+"""Configuration of one complete run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron_croc.config.checkpoint import CheckpointConfig
@@ -16,10 +17,11 @@ Stage = Literal["pretrain_mlp", "pretrain_croc", "finetune"]
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run needs to know; a recipe returns one, YAML and flags change fields of it."""
+    """All settings of a run. A recipe returns one; YAML and flags change its fields."""
 
     stage: Stage = "pretrain_croc"
-    """pretrain_mlp aligns the projector, pretrain_croc rebuilds visual tokens, finetune teaches."""
+    """pretrain_mlp: train the projector. pretrain_croc: reconstruct visual tokens. finetune: train
+    on instructions."""
 
     model: CrocModelConfig = field(default_factory=CrocModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -32,11 +34,17 @@ class RunConfig:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether visual tokens are replaced and reconstructed (stage pretrain_croc only)."""
+        """True when visual tokens are replaced and reconstructed (stage pretrain_croc)."""
         return self.stage == "pretrain_croc"
 
+    @property
+    def log_folder(self) -> Path | None:
+        """Folder of metrics, heartbeats and reports: `log_dir`, else `save`; None without both."""
+        folder = self.logging.log_dir or self.checkpoint.save
+        return None if folder is None else Path(folder)
+
     def num_microbatches(self, world_size: int) -> int:
-        """Forward passes of one optimizer step on each data-parallel rank."""
+        """Number of micro-batches of one optimizer step on each replica."""
         samples_per_pass = self.training.micro_batch_size * self.parallel.data_parallel_size(
             world_size
         )

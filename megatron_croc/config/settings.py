@@ -1,7 +1,7 @@
-"""What can be set: every leaf field of a configuration, its type, its help, and its conversion.
+"""Settings of a configuration: every leaf field, with type, help text and conversion.
 
-A configuration is a tree of dataclasses. Each leaf is one Setting, found from the fields alone, so
-YAML keys, dotted overrides, command-line flags and help texts all come from one place.
+A configuration is a tree of dataclasses. Each leaf is one Setting, derived from its field, so YAML
+keys, dotted overrides, command-line flags and help texts have one source.
 """
 
 import ast
@@ -25,19 +25,19 @@ _FALSE_WORDS = ("false", "no", "off", "0")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One leaf field of a configuration."""
+    """Leaf field of a configuration."""
 
     path: str
-    """Where it is: model.language_model.num_layers."""
+    """Dotted path, such as model.language_model.num_layers."""
 
     annotation: Any
-    """Its type as written in the dataclass."""
+    """Type annotation of the field."""
 
     default: Any
-    """Its value in a default configuration."""
+    """Value in a default configuration."""
 
     doc: str
-    """The docstring under the field."""
+    """Docstring under the field; the help text."""
 
     @property
     def name(self) -> str:
@@ -46,34 +46,34 @@ class Setting:
 
     @property
     def section(self) -> str:
-        """The dataclass it is in, as a dotted path; empty for the top level."""
+        """Dotted path of its dataclass; empty for the top level."""
         return self.path.rpartition(".")[0]
 
     @property
     def flag(self) -> str:
-        """Its command-line flag, spelled as megatron spells it."""
+        """Command-line flag, in megatron's spelling."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def is_bool(self) -> bool:
-        """Whether the flag stands alone (--bf16, --no-bf16)."""
+        """True when the flag takes no value (--bf16, --no-bf16)."""
         return self.annotation is bool
 
     @property
     def is_tuple(self) -> bool:
-        """Whether the flag takes several values."""
+        """True when the flag takes several values."""
         return get_origin(self.annotation) is tuple
 
     @property
     def expected(self) -> str:
-        """The values it takes, in words."""
+        """Description of the accepted values."""
         return _expected(self.annotation)
 
     def from_text(self, texts: Sequence[str]) -> Value:
         """Convert words of a command line.
 
         Raises:
-            ValueError: they are not a value of this setting; says which are.
+            ValueError: not a value of this setting; the message names the accepted values.
         """
         if self.is_tuple:
             empty = len(texts) == 1 and texts[0].lower() in _NONE_WORDS
@@ -84,10 +84,10 @@ class Setting:
         return self.from_value(_guess(texts[0], self.annotation))
 
     def from_value(self, value: object) -> Value:
-        """Convert a value read from YAML; what is not exactly representable is refused.
+        """Convert a value read from YAML; values that would lose precision are refused.
 
         Raises:
-            ValueError: it is not a value of this setting; says which are.
+            ValueError: not a value of this setting; the message names the accepted values.
         """
         try:
             return _convert(value, self.annotation)
@@ -109,12 +109,12 @@ def _expected(annotation: Any) -> str:
 
 
 def _is_union(annotation: Any) -> bool:
-    """Whether a type is X | Y, in either of its spellings."""
+    """Return True if a type is X | Y or Union[X, Y]."""
     return isinstance(annotation, types.UnionType) or get_origin(annotation) is Union
 
 
 def _guess(text: str, annotation: Any) -> object:
-    """A word as the value it looks like, unless the setting wants the word itself."""
+    """Convert a word to the value it looks like; settings of text keep the word."""
     options = get_args(annotation) if _is_union(annotation) else (annotation,)
     if type(None) in options and text.lower() in _NONE_WORDS:
         return None
@@ -131,7 +131,7 @@ def _guess(text: str, annotation: Any) -> object:
 
 
 def _convert(value: object, annotation: Any) -> Value:
-    """`value` as `annotation`, or ValueError."""
+    """Convert `value` to the type `annotation`; raise ValueError if that is not possible."""
     if _is_union(annotation):
         if value is None:
             return None
@@ -164,7 +164,7 @@ def _convert_tuple(value: object, items: tuple[Any, ...]) -> tuple[Value, ...]:
 
 @functools.cache
 def settings_of(config_type: type) -> tuple[Setting, ...]:
-    """Every leaf field of a tree of dataclasses, in the order they are written."""
+    """All leaf fields of a tree of dataclasses, in source order."""
     return tuple(_walk(config_type, prefix=""))
 
 
@@ -187,7 +187,7 @@ def _walk(config_type: type, *, prefix: str) -> Iterator[Setting]:
 
 @functools.cache
 def field_docs(config_type: type) -> dict[str, str]:
-    """The docstrings under the fields of a dataclass, each as one line."""
+    """Docstrings under the fields of a dataclass, each as one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -202,11 +202,11 @@ def field_docs(config_type: type) -> dict[str, str]:
 
 
 def get_setting(config: object, path: str) -> Any:
-    """The value at a dotted path."""
+    """Value at a dotted path."""
     return functools.reduce(getattr, path.split("."), config)
 
 
 def set_setting(config: object, path: str, value: Value) -> None:
-    """Change the value at a dotted path."""
+    """Set the value at a dotted path."""
     section, _, name = path.rpartition(".")
     setattr(get_setting(config, section) if section else config, name, value)

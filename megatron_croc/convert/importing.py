@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from tqdm import tqdm
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState
 from megatron_croc.config.base import to_yaml
@@ -27,7 +28,6 @@ from megatron_croc.convert.names import build_rules, is_ignored
 from megatron_croc.convert.source import Source, check_vocabulary, open_source
 from megatron_croc.convert.staging import staged_directory
 from megatron_croc.convert.state import weight_source
-from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import CheckpointError
 from megatron_croc.log import world_size
 from megatron_croc.model.croc_model import CrocModel

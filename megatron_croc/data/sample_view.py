@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.batch_builder import BatchBuilder
 from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.data.sample.tokenization import Tokenizer, build_tokenizer
-from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_croc.data.store.shard_writer import write_atomically
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.inference.generation import Answer
 from megatron_croc.inference.questions import Question
 

@@ -166,5 +166,8 @@ class Matcher:
 
 @cache
 def _searcher() -> ThreadPoolExecutor:
-    """One thread: micro-batches come in order, and `assign` has threads for their images."""
+    """One thread: micro-batches come in order, and `assign` has threads for their images.
+
+    State of the whole process, listed in docs/design.md.
+    """
     return ThreadPoolExecutor(1, thread_name_prefix="matching")

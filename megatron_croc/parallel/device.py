@@ -43,6 +43,7 @@ _TYPE_NAMES = {
 }
 
 _installed = False
+"""State of the whole process, listed in docs/design.md."""
 
 
 def has_cuda() -> bool:

@@ -1,4 +1,7 @@
-"""Start torch.distributed and megatron-core, and hand out the process groups."""
+"""Start torch.distributed and megatron-core, and hand out the process groups.
+
+megatron's parallel state belongs to the whole process, see docs/design.md.
+"""
 
 import os
 from datetime import timedelta

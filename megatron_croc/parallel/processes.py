@@ -10,6 +10,7 @@ PR_SET_PDEATHSIG = 1
 """prctl's option: the signal this process gets when its parent ends."""
 
 _installed = False
+"""State of the whole process, listed in docs/design.md."""
 
 
 def tie_processes_together() -> None:

@@ -113,6 +113,7 @@ class Stopwatch:
 
 
 _running: Stopwatch | None = None
+"""State of the whole process, listed in docs/design.md."""
 
 
 def start_stopwatch() -> Stopwatch:

@@ -1,1 +1,1 @@
-"""The step, the loop, and everything around them."""
+"""Training loop, training step, optimizer, validation, metrics and safety."""

@@ -1,9 +1,9 @@
-"""Which held-out answers would the model give by itself? One forward pass tells, at any layout.
+"""Count of the held-out answers that greedy generation would give, from one forward pass.
 
-Generation that always takes the most likely token gives an answer word for word exactly when, with
-the true answer as input, the most likely token is the right one at each of its positions: the first
-token depends on the prompt alone, the second on the prompt and a right first one, and so on. So
-nothing is generated here, and every round of a conversation is checked at once.
+Greedy generation reproduces an answer exactly when, with the true answer as input, the most likely
+token is correct at each of its positions: the first token depends on the prompt alone, the second
+on the prompt and a correct first token, and so on. So nothing is generated, and every round of a
+conversation is checked at once, at any layout.
 """
 
 import copy
@@ -35,14 +35,14 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerCounts:
-    """Over all ranks; equal on each."""
+    """Counts over all ranks; equal on every rank."""
 
     num_answers: int
     num_right: int
 
 
 def check_answers(training: TrainingState) -> AnswerCounts:
-    """Check the answers of `eval_answers_iters` global batches, always the same ones."""
+    """Check the answers of `eval_answers_iters` global batches, the same ones every time."""
     run, pg = _as_at_inference(training.run), training.pg_collection
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
     data_path = run.data.eval_answers_data_path
@@ -55,14 +55,14 @@ def check_answers(training: TrainingState) -> AnswerCounts:
             batches = broadcaster.next_step()
             counts += _count(training, batches, finder, tokenizer.size)
     if pg.tp.rank() or pg.cp.rank():
-        counts.zero_()  # every rank of a replica's last stage has counted the same answers
+        counts.zero_()  # all ranks of a replica's last stage have counted the same answers
     all_reduce(counts)
     num_answers, num_right = (int(count) for count in counts.tolist())
     return AnswerCounts(num_answers=num_answers, num_right=num_right)
 
 
 def _as_at_inference(run: RunConfig) -> RunConfig:
-    """Causal, as every export is."""
+    """Copy of the run with the causal mask, which every export has."""
     run = copy.deepcopy(run)
     run.model.attention_mask_type = "causal"
     return run
@@ -72,7 +72,11 @@ def _as_at_inference(run: RunConfig) -> RunConfig:
 def _count(
     training: TrainingState, batches: list[Batch], finder: AnswerFinder, num_words: int
 ) -> Tensor:
-    """[answers, right ones] of a global batch; zeros except on the last stage."""
+    """Count answers and correct answers of a global batch.
+
+    Returns:
+        float64 [2]; zeros except on the last stage.
+    """
     step = partial(_forward_step, finder=finder, num_words=num_words, pg=training.pg_collection)
     counted = run_schedule(
         step,
@@ -94,7 +98,7 @@ def _forward_step(
     num_words: int,
     pg: ProcessGroupCollection,
 ) -> tuple[Tensor | ModelOutput, partial]:
-    """What megatron's schedule calls; without labels the last stage returns logits."""
+    """Forward pass called by megatron's schedule; without labels the last stage returns logits."""
     batch = next(iterator)
     inputs = to_model_inputs(batch)
     output = chunk(ModelInputs(**{**vars(inputs), "labels": None}))
@@ -109,7 +113,7 @@ def _judge(
     num_words: int,
     pg: ProcessGroupCollection,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A loss of nothing, as the schedule wants one, and the counts."""
+    """Count the answers of one micro-batch; the loss, which the schedule requires, is zero."""
     assert output.logits is not None
     likely = gather_sequence(most_likely(output.logits, num_words, pg.tp), pg.cp)
     is_right = (likely.cpu() == batch.labels).numpy()
@@ -123,11 +127,11 @@ def _judge(
 
 
 def most_likely(logits: Tensor, num_words: int, tp: dist.ProcessGroup) -> Tensor:
-    """The id with the largest logit, the lowest of equals.
+    """Token id with the largest logit; the lowest id of equal ones.
 
     Args:
-        logits: [T, V / TP], this rank's part of the vocabulary.
-        num_words: ids from here on are no words of the tokenizer, and never chosen.
+        logits: [T, C / TP], this rank's part of the vocabulary.
+        num_words: size of the tokenizer; ids from here on are padding and never chosen.
         tp: tensor-parallel group.
 
     Returns:

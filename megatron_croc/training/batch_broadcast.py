@@ -1,4 +1,4 @@
-"""One optimizer step's micro-batches, on every rank that needs them, before the schedule starts.
+"""Broadcast of one step's micro-batches to the ranks of each replica, before the schedule starts.
 
     loader (first rank of each replica)
         | next() x num_microbatches
@@ -6,8 +6,8 @@
     tokens, masks, counts --broadcast--> all ranks of the replica
     pixels (uint8)        --broadcast--> context- and tensor-parallel ranks of the first stage only
 
-Because everyone holds all micro-batches of the step up front, the losses' global denominators are
-known before the first forward pass, and no collective for data runs inside the pipeline schedule.
+Every rank holds all micro-batches before the first forward pass, so the global denominators of the
+losses are known by then, and no collective for data runs inside the pipeline schedule.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from megatron_croc.training.safety.heartbeat import enter
 
 
 class BatchBroadcaster:
-    """Hands out the micro-batches of one optimizer step at a time."""
+    """Source of micro-batches, one optimizer step at a time."""
 
     def __init__(
         self,
@@ -51,11 +51,15 @@ class BatchBroadcaster:
         self.num_microbatches = num_microbatches
         self.img_size = img_size
         self.order_state: OrderState | None = None
-        """Where the run stands in its order of samples after the last step, on every rank."""
+        """Position in the order of samples after the last step, on every rank."""
 
     @region("data_wait")
     def next_step(self) -> list[Batch]:
-        """The next step's micro-batches; an error of the reader is raised on the whole replica."""
+        """Load the micro-batches of the next step.
+
+        Raises:
+            Exception: any error of the loader, on every rank of the replica.
+        """
         batches: list[Batch] = []
         error: Exception | None = None
         state: OrderState | None = None
@@ -64,21 +68,23 @@ class BatchBroadcaster:
             try:
                 batches = [next(self.loader) for _ in range(self.num_microbatches)]
                 state = self.loader.state
-            except Exception as exception:  # re-raised below, everywhere
+            except Exception as exception:  # raised below, on every rank
                 error = exception
-        enter("sharing data (broadcast)")
-        bare = [replace(batch, pixel_values=None) for batch in batches]
-        bare, state, error = self._share((bare, state, error))
+        enter("sharing data", collective="broadcast")
+        without_pixels = [replace(batch, pixel_values=None) for batch in batches]
+        without_pixels, state, error = self._share((without_pixels, state, error))
         if error is not None:
             raise error
         self.order_state = state
         if self.pg.pp.rank() == 0:
             pixels = [batch.pixel_values for batch in batches] or [None] * self.num_microbatches
-            bare = [self._with_pixels(b, p) for b, p in zip(bare, pixels, strict=True)]
-        return bare
+            without_pixels = [
+                self._with_pixels(b, p) for b, p in zip(without_pixels, pixels, strict=True)
+            ]
+        return without_pixels
 
     def _share(self, value: Any) -> Any:
-        """The replica's first rank's value on all its ranks: over CP, then over TP and PP."""
+        """Broadcast a value of the replica's first rank: over CP, then over TP and PP."""
         if is_source(self.pg.mp):
             value = broadcast_object(value, self.pg.cp)
         return broadcast_object(value, self.pg.mp)
@@ -98,24 +104,24 @@ def open_batch_broadcast(
     build_loader: Callable[..., MicroBatchLoader],
     **position: Any,
 ) -> Iterator[BatchBroadcaster]:
-    """Open a loader on the first rank of each replica, and close it at the end.
+    """Open a loader on the first rank of each replica; close it at the end.
 
     Args:
         run: the run.
         pg_collection: process groups.
         build_loader: called with (run, dp_rank=, dp_size=, **position).
-        position: where to start or what to read, for a loader that takes it.
+        position: start or data of the loader, passed on to `build_loader`.
     """
     dp = pg_collection.dp
     loader = None
     if is_source(pg_collection.mp) and is_source(pg_collection.cp):
         loader = build_loader(run, dp_rank=dp.rank(), dp_size=dp.size(), **position)
-    rows_per_pass = run.training.micro_batch_size * dp.size()
+    packs_per_pass = run.training.micro_batch_size * dp.size()
     try:
         yield BatchBroadcaster(
             loader,
             pg_collection,
-            num_microbatches=run.training.global_batch_size // rows_per_pass,
+            num_microbatches=run.training.global_batch_size // packs_per_pass,
             img_size=run.model.vision_tower.img_size,
         )
     finally:

@@ -1,4 +1,4 @@
-"""From a RunConfig to everything the loop needs."""
+"""Building of model, optimizer, schedule and metrics writer from a RunConfig."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_croc.checkpoint.sharded import load_checkpoint, load_weights
 from megatron_croc.checkpoint.state import TrainState
+from megatron_croc.config.base import to_tree
 from megatron_croc.config.run import RunConfig
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.freezing import freeze
@@ -23,13 +24,15 @@ from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.target_channel import TargetChannel
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
+from megatron_croc.training.reporting.reporting import Reporter
+from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.step import TrainStep
 
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """What one rank holds while training."""
+    """Everything that one rank holds while training."""
 
     run: RunConfig
     pg_collection: ProcessGroupCollection
@@ -42,7 +45,7 @@ class TrainingState:
 
 
 def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[CrocModel]:
-    """This rank's model chunks with fresh weights, frozen as the run says; not wrapped."""
+    """Build this rank's model chunks with initial weights and frozen parts, not wrapped in DDP."""
     config = language_model_config(run)
     num_chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
     channel = TargetChannel(
@@ -69,7 +72,7 @@ def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[C
 def wrap_model(
     run: RunConfig, models: list[CrocModel], pg_collection: ProcessGroupCollection
 ) -> list[nn.Module]:
-    """DistributedDataParallel around every chunk, and the schedule's hooks on its gradients."""
+    """Wrap every chunk in DistributedDataParallel, and set the schedule's gradient hooks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
@@ -82,7 +85,7 @@ def wrap_model(
             config,  # type: ignore[arg-type]
             ddp_config,
             model,
-            disable_bucketing=number > 0,  # later chunks have nothing left to overlap with
+            disable_bucketing=number > 0,  # later chunks have no work to overlap with
             pg_collection=pg_collection,
         )
         for number, model in enumerate(models)
@@ -94,8 +97,11 @@ def wrap_model(
 
 
 def _finalize(model: list[nn.Module], num_tokens: Tensor | None, **groups: object) -> None:
-    """Reduce gradients over DP, SP and tied embeddings; the losses were divided already."""
-    enter("summing gradients (reduce-scatter)")
+    """Reduce gradients over DP, SP and tied embeddings, without dividing them.
+
+    The losses are divided by their global denominators already.
+    """
+    enter("summing gradients", collective="reduce-scatter")
     finalize_model_grads(model, None, **groups)  # type: ignore[arg-type]
 
 
@@ -106,20 +112,28 @@ def build_training_state(
     train_iters: int,
     weights: WeightSource | None = None,
 ) -> TrainingState:
-    """Model, optimizer and schedule; resumed, or started from the stage before.
+    """Build model, optimizer and schedule; resume them, or load weights of the previous stage.
 
     Args:
         run: the run.
         pg_collection: process groups.
         train_iters: optimizer steps of the whole run.
-        weights: where a run that is not resumed starts, when `pretrained_checkpoint` is no
-            checkpoint of ours.
+        weights: initial weights of a run that is not resumed, if `pretrained_checkpoint` is a
+            model in Hugging Face's format.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, or belongs to another stage or model.
     """
     models = build_model(run, pg_collection)
     chunks = wrap_model(run, models, pg_collection)
-    optimizer = build_optimizer(run, chunks, pg_collection)
-    scheduler = build_scheduler(run, optimizer, train_iters)
-    state = load_checkpoint(run, chunks, optimizer, pg_collection)
+    optimizer = build_optimizer(run.optimizer, chunks, pg_collection)
+    scheduler = build_scheduler(
+        run.optimizer,
+        optimizer,
+        train_iters=train_iters,
+        global_batch_size=run.training.global_batch_size,
+    )
+    state = load_checkpoint(run.checkpoint, run.stage, chunks, optimizer, pg_collection)
     if state is None:
         state = TrainState(stage=run.stage)
         start = run.checkpoint.pretrained_checkpoint
@@ -129,7 +143,7 @@ def build_training_state(
         elif start is not None:
             load_weights(start, chunks, pg_collection, verify=run.checkpoint.verify_checkpoint)
         if start is not None:
-            optimizer.reload_model_params()  # the fp32 main weights were copied from fresh ones
+            optimizer.reload_model_params()  # the fp32 main weights are copies of the initial ones
     scheduler.step(increment=state.iteration * run.training.global_batch_size)
     return TrainingState(
         run=run,
@@ -140,4 +154,28 @@ def build_training_state(
         train_step=TrainStep(run, chunks, pg_collection),
         state=state,
         train_iters=train_iters,
+    )
+
+
+def build_reporter(
+    run: RunConfig, *, train_iters: int, world_size: int, times: TimeSplit | None = None
+) -> Reporter:
+    """Build the writer of metrics.
+
+    Args:
+        run: the run.
+        train_iters: optimizer steps of the whole run.
+        world_size: number of ranks.
+        times: time by region; None: not measured.
+    """
+    packs_per_step, data = run.training.global_batch_size, run.data
+    return Reporter(
+        run.logging,
+        run.model,
+        folder=run.log_folder,
+        settings=to_tree(run),
+        positions_per_step=packs_per_step * data.row_length if data.packing else None,
+        train_iters=train_iters,
+        world_size=world_size,
+        times=times,
     )

@@ -1,17 +1,17 @@
-"""megatron-core's DistributedOptimizer around any AdamW: torch's, Transformer Engine's or apex's.
+"""megatron-core's DistributedOptimizer with any AdamW: torch's, Transformer Engine's or apex's.
 
-Which of them megatron takes depends on the machine, so a checkpoint of each must load in every
-other, and before the first step too. megatron's own path (0.16 and 0.19) fails in these ways, all
-of them mended here:
+megatron's choice depends on the machine, so a checkpoint of one AdamW must load into another, also
+before the first step. megatron's own code (0.16 and 0.19) fails in these cases, which are fixed
+here:
   - saving before the first accepted step raises KeyError 'exp_avg', or an assertion with torch's;
   - loading a checkpoint with torch's AdamW raises KeyError 'step';
-  - after loading all its parameters share ONE step tensor, so that every step adds as many as there
-    are parameters, and training silently goes on with other bias corrections;
+  - after loading, all parameters share one step tensor, so each step adds the number of parameters
+    to the count, and training silently continues with wrong bias corrections;
   - a rank without parameters saves no step count (torch, Transformer Engine before 2.20);
-  - a group takes its settings from the checkpoint alone, so that fused AdamW after torch's raises
-    KeyError 'bias_correction', and torch's after a fused one KeyError 'amsgrad'.
-The step count is kept in the parameter groups, as fused AdamW does; torch's has it in each
-parameter's state too.
+  - a group takes its settings from the checkpoint only: fused AdamW after torch's raises KeyError
+    'bias_correction', and torch's after a fused one KeyError 'amsgrad'.
+The step count is kept in the parameter groups, as in fused AdamW; torch's AdamW also keeps it in
+the state of each parameter.
 """
 
 import torch
@@ -23,10 +23,10 @@ from megatron_croc.libraries import name_unknown_version
 
 
 class AdamDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer whose state is there from the start, in one form for every AdamW."""
+    """DistributedOptimizer with state allocated from the start, in one form for every AdamW."""
 
     def allocate_state(self) -> None:
-        """Give every owned parameter its moments, and every group a step count."""
+        """Allocate the moments of every owned parameter, and a step count in every group."""
         counts_per_parameter = isinstance(self.optimizer, torch.optim.AdamW)
         for group in self.optimizer.param_groups:
             group.setdefault("step", 0)
@@ -40,7 +40,7 @@ class AdamDistributedOptimizer(DistributedOptimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
 
     def step_with_ready_grads(self) -> bool:
-        """Step, and count it in every group, also in those that hold no parameter here."""
+        """Step, and advance the count of every group, also of groups without parameters here."""
         counts = [group["step"] + 1 for group in self.optimizer.param_groups]
         success = super().step_with_ready_grads()
         for group, count in zip(self.optimizer.param_groups, counts, strict=True):
@@ -48,7 +48,7 @@ class AdamDistributedOptimizer(DistributedOptimizer):
         return success
 
     def state_dict(self) -> dict:
-        """Everything but the per-parameter tensors, which are saved sharded."""
+        """State without the per-parameter tensors, which are saved sharded."""
         kept = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
@@ -56,9 +56,10 @@ class AdamDistributedOptimizer(DistributedOptimizer):
         return {"optimizer": {"param_groups": kept}}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore groups by their identity, then the sharded tensors, then each step count.
+        """Restore the settings of groups, then the sharded tensors, then the step counts.
 
-        What only another AdamW knows is left out, what only this one knows keeps its default.
+        Settings that only another AdamW has are ignored; settings that only this one has keep
+        their defaults.
         """
         self.allocate_state()
         saved_groups = {_identity(g): g for g in state_dict["optimizer"]["param_groups"]}
@@ -86,15 +87,15 @@ class AdamDistributedOptimizer(DistributedOptimizer):
 
 
 def _identity(group: dict) -> tuple:
-    """What tells parameter groups apart, on any rank and after a resume."""
+    """Key of a parameter group, equal on every rank and after a resume."""
     return (group["wd_mult"], group["lr_mult"], group["is_expert_parallel"])
 
 
 def adopt_adam(optimizer: MegatronOptimizer) -> None:
-    """Mend every DistributedOptimizer in `optimizer`, and allocate its state."""
+    """Turn every DistributedOptimizer into an AdamDistributedOptimizer, and allocate its state."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for part in parts:
-        # A part without anything to train holds no optimizer.
+        # A part without trained parameters holds no optimizer.
         inner = getattr(part, "optimizer", None)
         if isinstance(part, DistributedOptimizer) and inner is not None:
             if type(inner).__module__.startswith("transformer_engine."):

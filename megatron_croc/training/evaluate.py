@@ -1,4 +1,4 @@
-"""Validation: the same held-out samples every time, without dropout or update."""
+"""Validation on the same held-out samples every time, without dropout and update."""
 
 from dataclasses import fields, replace
 
@@ -14,7 +14,7 @@ _AVERAGED = ("text_loss", "reconstruction_loss", "loss")
 
 @region("validation", whole=True)
 def evaluate(training: TrainingState) -> StepMetrics:
-    """Mean of `eval_iters` global batches' losses, counts summed; and the answers, if asked for."""
+    """Compute the mean losses of `eval_iters` global batches, and check answers if configured."""
     run = training.run
     steps: list[StepMetrics] = []
     with open_batch_broadcast(run, training.pg_collection, build_valid_loader) as broadcaster:
@@ -34,7 +34,7 @@ def _combine(steps: list[StepMetrics]) -> StepMetrics:
     for field in fields(StepMetrics):
         values = [getattr(step, field.name) for step in steps]
         if not all(isinstance(value, int | float) for value in values):
-            continue  # rates, pool rows, and what this stage does not have
+            continue  # rates, pool counts, and metrics that this stage lacks
         scale = len(values) if field.name in _AVERAGED else 1
         combined[field.name] = sum(values) / scale
     return StepMetrics(**{"reconstruction_loss": None, **combined})

@@ -1,7 +1,8 @@
-"""Norm of all gradient shards with one read of the device (used without TE and apex).
+"""Norm of all gradient shards with one read of the device, for use without TE and apex.
 
-Without their fused kernels megatron's stand-in (megatron.core.utils.local_multi_tensor_l2_norm)
-copies each shard's norm to the host by itself: the host waits once a shard in every step.
+megatron's own fallback (megatron.core.utils.local_multi_tensor_l2_norm) reads the norm of each
+shard from the device separately, so the host waits once per shard in every step. The replacement
+holds for the whole process (docs/design.md, "State that belongs to the whole process").
 """
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 def multi_tensor_norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, None]:
-    """The norm over all tensors, on their device; called as amp_C.multi_tensor_l2norm is."""
+    """Norm over all tensors, on their device; same signature as amp_C.multi_tensor_l2norm."""
     return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
 
 
 def adopt_norm() -> None:
-    """Put `multi_tensor_norm` where megatron would use its stand-in."""
+    """Replace megatron's fallback by `multi_tensor_norm`."""
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = multi_tensor_norm

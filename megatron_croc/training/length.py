@@ -1,4 +1,4 @@
-"""How many optimizer steps a run takes."""
+"""Number of optimizer steps of a run."""
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.order.row_plan import build_row_plan
@@ -6,25 +6,25 @@ from megatron_croc.errors import ConfigError
 
 
 def resolve_train_iters(run: RunConfig) -> int:
-    """`train_iters`, or as many whole global batches as `train_epochs` passes over the data give.
+    """Number of steps: `train_iters`, or the whole global batches in `train_epochs` epochs.
 
-    With packing the rows of those passes are counted by planning them, some microseconds a sample.
+    With packing the packs of those epochs are planned and counted, some microseconds per sample.
 
     Raises:
         ConfigError: the data is smaller than one global batch.
-        DataError: data missing, or without the lengths that packing needs.
+        DataError: data is missing, or lacks the lengths that packing needs.
     """
     training = run.training
     if training.train_iters is not None:
         return training.train_iters
     plan = build_row_plan(run, run.data.data_path, seed=training.seed)
     samples = int(plan.blend.epoch_length * training.train_epochs)
-    rows = plan.num_rows(samples)
-    if rows < training.global_batch_size:
-        packs = f" in {rows} packs" if run.data.packing else ""
+    num_packs = plan.num_rows(samples)
+    if num_packs < training.global_batch_size:
+        packs = f" in {num_packs} packs" if run.data.packing else ""
         raise ConfigError(
             f"--train-epochs {training.train_epochs} of {', '.join(run.data.data_path)} is "
             f"{samples} samples{packs}, less than --global-batch-size "
             f"{training.global_batch_size}; raise the epochs or lower the batch"
         )
-    return rows // training.global_batch_size
+    return num_packs // training.global_batch_size

@@ -3,52 +3,62 @@
 import time
 
 from megatron_croc.checkpoint.saving import CheckpointSaver
+from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.log import rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.batch_broadcast import open_batch_broadcast
-from megatron_croc.training.build import TrainingState, build_training_state
+from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.length import resolve_train_iters
 from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 from megatron_croc.training.reporting.profiling import ProfileWindow
-from megatron_croc.training.reporting.reporting import Reporter
 from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
-from megatron_croc.training.safety.watchdog import run_folder, watch_over
+from megatron_croc.training.safety.watchdog import watch_over
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
-    """Train from the start (or where the run stopped) to the end; returns the trained state.
+    """Train from the start, or from the last checkpoint, to the end.
 
     Args:
         run: the run.
         weights: see `build_training_state`.
 
+    Returns:
+        the trained state.
+
     Raises:
         CheckpointError: the last state could not be saved.
-        RunError: step after step was not finite, or another rank was lost.
+        RunError: too many steps in a row were not finite, or another rank was lost.
     """
+    # Build model, optimizer and data order, or restore them from the last checkpoint.
     pg = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
-    state, last, folder = training.state, training.train_iters, run_folder(run)
+    state, last, folder = training.state, training.train_iters, run.log_folder
     if folder is not None and rank() == 0:
         drop_undone_steps(folder, state.iteration)
-    times = TimeSplit(run, training.chunks, pg) if run.logging.timing_log_level else None
-    reporter = Reporter(run, train_iters=last, world_size=world_size(), times=times)
-    profile = ProfileWindow(run, state.iteration)
-    guard = AnomalyGuard(run, state, pg, train_iters=last, folder=folder)
-    saver = CheckpointSaver(run, training.chunks, training.optimizer, pg)
 
-    def due(interval: int) -> bool:
+    # Set up metrics, profiler, anomaly checks and checkpoints.
+    times = TimeSplit(run.logging, training.chunks, pg) if run.logging.timing_log_level else None
+    reporter = build_reporter(run, train_iters=last, world_size=world_size(), times=times)
+    profile = ProfileWindow(run.logging, folder, state.iteration)
+    guard = AnomalyGuard(
+        run.reliability, state, pg, settings=to_tree(run), train_iters=last, folder=folder
+    )
+    saver = CheckpointSaver(
+        run.checkpoint, training.chunks, training.optimizer, pg, settings=to_yaml(run)
+    )
+
+    def is_due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
     with (
-        watch_over(run, first_step=state.iteration + 1),
+        watch_over(run.reliability, folder, first_step=state.iteration + 1),
         stop_requests(run.reliability) as stop,
         open_batch_broadcast(
             run, pg, build_train_loader, state=state.resume_point()
@@ -56,36 +66,44 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     ):
         is_over = state.iteration >= last
         while not is_over:
+            # Load the micro-batches of one step.
             started = time.perf_counter()
             enter("waiting for data", iteration=state.iteration + 1)
             batches = broadcaster.next_step()
             waited = time.perf_counter() - started
 
+            # Train one step, and report it.
             metrics = training.train_step.train(
                 batches, training.optimizer, training.scheduler, guard=guard
             )
             state.advance(metrics.num_samples, broadcaster.order_state)
             reporter.add_step(state.iteration, metrics, waited=waited, progress=state.progress())
             profile.after_step(state.iteration)
+
+            # End the run after too many skipped steps, with the last good state saved.
             if guard.gives_up():
-                enter("saving a checkpoint (barrier)")
+                enter("saving a checkpoint", collective="barrier")
                 saver.save(guard.last_good)
                 saver.close()
                 raise guard.error()
 
-            if due(run.training.eval_interval):
+            # Validate.
+            if is_due(run.training.eval_interval):
                 enter("validation")
                 reporter.add_validation(state.iteration, evaluate(training))
                 reporter.restart_clock()
 
-            enter("agreeing on whether to stop (all-reduce)")
+            # Stop at the last step, or when a signal or a limit asks for it.
+            enter("agreeing on whether to stop", collective="all-reduce")
             is_over = state.iteration >= last or stop.agreed(state.iteration)
+
+            # Publish a checkpoint written in the background, and save a new one.
             saver.poll()
-            if is_over or due(run.checkpoint.save_interval):
-                enter("saving a checkpoint (barrier)")
+            if is_over or is_due(run.checkpoint.save_interval):
+                enter("saving a checkpoint", collective="barrier")
                 saver.save(state)
                 reporter.restart_clock()
-        enter("finishing the last checkpoint (all-reduce)")
+        enter("finishing the last checkpoint", collective="all-reduce")
         saver.close()
     profile.close()
     reporter.close()

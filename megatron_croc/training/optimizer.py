@@ -6,19 +6,18 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.training import OptimizerConfig
 from megatron_croc.model.parameters import PARTS
-from megatron_croc.model.transformer_configs import params_dtype
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.distributed_adam import adopt_adam
 from megatron_croc.training.grad_norm import adopt_norm
 
 
-def learning_rates(run: RunConfig) -> dict[str, float]:
-    """Peak learning rate of every part."""
-    config = run.optimizer
+def learning_rates(config: OptimizerConfig) -> dict[str, float]:
+    """Peak learning rate of every part of the model."""
     own = {
         "projector": config.projector_lr,
         "prompt_pool": config.prompt_pool_lr,
@@ -29,10 +28,16 @@ def learning_rates(run: RunConfig) -> dict[str, float]:
 
 
 def build_optimizer(
-    run: RunConfig, chunks: list[nn.Module], pg_collection: ProcessGroupCollection
+    config: OptimizerConfig, chunks: list[nn.Module], pg_collection: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """megatron-core's distributed AdamW over the DDP-wrapped model chunks."""
-    config = run.optimizer
+    """Build megatron-core's distributed AdamW.
+
+    Args:
+        config: learning rates, weight decay and Adam's constants.
+        chunks: this rank's model chunks, wrapped in DistributedDataParallel.
+        pg_collection: process groups.
+    """
+    model_config = get_model_config(chunks[0])
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -43,13 +48,13 @@ def build_optimizer(
             adam_beta2=config.adam_beta2,
             adam_eps=config.adam_eps,
             clip_grad=config.clip_grad,
-            bf16=run.training.bf16,
-            params_dtype=params_dtype(run),
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=config.overlap_param_gather,
         ),
         chunks,  # type: ignore[arg-type]
-        config_overrides=_overrides(run),
+        config_overrides=_overrides(config),
         use_gloo_process_groups=False,
         pg_collection=pg_collection,
     )
@@ -58,20 +63,20 @@ def build_optimizer(
     return optimizer
 
 
-def _overrides(run: RunConfig) -> dict:
-    """One group per part and per kind (decayed or not).
+def _overrides(config: OptimizerConfig) -> dict:
+    """Parameter groups for megatron: one per part of the model, with and without weight decay.
 
-    After a resume megatron tells groups apart by (wd_mult, lr_mult) only; without an lr_mult of
-    its own a part would come back with another part's learning rate. The scheduler ignores it.
+    On a resume megatron identifies groups by (wd_mult, lr_mult). Each part has an lr_mult of its
+    own, so that it does not get the learning rate of another part. The scheduler ignores it.
     """
-    config, overrides = run.optimizer, {}
-    for number, (part, peak) in enumerate(learning_rates(run).items()):
+    overrides = {}
+    for number, (part, peak) in enumerate(learning_rates(config).items()):
         end = peak * config.min_lr / config.lr
         overrides[ParamKey(name=f"*module.{part}.*")] = {
             "max_lr": peak,
             "min_lr": end,
             "lr_mult": 1.0 + number,
-            # Equal keys overwrite each other: the pool's decay stands here, not in one of its own.
+            # A second entry with the same key would replace this one, so the decay is set here.
             **({"wd_mult": 0.0} if part == "prompt_pool" else {}),
         }
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda param: param.ndim == 1)
@@ -81,16 +86,16 @@ def _overrides(run: RunConfig) -> dict:
 
 @region("sync")
 def measure_gradients(optimizer: MegatronOptimizer) -> float:
-    """Norm of the whole gradient, over all ranks; nothing is changed by it."""
+    """Norm of the whole gradient over all ranks; the gradients stay unchanged."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 @region("optimizer")
 def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip the measured gradients and step: the second half of ChainedOptimizer.step.
+    """Clip the gradients and step: the second half of ChainedOptimizer.step.
 
-    Cut in two so that a step can be refused on all ranks while nothing is changed yet.
+    `measure_gradients` is the first half; between the two, a step can still be refused.
     """
     for part in _parts(optimizer):
         parameters = part.get_parameters()
@@ -109,17 +114,26 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def part_of_group(group: dict) -> str:
-    """The part whose parameters a group holds (the inverse of `_overrides`)."""
+    """Part of the model whose parameters are in `group` (the inverse of `_overrides`)."""
     return PARTS[round(group["lr_mult"]) - 1]
 
 
 def build_scheduler(
-    run: RunConfig, optimizer: MegatronOptimizer, train_iters: int
+    config: OptimizerConfig,
+    optimizer: MegatronOptimizer,
+    *,
+    train_iters: int,
+    global_batch_size: int,
 ) -> OptimizerParamScheduler:
-    """Warm-up from 0, then the chosen decay; counts samples."""
-    config, per_step = run.optimizer, run.training.global_batch_size
-    decay_steps = max(train_iters, 1) * per_step
-    warmup = min(round(config.lr_warmup_fraction * train_iters) * per_step, decay_steps - per_step)
+    """Learning-rate schedule: linear warm-up from 0, then the chosen decay.
+
+    megatron counts in samples, so every length is a number of steps times the global batch size.
+    """
+    decay_steps = max(train_iters, 1) * global_batch_size
+    warmup = min(
+        round(config.lr_warmup_fraction * train_iters) * global_batch_size,
+        decay_steps - global_batch_size,
+    )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

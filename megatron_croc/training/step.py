@@ -29,17 +29,17 @@ from megatron_croc.training.schedule import run_schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Denominators:
-    """What the two loss sums are divided by."""
+    """Global denominators of the two loss sums."""
 
     text: Tensor
-    """Labelled tokens, float64 scalar on the device."""
+    """Number of labelled tokens, float64 scalar on the device."""
 
     reconstruction: Tensor
-    """Elements of all visual tokens, float64 scalar on the device."""
+    """Number of elements of all visual tokens, float64 scalar on the device."""
 
 
 def to_model_inputs(batch: Batch) -> ModelInputs:
-    """Data layer -> model, on the device."""
+    """Copy a batch to the device, in the form the model takes."""
     batch = batch.to(current_device(), non_blocking=True)
     return ModelInputs(
         input_ids=batch.input_ids,
@@ -53,12 +53,12 @@ def to_model_inputs(batch: Batch) -> ModelInputs:
 
 
 class TrainStep:
-    """Runs training and validation steps over the model chunks of this rank."""
+    """Training and validation steps over the model chunks of this rank."""
 
     def __init__(
         self, run: RunConfig, chunks: list[nn.Module], pg_collection: ProcessGroupCollection
     ) -> None:
-        """Bind the model; `chunks` are wrapped in DistributedDataParallel."""
+        """Take the model chunks, wrapped in DistributedDataParallel."""
         self.run = run
         self.chunks = chunks
         self.pg = pg_collection
@@ -73,10 +73,17 @@ class TrainStep:
         guard: AnomalyGuard | None = None,
         on_gradients: Callable[[], None] | None = None,
     ) -> StepMetrics:
-        """Forward, backward, update; metrics of the whole global batch.
+        """Run forward pass, backward pass and update of one global batch.
 
-        `guard` may refuse the update: then weights and optimizer stay as they were, on all ranks.
-        `on_gradients` is called between backward and update, when gradients are reduced.
+        Args:
+            batches: micro-batches of this replica, on the CPU.
+            optimizer: distributed optimizer.
+            scheduler: learning-rate schedule; advances also after a refused step.
+            guard: may refuse the update; weights and optimizer then stay unchanged on all ranks.
+            on_gradients: called after the gradients are reduced, before the update.
+
+        Returns:
+            metrics of the whole global batch.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -85,11 +92,11 @@ class TrainStep:
         totals = self.forward_backward(batches)
         if on_gradients is not None:
             on_gradients()
-        enter("measuring gradients and losses (all-reduce)")
+        enter("measuring gradients and losses", collective="all-reduce")
         grad_norm = measure_gradients(optimizer)
         metrics = totals.reduce(grad_norm=grad_norm, param_groups=optimizer.param_groups)
         if guard is None or guard.accepts(metrics):
-            enter("updating weights (all-gather)")
+            enter("updating weights", collective="all-gather")
             update_weights(optimizer, grad_norm)
         else:
             guard.examine(metrics, batches, totals, self.chunks)
@@ -99,14 +106,14 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> StepMetrics:
-        """Losses of one global batch without dropout or update."""
+        """Compute the losses of one global batch, without dropout and update."""
         for chunk in self.chunks:
             chunk.eval()
         return self.forward_backward(batches, forward_only=True).reduce()
 
     def forward_backward(self, batches: list[Batch], *, forward_only: bool = False) -> StepTotals:
-        """All micro-batches through the pipeline; gradients are left in the DDP buffers."""
-        enter("counting labels (all-reduce)")
+        """Run all micro-batches through the pipeline; gradients stay in the DDP buffers."""
+        enter("counting labels", collective="all-reduce")
         totals = StepTotals(self.run, self.pg)
         for batch in batches:
             totals.count_batch(batch)
@@ -155,7 +162,7 @@ def _forward_step(
     denominators: Denominators,
     totals: StepTotals,
 ) -> tuple[Tensor | ModelOutput, partial]:
-    """What megatron's schedule calls for each micro-batch on each model chunk."""
+    """Forward pass of one micro-batch on one model chunk, called by megatron's schedule."""
     inputs, upcoming = next(iterator)
     enter("forward", micro_batch=totals.start_micro_batch())
     output = chunk(inputs, upcoming)
@@ -175,7 +182,7 @@ def _loss(
     denominators: Denominators,
     totals: StepTotals,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The scalar that is differentiated: this micro-batch's share of the global loss."""
+    """Share of the global loss that one micro-batch contributes: a float32 scalar."""
     enter("backward", micro_batch=totals.last_started)
     assert output.text_loss_sum is not None
     if run.training.loss_reduction == "micro_batch":
@@ -184,14 +191,14 @@ def _loss(
     reconstruction = output.reconstruction_loss_sum / denominators.reconstruction
     loss = text + run.model.reconstruction.reconstruction_loss_weight * reconstruction
     parts = {"text": text.detach(), "reconstruction": reconstruction.detach()}
-    # megatron multiplies nothing onto a loss that comes with a token count.
+    # megatron does not scale a loss that is returned with a token count.
     return loss.float(), torch.zeros((), dtype=torch.int), parts
 
 
 def _micro_batch_denominators(
     inputs: ModelInputs, run: RunConfig, num_microbatches: int
 ) -> Denominators:
-    """As the released code: the mean of each micro-batch's own mean."""
+    """Denominators for a mean of micro-batch means, as in the released code."""
     assert inputs.labels is not None
     hidden_size = run.model.language_model.hidden_size
     labelled = (inputs.labels >= 0).sum().double().clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""Answers checked while training are those the export gives, at every layout; and who says so.
+"""Answers checked in training equal those of the export, at every layout.
 
 A small model learns a few answers by heart and others not. What it then generates in transformers,
 token by token, is the truth that one forward pass of the live model must agree with.
@@ -77,7 +77,7 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(demo: Path, tmp_path_factory) -> Path:
-    """Trained and saved at tensor parallel 2."""
+    """Train and save with tensor parallel size 2."""
     save = tmp_path_factory.mktemp("run") / "save"
     run_distributed(train_small, 2, demo, save, dict(tensor_model_parallel_size=2))
     return save
@@ -97,7 +97,7 @@ def generated(demo: Path, trained: Path) -> list:
 
 
 def as_trained(demo: Path, answer) -> tuple[int, ...]:
-    """The ids training has for the true answer, its end included."""
+    """Token ids of the true answer in training, including its end."""
     from megatron_croc.data.sample.tokenization import build_tokenizer
 
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(demo / "tokenizer.model"))

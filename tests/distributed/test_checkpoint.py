@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that never stopped, at the same or another layout."""
+"""A resumed run equals an uninterrupted run, at the same and at another layout."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ IMAGES = (1, 0, 2, 1)
 
 def train_from(changes: dict, first: int, last: int, save: str | None, load: str | None) -> dict:
     """Train steps first..last; losses, and a digest of this rank's weights and moments."""
-    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_training_state
+    from tests.support.checkpoints import save_checkpoint
 
     run = tiny_run("pretrain_croc", save=save, load=load, projector_lr=1e-3, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
@@ -96,11 +96,11 @@ def test_resume_at_another_layout(tmp_path: Path, saved_at: str, resumed_at: lis
 
 
 def start_stage(stage: str, changes: dict, pretrained: str, save: str | None) -> dict:
-    """Start a stage from another one's checkpoint; whole tensors by name (one process)."""
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    """Start a stage from another stage's checkpoint; return whole tensors by name (one process)."""
     from megatron_croc.model.sharded_weights import iter_shards
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_training_state
+    from tests.support.checkpoints import save_checkpoint
 
     run = tiny_run(stage, pretrained_checkpoint=pretrained or None, save=save, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
@@ -141,7 +141,9 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) -> No
 def test_another_architecture_is_refused_by_key_and_shape(tmp_path: Path) -> None:
     save = str(tmp_path / "mlp")
     run_distributed(start_stage, 1, "pretrain_mlp", {}, "", save)
-    with pytest.raises(
-        AssertionError, match=r"linear_fc1\.weight: .*another architecture|CheckpointError"
-    ):
+    refusal = (
+        r"CheckpointError: .*iter_0000000 holds another architecture than this run's model:\n"
+        r"  language_model\S*linear_fc1\.weight: \(4, 192, 64\) there, \(4, 256, 64\) needed\n"
+    )
+    with pytest.raises(AssertionError, match=refusal):
         run_distributed(start_stage, 1, "pretrain_croc", {"ffn_hidden_size": 128}, save, None)

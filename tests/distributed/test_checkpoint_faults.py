@@ -1,4 +1,4 @@
-"""Faults while a checkpoint is written or read, made to happen in real processes."""
+"""Faults during the writing and reading of checkpoints, injected into real processes."""
 
 import os
 import resource
@@ -54,7 +54,7 @@ def save_small(roots: list[str], iteration: int, die_at: int | None) -> int:
     sys.addaudithook(watch)
     for root in roots:
         run.checkpoint.save = root
-        saver = saving.CheckpointSaver(run, [], None, pg)  # type: ignore[arg-type]
+        saver = saving.CheckpointSaver(run.checkpoint, [], None, pg, settings="")  # type: ignore[arg-type]
         saver.save(TrainState(iteration=iteration, stage=run.stage))
         saver.close()
     return count
@@ -128,7 +128,11 @@ def saver_of(training):
     from megatron_croc.checkpoint.saving import CheckpointSaver
 
     return CheckpointSaver(
-        training.run, training.chunks, training.optimizer, training.pg_collection
+        training.run.checkpoint,
+        training.chunks,
+        training.optimizer,
+        training.pg_collection,
+        settings="",
     )
 
 
@@ -145,7 +149,7 @@ def weights_of(training) -> list[torch.Tensor]:
 
 @contextmanager
 def file_limit(num_bytes: int) -> Iterator[None]:
-    """What a full disk looks like to one process: a write fails half-way."""
+    """Simulate a full disk in one process: a write fails half-way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     yield

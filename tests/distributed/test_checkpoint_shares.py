@@ -1,4 +1,4 @@
-"""A checkpoint's memory and writing are shared out over the data-parallel ranks."""
+"""Memory and writing of a checkpoint are divided among the data-parallel ranks."""
 
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ def pieces_to_write(content: dict) -> dict[tuple, torch.Tensor]:
 
 
 def ours_and_megatrons(changes: dict, max_gathered: int) -> dict:
-    """What this rank writes, what it would write by megatron's own code, and the gathers."""
+    """State that this rank writes, the state by megatron's code, and the sizes of gathers."""
     import torch.distributed as dist
 
     from megatron_croc.checkpoint import sharded, shares
@@ -113,7 +113,7 @@ def test_all_is_written_once_as_megatron_would_and_by_everyone(world_size: int, 
 
 
 def weights_and_their_copies(changes: dict, bucket_size: int) -> dict:
-    """What this rank writes, and how many of its buckets are padded before the last."""
+    """State that this rank writes, and the number of padded buckets before the last."""
     from megatron_croc.checkpoint.sharded import checkpoint_content
 
     training = start(changes, bucket_size)
@@ -136,7 +136,7 @@ def test_padded_buckets_shift_nothing():
 
 
 def save(changes: dict, folder: str) -> None:
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     training = start({**changes, "save": folder})
     state, pg = training.state, training.pg_collection
@@ -156,7 +156,7 @@ def test_every_rank_writes_a_file_and_the_manifest_names_all(tmp_path: Path, is_
 
 
 def room_to_load(changes: dict) -> tuple[int, int]:
-    """Values this rank makes room for at a resume, and those of the whole optimizer state."""
+    """Number of values this rank allocates on a resume, and number in the whole state."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     from megatron_croc.checkpoint import sharded, shares

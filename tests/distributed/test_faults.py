@@ -1,4 +1,4 @@
-"""What is promised for a run that something happens to, by making it happen."""
+"""Behaviour of runs under injected faults."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory) -> Path:
-    """The run nothing happens to."""
+    """Run without a fault."""
     save = tmp_path_factory.mktemp("unbroken")
     run(data, save)
     assert [row["iteration"] for row in curve(save)] == [1, 2, 3, 4, 5, 6]
@@ -42,7 +42,7 @@ def unbroken(data: Path, tmp_path_factory) -> Path:
 
 
 def run(data: Path, save: Path, *faults: Fault, more: tuple[str, ...] = ()) -> list[Exit]:
-    """Two ranks; without a fault both must end well."""
+    """Train on two ranks; without a fault both must exit with status 0."""
     everything = [*faults, trace_fault(save / "trace")]
     exits = run_to_exit(faulty_train, 2, everything, train_words(data, save, *more))
     if not faults:
@@ -212,7 +212,7 @@ def test_replay_finds_the_sample_and_the_module(data: Path, unbroken: Path, tmp_
 
 
 def refuse_and_compare(spike: bool, changes: dict) -> dict:
-    """One good step, one that is refused, and whether anything moved."""
+    """Run good steps and one refused step; check that the refused one changes nothing."""
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_training_state
     from megatron_croc.training.safety.anomaly import AnomalyGuard
@@ -222,7 +222,9 @@ def refuse_and_compare(spike: bool, changes: dict) -> dict:
     run = tiny_run(spike_factor=5.0 if spike else 0.0, **changes)
     pg = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg, train_iters=40)
-    guard = AnomalyGuard(run, training.state, pg, train_iters=40, folder=None)
+    guard = AnomalyGuard(
+        run.reliability, training.state, pg, settings={}, train_iters=40, folder=None
+    )
     kind = "spike" if spike else "nan_loss"
     last = 10 if spike else 2
     inject(Fault(fault=kind, rank=1, iteration=last))

@@ -106,7 +106,7 @@ def test_each_stage_trains_saves_and_hands_on(stages: Path):
         assert state["consumed_samples"] == last * batch == rows[-1]["consumed_samples"]
         assert state["stage"] == stage
     assert (stages / "pretrain_croc" / "iter_0000003").is_dir()
-    taken = "took weights from"
+    taken = "loaded weights from"
     assert taken not in (stages / "pretrain_mlp.out").read_text()
     middle, last = ((stages / f"{s}.out").read_text() for s in ("pretrain_croc", "finetune"))
     assert f"{stages / 'pretrain_mlp' / 'iter_0000003'}; fresh: prompt_pool" in middle

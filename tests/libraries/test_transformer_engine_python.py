@@ -178,8 +178,8 @@ def steps(run, groups, number):
 
 def save_two(folder, name):
     """Checkpoints <name>0, before the first step, and <name>2, after two."""
-    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.parallel.groups import start_distributed, stop_distributed
+    from tests.support.checkpoints import save_checkpoint
 
     for number in (0, 2):
         run = train_settings(save=str(folder / f"{name}{number}"))

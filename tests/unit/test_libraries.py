@@ -1,4 +1,4 @@
-"""Versions that nobody tried are named, with what is assumed of them."""
+"""Unknown versions are logged, with the interfaces assumed."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_croc import libraries
 
 @pytest.fixture
 def warned(monkeypatch):
-    """What name_unknown_version logs, for an installed version."""
+    """Message of name_unknown_version for an installed version."""
 
     libraries.name_unknown_version.cache_clear()
 

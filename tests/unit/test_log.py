@@ -7,7 +7,7 @@ from megatron_croc.log import get_logger, log_on_rank_zero, log_once
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the project's logger is asked to write."""
+    """Messages that the project's logger writes."""
     heard: list[str] = []
 
     class Ear(logging.Handler):

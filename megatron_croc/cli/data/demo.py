@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
-from megatron_croc.data.store.shard_writer import write_atomically
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.data import TemplateName
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
@@ -28,7 +29,6 @@ from megatron_croc.data.store.shard_writer import (
     LengthsInfo,
     add_lengths,
     sha256_of,
-    write_atomically,
 )
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.data.store.storage import join_location

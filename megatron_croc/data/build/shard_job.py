@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.store.shard_writer import (
     MANIFEST,
     ShardInfo,
     shard_name,
-    write_atomically,
     write_manifest,
 )
 from megatron_croc.data.store.storage import is_remote, join_location

@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.demo import text as demo_text
 from megatron_croc.data.demo.scenes import Scene, render_scene, sample_scene
 from megatron_croc.data.sample.conversation import VICUNA_SYSTEM
-from megatron_croc.data.store.shard_writer import write_atomically
 from megatron_croc.errors import DataError
 
 HELD_OUT_SHARE = 0.05

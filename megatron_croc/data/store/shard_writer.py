@@ -21,6 +21,8 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_croc.atomic_files import write_atomically
+
 TextFormat = Literal["json", "txt"]
 
 MANIFEST = "manifest.json"
@@ -72,16 +74,6 @@ class LengthsInfo:
     tokenizer_sha256: str
     tokenizer_model: str
     conversation_template: str
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def sha256_of(path: Path) -> str:

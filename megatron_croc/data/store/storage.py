@@ -167,7 +167,10 @@ class S3Object:
 
 @functools.cache
 def _s3_client(process: int) -> Any:
-    """One client per process: it may be shared by threads, but not across a fork."""
+    """One client per process: it may be shared by threads, but not across a fork.
+
+    State of the whole process, listed in docs/design.md.
+    """
     try:
         import boto3
         from botocore.config import Config

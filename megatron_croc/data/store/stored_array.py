@@ -11,6 +11,7 @@ import numpy as np
 from megatron_croc.data.store.storage import is_remote, read_whole
 
 _parsing = threading.Lock()
+"""State of the whole process, listed in docs/design.md."""
 
 
 def load_array(file: str | Path | BinaryIO, **options: Any) -> np.ndarray:

@@ -231,6 +231,12 @@ def _latest_checkpoint(folder: Path, now: float) -> Checkpoint | None:
         return None
 
 
+def _phase(beat: dict[str, Any]) -> str:
+    """Text such as "summing gradients (reduce-scatter)"."""
+    collective = beat.get("collective")
+    return str(beat["phase"]) + (f" ({collective})" if collective else "")
+
+
 def _read_beats(folder: Path, now: float) -> list[Beat]:
     """Heartbeats by rank; a torn file counts as none."""
     beats: list[Beat] = []
@@ -242,7 +248,7 @@ def _read_beats(folder: Path, now: float) -> list[Beat]:
                     rank=int(content["rank"]),
                     host=str(content["host"]),
                     iteration=int(content["iteration"]),
-                    phase=str(content["phase"]),
+                    phase=_phase(content),
                     age=max(0.0, now - float(content["since"])),
                 )
             )

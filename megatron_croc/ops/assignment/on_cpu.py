@@ -94,4 +94,5 @@ def num_threads() -> int:
 
 @functools.cache
 def _thread_pool(num_workers: int) -> ThreadPoolExecutor:
+    """State of the whole process, listed in docs/design.md."""
     return ThreadPoolExecutor(num_workers, thread_name_prefix="assignment")

@@ -26,6 +26,7 @@ def attend_dense(
 
 
 _latest: tuple[MixedMask, list[Tensor | None]] | None = None
+"""State of the whole process, listed in docs/design.md."""
 
 
 def _sample_masks(mask: MixedMask) -> list[Tensor | None]:

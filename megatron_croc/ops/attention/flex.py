@@ -120,6 +120,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 _latest: tuple[MixedMask, Tensor | None, BlockMask, Tensor] | None = None
+"""State of the whole process, listed in docs/design.md."""
 
 
 def _block_mask(mask: MixedMask, rows: Tensor | None) -> tuple[BlockMask, Tensor]:

@@ -1,13 +1,13 @@
-"""What one optimizer step did: sums collected where they arise, reduced once per step.
+"""Metrics of one optimizer step: sums collected by each rank, added once over all ranks.
 
-first stage: replaced tokens, their distance, time it took, uses of each pool row
-last stage:  text and reconstruction loss      } one all-reduce over all ranks, read once
-any stage:   tokens, images, samples, operations
+first stage: tokens, images, samples, operations; matching: distance, time, uses of pool tokens
+last stage:  text and reconstruction loss
+             --> StepSums --> one all-reduce, one read of the device --> StepMetrics on every rank
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,7 +18,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
 from megatron_croc.parallel.collectives import all_reduce
-from megatron_croc.parallel.device import to_device
+from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.training.optimizer import part_of_group
@@ -26,7 +26,7 @@ from megatron_croc.training.optimizer import part_of_group
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One step (or validation batch), summed over the whole global batch; equal on all ranks."""
+    """Metrics of one step or validation batch, over the whole global batch; equal on all ranks."""
 
     text_loss: float
     """Mean cross entropy of the labelled tokens."""
@@ -35,16 +35,16 @@ class StepMetrics:
     """Mean SmoothL1 over the visual tokens' elements, unweighted; None outside pretrain_croc."""
 
     loss: float
-    """text + weight * reconstruction, what is minimised."""
+    """Minimised loss: text + weight * reconstruction."""
 
     num_tokens: int
     """Tokens without padding."""
 
     num_images: int
-    """Images."""
+    """Number of images."""
 
     num_samples: int
-    """Samples."""
+    """Number of samples."""
 
     flops: float
     """Useful operations, see planning.flops."""
@@ -53,50 +53,118 @@ class StepMetrics:
     """Mean distance of a replaced token to its pool token."""
 
     matching_seconds: float | None = None
-    """What matching kept a replica waiting, mean over the replicas."""
+    """Seconds a replica waited for matching, mean over the replicas."""
 
     matching_hidden_seconds: float | None = None
-    """What was searched for matches while the replica computed, mean over the replicas."""
+    """Seconds of matching that ran beside other work, mean over the replicas."""
 
     pool_counts: tuple[int, ...] | None = None
-    """How often each pool row was used; None outside pretrain_croc."""
+    """Uses of each pool token; None outside pretrain_croc."""
 
     matching_sample: MatchingSample | None = field(default=None, repr=False, compare=False)
-    """An image this rank matched in this step, if any; the only field that differs by rank."""
+    """One image that this rank matched in this step; the only field that differs by rank."""
 
     num_answers: int | None = None
-    """Held-out answers that were checked; None where none were."""
+    """Held-out answers checked; None without a check."""
 
     num_answers_right: int | None = None
-    """Those the model would give word for word."""
+    """Answers that the model would generate word for word."""
 
     grad_norm: float | None = None
     """Norm of the whole gradient before clipping; None in validation."""
 
     is_skipped: bool = False
-    """Whether the step was refused, and changed nothing."""
+    """True when the step was refused and changed no weights."""
 
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Of each trained part, as this step used them."""
+    """Learning rate of each trained part in this step."""
 
     @property
     def pool_usage(self) -> float | None:
-        """Share of pool rows used in this step."""
+        """Share of pool tokens used in this step."""
         return None if self.pool_counts is None else usage(self.pool_counts)
 
 
 def usage(counts: Sequence[int]) -> float:
-    """Share of pool rows used at all."""
+    """Share of pool tokens with at least one use."""
     return sum(count > 0 for count in counts) / len(counts)
 
 
 def entropy(counts: Sequence[int]) -> float:
-    """Entropy of the rows' shares over that of equal shares: 1 if all rows are used alike."""
+    """Normalised entropy of the pool tokens' uses: 1 when all are used equally often, 0 for one."""
     total = sum(counts)
     if total == 0 or len(counts) == 1:
         return 0.0
     shares = (count / total for count in counts if count)
     return sum(-share * math.log(share) for share in shares) / math.log(len(counts))
+
+
+@dataclass(kw_only=True)
+class StepSums:
+    """Sums of one step that are added over ranks, by name.
+
+    On one rank, sums that are known on the host are floats, those computed by the model are float64
+    scalars on the device. After `unpack` all are floats.
+    """
+
+    num_tokens: float = 0.0
+    """Tokens without padding."""
+
+    num_images: float = 0.0
+    """Images."""
+
+    num_samples: float = 0.0
+    """Samples."""
+
+    flops: float = 0.0
+    """Useful operations."""
+
+    num_replaced: float = 0.0
+    """Replaced visual tokens."""
+
+    matching_seconds: float = 0.0
+    """Seconds spent waiting for matching."""
+
+    matching_hidden_seconds: float = 0.0
+    """Seconds of matching that ran beside other work."""
+
+    text_loss: float | Tensor = 0.0
+    """Text loss, divided by its global denominator already."""
+
+    reconstruction_loss: float | Tensor = 0.0
+    """Reconstruction loss, divided by its global denominator already."""
+
+    distance: float | Tensor = 0.0
+    """Distances of the replaced tokens to their pool tokens."""
+
+    pool_counts: Tensor | list[float]
+    """Uses of each pool token: float64 [P] on the device; a list of P after `unpack`."""
+
+    def pack(self) -> Tensor:
+        """Write all sums into one vector, without reading the device.
+
+        Returns:
+            float64 [number of scalars + P] on the device: scalars in the order of the fields.
+        """
+        assert isinstance(self.pool_counts, Tensor)
+        scalars = [getattr(self, name) for name in self._scalar_names()]
+        on_host = [0.0 if isinstance(value, Tensor) else value for value in scalars]
+        vector = to_device(torch.tensor(on_host, dtype=torch.float64))
+        for index, value in enumerate(scalars):
+            if isinstance(value, Tensor):
+                vector[index] += value
+        return torch.cat([vector, self.pool_counts])
+
+    @classmethod
+    def unpack(cls, values: list[float]) -> "StepSums":
+        """Read the sums from the values of a packed vector."""
+        names = cls._scalar_names()
+        scalars = dict(zip(names, values[: len(names)], strict=True))
+        return cls(**scalars, pool_counts=values[len(names) :])
+
+    @classmethod
+    def _scalar_names(cls) -> list[str]:
+        return [entry.name for entry in fields(cls) if entry.name != "pool_counts"]
 
 
 class StepTotals:
@@ -118,11 +186,11 @@ class StepTotals:
 
     @property
     def num_microbatches_in_world(self) -> int:
-        """Micro-batches of the step over all replicas."""
+        """Number of micro-batches of the step over all replicas."""
         return self.num_microbatches * self.pg.dp.size()
 
     def count_batch(self, batch: Batch) -> None:
-        """Add a micro-batch's tokens and images; call it while the batch is on the CPU."""
+        """Add the tokens and images of a micro-batch. The batch must be on the CPU."""
         self.num_microbatches += 1
         self.num_samples += len(batch.sample_ids)
         more = Work.from_lengths(
@@ -137,12 +205,12 @@ class StepTotals:
         )
 
     def start_micro_batch(self) -> int:
-        """Note a forward pass, and give it its number (over all chunks of this rank)."""
+        """Count a forward pass; return its number, over all model chunks of this rank."""
         self.last_started += 1
         return self.last_started
 
     def count_replacement(self, replacement: Replacement) -> None:
-        """Add one micro-batch's matching (first stage)."""
+        """Add the matching of one micro-batch (first stage)."""
         used = replacement.index.flatten()
         if self.pool_counts is None:
             size = self.run.model.prompt_pool.pool_size
@@ -158,62 +226,70 @@ class StepTotals:
         self.matching_sample = replacement.sample
 
     def count_losses(self, losses: list[dict[str, Tensor]]) -> None:
-        """Add what the schedule collected (last stage; empty elsewhere)."""
+        """Add the losses that the schedule returned (last stage; empty elsewhere)."""
         self.losses.extend(losses)
 
     @region("sync")
     def reduce(
         self, *, grad_norm: float | None = None, param_groups: list[dict] | None = None
     ) -> StepMetrics:
-        """Sum over all ranks; every rank gets the same metrics."""
-        sums = to_device(torch.tensor([*self._known_on_host(), 0.0, 0.0, 0.0], dtype=torch.float64))
-        pool_counts = sums.new_zeros(self.run.model.prompt_pool.pool_size)
-        if self.pg.tp.rank() == 0:
-            for part in self.losses:  # context-parallel ranks hold shares of them
-                sums[-3] += part["text"].double()
-                sums[-2] += part["reconstruction"].double()
-        # Tensor- and context-parallel ranks all know the whole replica's matches.
-        if self._speaks_for_replica and self.distance_sum is not None:
-            assert self.pool_counts is not None
-            sums[-1] += self.distance_sum
-            pool_counts += self.pool_counts
-        everything = torch.cat([sums, pool_counts])
-        all_reduce(everything)
-        num_tokens, num_images, num_samples, flops, num_replaced, seconds, hidden, *more = (
-            everything.tolist()
-        )
-        text, reconstruction, distance, *uses = more
+        """Add the sums over all ranks and compute the metrics, equal on every rank.
+
+        One all-reduce, and one read of the device.
+        """
+        vector = self._own_sums().pack()
+        all_reduce(vector)
+        sums = StepSums.unpack(vector.tolist())
+        dp_size = self.pg.dp.size()
+        has_matching = sums.num_replaced > 0
+        text, reconstruction = float(sums.text_loss), float(sums.reconstruction_loss)
         weight = self.run.model.reconstruction.reconstruction_loss_weight
         return StepMetrics(
             text_loss=text,
             reconstruction_loss=reconstruction if self.run.reconstructs else None,
             loss=text + weight * reconstruction,
-            num_tokens=int(num_tokens),
-            num_images=int(num_images),
-            num_samples=int(num_samples),
-            flops=flops,
-            matched_distance=distance / num_replaced if num_replaced else None,
-            matching_seconds=seconds / self.pg.dp.size() if num_replaced else None,
-            matching_hidden_seconds=hidden / self.pg.dp.size() if num_replaced else None,
-            pool_counts=tuple(map(int, uses)) if self.run.reconstructs else None,
+            num_tokens=int(sums.num_tokens),
+            num_images=int(sums.num_images),
+            num_samples=int(sums.num_samples),
+            flops=sums.flops,
+            matched_distance=float(sums.distance) / sums.num_replaced if has_matching else None,
+            matching_seconds=sums.matching_seconds / dp_size if has_matching else None,
+            matching_hidden_seconds=(
+                sums.matching_hidden_seconds / dp_size if has_matching else None
+            ),
+            pool_counts=tuple(map(int, sums.pool_counts)) if self.run.reconstructs else None,
             matching_sample=self.matching_sample,
             grad_norm=grad_norm,
             learning_rates=_learning_rates(self.run, param_groups or []),
         )
 
-    @property
-    def _speaks_for_replica(self) -> bool:
-        return self.pg.tp.rank() == 0 and self.pg.cp.rank() == 0
+    def _own_sums(self) -> StepSums:
+        """Sums that this rank contributes, so that nothing is counted by two ranks.
 
-    def _known_on_host(self) -> list[float]:
-        """Tokens, images, samples, operations; replaced tokens, seconds kept waiting, hidden."""
-        counts, matching = [0.0] * 4, [0.0] * 3
-        if self._speaks_for_replica and self.pg.pp.rank() == 0:
-            flops = sum(count_flops(self.run, self.work).values())
-            counts = [self.work.num_tokens, self.work.num_images, self.num_samples, flops]
-        if self._speaks_for_replica:
-            matching = [self.num_replaced, self.matching_seconds, self.matching_hidden_seconds]
-        return [*counts, *matching]
+        All ranks of a replica know its matching, so only TP rank 0 and CP rank 0 contributes it.
+        Losses are shares of the CP ranks and equal on the TP ranks.
+        """
+        size = self.run.model.prompt_pool.pool_size
+        sums = StepSums(pool_counts=torch.zeros(size, dtype=torch.float64, device=current_device()))
+        if self.pg.tp.rank() != 0:
+            return sums
+        for part in self.losses:
+            sums.text_loss = sums.text_loss + part["text"].double()
+            sums.reconstruction_loss = sums.reconstruction_loss + part["reconstruction"].double()
+        if self.pg.cp.rank() != 0:
+            return sums
+        if self.pg.pp.rank() == 0:
+            sums.num_tokens = self.work.num_tokens
+            sums.num_images = self.work.num_images
+            sums.num_samples = self.num_samples
+            sums.flops = sum(count_flops(self.run, self.work).values())
+        sums.num_replaced = self.num_replaced
+        sums.matching_seconds = self.matching_seconds
+        sums.matching_hidden_seconds = self.matching_hidden_seconds
+        if self.distance_sum is not None:
+            assert self.pool_counts is not None
+            sums.distance, sums.pool_counts = self.distance_sum, self.pool_counts
+        return sums
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:

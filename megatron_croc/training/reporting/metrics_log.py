@@ -1,26 +1,27 @@
-"""One clean loss curve in metrics.jsonl, however often a run was killed and resumed."""
+"""Cleaning of metrics.jsonl on a resume: one line per step, also after a crash."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_croc.atomic_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 
 _TIMED = ("per_second", "seconds", "per_device", "mfu", "_share", "timers")
-"""Parts of the names of metrics that depend on the clock."""
+"""Fragments of the names of metrics that depend on the clock."""
 
 
 def drop_undone_steps(folder: Path, iteration: int) -> int:
-    """Move the lines of steps that were lost with a killed run out of the curve.
+    """Move the lines of steps that will be repeated out of metrics.jsonl.
 
-    A run that goes on from step `iteration` does the later ones again, and writes them again. What
-    the killed run wrote about them (and a line it did not finish) goes to metrics.superseded.jsonl.
+    A run that resumes from step `iteration` repeats later steps and writes their lines again. Old
+    lines of those steps, and an incomplete line, go to metrics.superseded.jsonl.
 
     Returns:
-        lines moved.
+        number of lines moved.
     """
     path = folder / METRICS_FILE
     if not path.exists():
@@ -31,14 +32,12 @@ def drop_undone_steps(folder: Path, iteration: int) -> int:
     if moved:
         with (folder / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(moved)
-        clean = path.with_name(METRICS_FILE + ".incomplete")
-        clean.write_text("".join(kept), encoding="utf-8")
-        os.replace(clean, path)
+        write_atomically(path, "".join(kept).encode())
     return len(moved)
 
 
 def _iteration_of(line: str) -> float:
-    """The step a line is about; beyond all steps, where it cannot be read."""
+    """Step of a line; infinity if the line cannot be read."""
     try:
         return float(json.loads(line)["iteration"])
     except (KeyError, TypeError, ValueError):
@@ -46,5 +45,5 @@ def _iteration_of(line: str) -> float:
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line of metrics.jsonl says that another run of the same steps must say too."""
+    """Entries of a line of metrics.jsonl that are equal in every run of the same steps."""
     return {name: value for name, value in row.items() if not any(t in name for t in _TIMED)}

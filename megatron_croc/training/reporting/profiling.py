@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.parallel.device import (
     has_cuda,
@@ -21,22 +21,22 @@ logger = get_logger(__name__)
 
 
 class ProfileWindow:
-    """Watches the steps profile_step_start up to, but without, profile_step_end."""
+    """Profiler of the steps from profile_step_start up to, but not including, profile_step_end."""
 
-    def __init__(self, run: RunConfig, iteration: int) -> None:
-        """Prepare.
+    def __init__(self, config: LoggingConfig, folder: Path | None, iteration: int) -> None:
+        """Prepare, and start at once if the window begins with the next step.
 
         Args:
-            run: the run; its `logging` says what to watch and on which ranks.
+            config: steps, ranks and kinds of record.
+            folder: folder of the run; files go to `profile/` in it. None: nothing is recorded.
             iteration: steps done so far.
         """
-        log, folder = run.logging, run.logging.log_dir or run.checkpoint.save
-        self._first, self._end = log.profile_step_start, log.profile_step_end
-        self._profiles, self._records = log.profile, log.record_memory_history
+        self._first, self._end = config.profile_step_start, config.profile_step_end
+        self._profiles, self._records = config.profile, config.record_memory_history
         self._profiler: profile | None = None
         self._is_open = self._has_memory = False
-        chosen = folder is not None and rank() in log.profile_ranks
-        self._folder = Path(folder) / "profile" if folder is not None and chosen else None
+        chosen = folder is not None and rank() in config.profile_ranks
+        self._folder = folder / "profile" if folder is not None and chosen else None
         if (self._profiles or self._records) and iteration >= self._first:
             logger.warning(
                 f"profile_step_start={self._first}: the run is at step {iteration} already, "
@@ -45,10 +45,10 @@ class ProfileWindow:
         self.after_step(iteration)
 
     def after_step(self, iteration: int) -> None:
-        """Begin before the first step of the window, end after its last.
+        """Start before the first step of the window, and stop after its last.
 
         Args:
-            iteration: steps done.
+            iteration: steps done so far.
         """
         if self._folder is None or not (self._profiles or self._records):
             return
@@ -58,10 +58,10 @@ class ProfileWindow:
             self.close(last=iteration)
 
     def close(self, last: int | None = None) -> None:
-        """End the window, if it is open.
+        """Stop recording and write the files. Outside the window it does nothing.
 
         Args:
-            last: the last step in it; None: the run ends before the window does.
+            last: last step recorded; None: the run ends inside the window.
         """
         if not self._is_open:
             return

@@ -1,7 +1,7 @@
-"""Every scalar of a run, for Prometheus: http://<host of rank 0>:<prometheus_port>/metrics.
+"""All scalars of a run for Prometheus, at http://<host of rank 0>:<prometheus_port>/metrics.
 
 `loss` is the gauge megatron_croc_loss; `lr/projector` is megatron_croc_lr{part="projector"}.
-Samples, tokens and skipped steps are counters of this process, zero when it starts.
+Samples, tokens and skipped steps are counters that start at zero with the process.
 """
 
 import re
@@ -18,17 +18,17 @@ COUNTERS = {
     "tokens": "Tokens without padding trained on since this process started",
     "skipped_steps": "Optimizer steps refused since this process started",
 }
-"""Counters and their help; a scrape shows them with _total behind the name."""
+"""Help texts of the counters; a scrape shows each name with the suffix _total."""
 
 
 class Endpoint:
-    """A metrics server in a thread of this process."""
+    """Metrics server in a thread of this process."""
 
     def __init__(self, port: int) -> None:
-        """Serve on every address of the machine.
+        """Start serving on all addresses of the host.
 
         Args:
-            port: 0 takes any free one, see `port`.
+            port: TCP port; 0: any free one, then found in `port`.
 
         Raises:
             OSError: the port is in use.
@@ -47,7 +47,7 @@ class Endpoint:
         self.port: int = self._server.server_port
 
     def set(self, scalars: Mapping[str, float]) -> None:
-        """Show these values from now on; others keep theirs."""
+        """Set the gauges of these scalars; other gauges keep their values."""
         for name, value in scalars.items():
             metric, part = gauge_name(name)
             if metric not in self._gauges:
@@ -72,13 +72,13 @@ class Endpoint:
 
 
 def gauge_name(name: str) -> tuple[str, str]:
-    """Prometheus name and `part` label of a column of metrics.jsonl; "" for one without parts."""
+    """Prometheus name and `part` label of an entry of metrics.jsonl; label "" without a part."""
     group, _, part = name.partition("/")
     return PREFIX + re.sub(r"[^a-zA-Z0-9_]", "_", group), part
 
 
 def open_endpoint(port: int) -> Endpoint | None:
-    """An endpoint, if `port` asks for one; a log line and None where it cannot be had."""
+    """Open an endpoint; None if `port` is 0, or after a warning when it cannot be opened."""
     if not port:
         return None
     try:

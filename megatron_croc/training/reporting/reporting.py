@@ -1,4 +1,4 @@
-"""Where metrics go: console, metrics.jsonl, TensorBoard, W&B, Prometheus. Rank 0 writes."""
+"""Output of metrics to console, metrics.jsonl, TensorBoard, W&B and Prometheus, by rank 0."""
 
 import json
 import math
@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.logging import LoggingConfig
+from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
@@ -29,56 +30,63 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "
 """Dense bf16 operations per second of one device, from NVIDIA's data sheets."""
 
 COLLAPSED = 1.25
-"""Pool rows used by all images of an interval, over the tokens replaced in one, up to which the
-log warns: images then share almost all their pool tokens."""
+"""Threshold of the collapse warning: pool tokens used in an interval over tokens replaced in one
+image. Near 1, all images share almost all of their pool tokens."""
 
 
 def peak_flops(name: str) -> float | None:
-    """Peak of the device at hand; None where it is not known, and no MFU is given then."""
+    """Peak operations per second of a device; None when unknown (no MFU is reported then)."""
     return next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
 
 
 class Reporter:
-    """Turns step metrics into log lines; does nothing on ranks other than 0."""
+    """Writer of metrics: one line per interval. Ranks other than 0 write nothing."""
 
     def __init__(
         self,
-        run: RunConfig,
+        config: LoggingConfig,
+        model: CrocModelConfig,
         *,
+        folder: Path | None,
+        settings: Mapping[str, Any],
+        positions_per_step: int | None,
         train_iters: int,
         world_size: int,
         times: TimeSplit | None = None,
     ) -> None:
-        """Open the writers that `run.logging` asks for.
+        """Open the writers that `config` asks for.
 
         Args:
-            run: the run.
+            config: intervals and writers.
+            model: sizes of the prompt pool.
+            folder: folder of metrics.jsonl and TensorBoard events; None: neither is written.
+            settings: all settings of the run, for W&B.
+            positions_per_step: positions of all packs of one step, padding included; None without
+                packing.
             train_iters: optimizer steps of the whole run.
             world_size: processes of the run.
-            times: where time goes, read each interval; None: not asked for.
+            times: time by region, read once per interval; None: not measured.
         """
-        self.run, self.train_iters, self.world_size = run, train_iters, world_size
-        self.times = times
+        self.config, self.model, self.positions_per_step = config, model, positions_per_step
+        self.train_iters, self.world_size, self.times = train_iters, world_size, times
         self.interval: list[StepMetrics] = []
         self.waited = 0.0
         self.warned_of_collapse = False
         self.started = time.perf_counter()
         self.peak = peak_flops(device_name())
-        folder = run.logging.log_dir or run.checkpoint.save
         self.is_writer = rank() == 0
         self.jsonl = self.tensorboard = self.wandb = None
-        self.folder: Path | None = None
+        self.folder = folder if self.is_writer else None
         self.endpoint: Endpoint | None = None
         if not self.is_writer:
             return
-        self.endpoint = open_endpoint(run.logging.prometheus_port)
-        if folder is not None:
-            self.folder = Path(folder)
+        self.endpoint = open_endpoint(config.prometheus_port)
+        if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            if run.logging.tensorboard:
-                self.tensorboard = _open_tensorboard(folder)
-        self.wandb = open_wandb(run, self.folder)
+            if config.tensorboard:
+                self.tensorboard = _open_tensorboard(self.folder)
+        self.wandb = open_wandb(config, settings, self.folder)
 
     def add_step(
         self,
@@ -88,18 +96,18 @@ class Reporter:
         waited: float,
         progress: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Note one training step; every log_interval steps a line with mean losses is written.
+        """Add one training step; every log_interval steps a line with mean losses is written.
 
         Args:
             iteration: steps done.
-            metrics: of this step.
-            waited: seconds it waited for data.
-            progress: counters as they stand after it, written as they are.
+            metrics: metrics of this step.
+            waited: seconds this step waited for data.
+            progress: counters after this step, written unchanged.
         """
         self.interval.append(replace(metrics, matching_sample=None))  # some MB a step
         self.waited += waited
         self._count(metrics)
-        if iteration % self.run.logging.log_interval and iteration != self.train_iters:
+        if iteration % self.config.log_interval and iteration != self.train_iters:
             return
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
@@ -108,13 +116,13 @@ class Reporter:
             times = self.times.read(num_steps=len(self.interval))
             row |= times.row()
             self._compare_ranks(iteration, times, self.times)
-        if self.is_writer:  # rank 0 always matches an image, if there is one
+        if self.is_writer:  # rank 0 matches an image in every step that has one
             row |= self._matching(metrics, elapsed)
         self._write(iteration, row)
         self.interval, self.waited = [], 0.0
 
     def add_validation(self, iteration: int, metrics: StepMetrics) -> None:
-        """Note a validation."""
+        """Write the line of one validation."""
         row = {
             "iteration": iteration,
             "valid_loss": metrics.loss,
@@ -127,7 +135,7 @@ class Reporter:
         self._write(iteration, row)
 
     def restart_clock(self) -> None:
-        """Leave what has just happened (validation, saving) out of the throughput."""
+        """Leave the time of a validation or a save out of the throughput."""
         self.started = time.perf_counter()
 
     def _summary(self, iteration: int, elapsed: float) -> dict[str, Any]:
@@ -154,15 +162,14 @@ class Reporter:
             "data_wait_share": self.waited / elapsed,
             **{f"lr/{part}": rate for part, rate in last.learning_rates.items()},
         }
-        if self.run.data.packing:
-            rows = len(steps) * self.run.training.global_batch_size
-            row["packing_fill"] = total["num_tokens"] / (rows * self.run.data.row_length)
+        if self.positions_per_step is not None:
+            row["packing_fill"] = total["num_tokens"] / (len(steps) * self.positions_per_step)
         if self.peak is not None:
             row["mfu"] = total["flops"] / elapsed / self.world_size / self.peak
         return row
 
     def _count(self, metrics: StepMetrics) -> None:
-        """Move the endpoint's counters on."""
+        """Add a step to the counters of the endpoint."""
         if self.endpoint is not None:
             trained = not metrics.is_skipped
             self.endpoint.count(
@@ -172,10 +179,10 @@ class Reporter:
             )
 
     def _compare_ranks(self, iteration: int, times: IntervalTimes, split: TimeSplit) -> None:
-        """Write every rank's times, and warn of slow ones."""
-        if not (self.is_writer and self.run.logging.log_straggler and self.world_size > 1):
+        """Write the times of all ranks, and warn about slow ranks."""
+        if not (self.is_writer and self.config.log_straggler and self.world_size > 1):
             return
-        percent, by_rank = self.run.logging.straggler_percent, times.rank_times()
+        percent, by_rank = self.config.straggler_percent, times.rank_times()
         slow = find_stragglers(by_rank, split.places, percent=percent)
         if self.folder is not None:
             append_stragglers(self.folder, iteration, by_rank, slow)
@@ -184,7 +191,7 @@ class Reporter:
             logger.warning(f"stragglers: {'; '.join(map(str, slow[:4]))}{more}")
 
     def _matching(self, metrics: StepMetrics, elapsed: float) -> dict[str, Any]:
-        """Cost, quality and spread of the interval's matching; warns once if it has collapsed."""
+        """Cost, quality and spread of the matching of the interval; warns once after a collapse."""
         steps = [step for step in self.interval if step.pool_counts is not None]
         if not steps:
             return {}
@@ -199,12 +206,12 @@ class Reporter:
         row["hidden_matching_seconds_per_step"] = sum(hidden) / len(self.interval)
         row["hidden_matching_share"] = sum(hidden) / elapsed
         sample = metrics.matching_sample
-        if sample is not None and self.run.model.prompt_pool.assign_mode == "hungarian":
+        if sample is not None and self.model.prompt_pool.assign_mode == "hungarian":
             row["matching_gap"] = optimality_gap(*sample)
         return row
 
     def _warn_of_collapse(self, counts: list[int]) -> None:
-        pool, num_replaced = self.run.model.prompt_pool, self.run.model.num_replaced_tokens
+        pool, num_replaced = self.model.prompt_pool, self.model.num_replaced_tokens
         num_images = sum(counts) // num_replaced
         num_used = sum(count > 0 for count in counts)
         few = COLLAPSED * num_replaced
@@ -219,13 +226,13 @@ class Reporter:
             remedy = "a smaller --pool-size would do"
         logger.warning(
             f"{num_images} images used {num_used} of {pool.pool_size} pool tokens, hardly more "
-            f"than the {num_replaced} tokens replaced in each; the others never learn: {remedy}"
+            f"than the {num_replaced} tokens replaced in each; the others are not trained: {remedy}"
         )
 
     def _write(self, iteration: int, row: dict[str, Any]) -> None:
         if not self.is_writer:
             return
-        row = {name: value for name, value in row.items() if _can_be_shown(value)}
+        row = {name: value for name, value in row.items() if _is_number(value)}
         logger.info(_line(row, self.train_iters))
         if self.jsonl is not None:
             self.jsonl.write(json.dumps(row) + "\n")
@@ -252,8 +259,8 @@ class Reporter:
             self.wandb.finish()
 
 
-def _can_be_shown(value: float | None) -> bool:
-    """Not what a run lacks, nor the nan of an interval whose every step was skipped."""
+def _is_number(value: float | None) -> bool:
+    """True unless a value is missing, or nan because every step of the interval was skipped."""
     return value is not None and math.isfinite(value)
 
 
@@ -262,13 +269,13 @@ def _mean(steps: list[StepMetrics], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _open_tensorboard(folder: str):
+def _open_tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning("TensorBoard is not installed; metrics go to metrics.jsonl only")
         return None
-    return SummaryWriter(log_dir=str(Path(folder) / "tensorboard"))
+    return SummaryWriter(log_dir=str(folder / "tensorboard"))
 
 
 _SHOWN = {
@@ -286,14 +293,14 @@ _SHOWN = {
     "hidden_matching_share": "hidden {:.1%}",
     "samples_per_second": "{:.1f} samples/s",
     "tokens_per_second": "{:.0f} tokens/s",
-    "packing_fill": "rows filled {:.1%}",
+    "packing_fill": "packs filled {:.1%}",
     "mfu": "MFU {:.1%}",
     "data_wait_share": "waited {:.0%}",
 }
 
 
 def _line(row: dict[str, Any], train_iters: int) -> str:
-    """`step 20/200 | loss 3.1 | ... | 1.2 min left`."""
+    """Console line such as `step 20/200 | loss 3.1 | ... | 1.2 min left`."""
     iteration = row["iteration"]
     parts = [f"step {iteration}/{train_iters}"]
     parts += [shown.format(row[name]) for name, shown in _SHOWN.items() if name in row]
@@ -308,7 +315,7 @@ def _line(row: dict[str, Any], train_iters: int) -> str:
 
 
 def _time_line(row: dict[str, Any]) -> list[str]:
-    """`forward 31%, backward 52%, vision 9%`: the largest regions, if times are taken."""
+    """Largest time shares, such as `forward 31%, backward 52%`; empty if times are not measured."""
     shares = {n[11:]: s for n, s in row.items() if n.startswith("time_share/") and s >= 0.02}
     largest = sorted(shares.items(), key=lambda item: -item[1])[:6]
     return [", ".join(f"{name} {share:.0%}" for name, share in largest)] if largest else []

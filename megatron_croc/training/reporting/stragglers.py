@@ -1,13 +1,13 @@
-"""Which ranks make the others wait: stragglers.jsonl, a line per interval.
+"""Stragglers, ranks that the others wait for: stragglers.jsonl, one line per interval.
 
     {"iteration": 20, "step_seconds": [1.92, ...], "compute_seconds": [1.31, ...],
      "data_wait_seconds": [0.01, ...], "slow": [{"rank": 3, "host": "node1", "cause": "compute",
      "percent": 42.0}]}
 
-A rank is compared with the ranks of its own pipeline stage, which do the same work: its compute
-time (vision, matching, forward, backward; no waiting) against their median. Ranks of one
-tensor-parallel group wait for each other inside a layer, so there a slow one slows its peers' times
-too. Data waiting is compared with the median of all ranks, as a share of the step.
+The compute time of a rank (vision, matching, forward, backward; no waiting) is compared with the
+median of its pipeline stage, whose ranks do the same work. Ranks of one tensor-parallel group wait
+for each other inside a layer, so a slow rank also raises the times of its peers. Waiting for data
+is compared with the median of all ranks, as a share of the step.
 """
 
 import json
@@ -22,24 +22,24 @@ STRAGGLERS_FILE = "stragglers.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank is."""
+    """Host and pipeline stage of a rank."""
 
     host: str
-    """Name of its machine."""
+    """Host name."""
 
     stage: int
-    """Its pipeline stage."""
+    """Pipeline stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """Mean seconds of one step of an interval on one rank."""
+    """Mean times of one step in an interval on one rank, seconds."""
 
     step: float
-    """The whole step, without validation and checkpoints."""
+    """Whole step, without validation and checkpoints."""
 
     compute: float
-    """Work on the model."""
+    """Computation of the model."""
 
     data_wait: float
     """Waiting for data."""
@@ -47,18 +47,18 @@ class RankTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Straggler:
-    """A rank that is slow, and how."""
+    """Slow rank, with cause and size of the delay."""
 
     rank: int
     host: str
     cause: Literal["compute", "data"]
-    """Slower work than its stage's median, or longer waits for data than everyone's median."""
+    """compute: slower than the median of its stage; data: longer waits than the median of all."""
 
     percent: float
-    """By how much: of the median compute time, or of the step."""
+    """Size of the delay, percent of the median compute time or of the step."""
 
     def __str__(self) -> str:
-        """rank 3 on node1 computes 42 % longer than its peers."""
+        """Text such as "rank 3 on node1 computes 42 % longer than the median of its stage"."""
         what = {
             "compute": f"computes {self.percent:.0f} % longer than the median of its stage",
             "data": f"waits for data {self.percent:.0f} % of the step longer than the median",
@@ -69,12 +69,12 @@ class Straggler:
 def find_stragglers(
     times: Sequence[RankTimes], places: Sequence[Place], *, percent: float
 ) -> list[Straggler]:
-    """Ranks that are more than `percent` slower, the slowest of each cause first.
+    """Find ranks that are more than `percent` slower, the slowest of each cause first.
 
     Args:
-        times: by rank.
-        places: by rank.
-        percent: how much slower is slow.
+        times: times by rank.
+        places: host and stage by rank.
+        percent: threshold.
     """
     slow: list[Straggler] = []
     by_stage: dict[int, list[float]] = {}
@@ -99,7 +99,7 @@ def find_stragglers(
 def append_stragglers(
     folder: Path, iteration: int, times: Sequence[RankTimes], slow: Sequence[Straggler]
 ) -> None:
-    """Add an interval's line."""
+    """Append the line of one interval."""
     line = {
         "iteration": iteration,
         **{

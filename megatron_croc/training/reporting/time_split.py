@@ -1,4 +1,4 @@
-"""Where the time of an interval went, over all ranks, and which ranks are slower than their peers.
+"""Time of an interval by region over all ranks, and the times that stragglers are found from.
 
 each rank's stopwatch --one small all-gather per interval--> shares (mean, max), stragglers
 """
@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.parallel.collectives import all_gather
 from megatron_croc.parallel.device import to_device
 from megatron_croc.parallel.stopwatch import (
@@ -35,13 +35,13 @@ class IntervalTimes:
     """Seconds of one interval, by region and rank."""
 
     ranks: list[dict[str, float]]
-    """By rank: every region, and at timing_log_level 2 every timer of megatron's."""
+    """By rank: every region, and at timing_log_level 2 every megatron timer."""
 
     num_steps: int
-    """Optimizer steps of the interval; positive."""
+    """Number of optimizer steps of the interval; positive."""
 
     def row(self) -> dict[str, float]:
-        """Columns of metrics.jsonl."""
+        """Entries of a line of metrics.jsonl."""
         row: dict[str, float] = {"interval_seconds": max(_total(rank) for rank in self.ranks)}
         for name in REGIONS:
             shares = [rank[name] / max(_total(rank), 1e-9) for rank in self.ranks]
@@ -59,7 +59,7 @@ class IntervalTimes:
         return row
 
     def rank_times(self) -> list[RankTimes]:
-        """What the search for stragglers reads, by rank."""
+        """Seconds per step that stragglers are found from, by rank."""
         return [
             RankTimes(
                 step=(_total(rank) - sum(rank[name] for name in _PAUSES)) / self.num_steps,
@@ -71,20 +71,20 @@ class IntervalTimes:
 
 
 class TimeSplit:
-    """This rank's stopwatch, and the exchange of its times with all others."""
+    """Stopwatch of this rank, and the exchange of its times with all other ranks."""
 
     def __init__(
-        self, run: RunConfig, chunks: Sequence[nn.Module], pg: ProcessGroupCollection
+        self, config: LoggingConfig, chunks: Sequence[nn.Module], pg: ProcessGroupCollection
     ) -> None:
-        """Start to count; every rank must call it.
+        """Start the stopwatch. Every rank must call it.
 
         Args:
-            run: the run; its timing_log_level is 1 or 2.
+            config: its timing_log_level is 1 or 2.
             chunks: this rank's model chunks, which share one configuration.
             pg: process groups.
         """
         self._watch = start_stopwatch()
-        by_name = run.logging.timing_log_level > 1
+        by_name = config.timing_log_level > 1
         self._names = [*REGIONS, *(MEGATRON_TIMERS if by_name else ())]
         timers = MegatronTimers(self._watch, is_pipelined=pg.pp.size() > 1, by_name=by_name)
         get_model_config(chunks[0]).timers = timers
@@ -94,7 +94,7 @@ class TimeSplit:
         self.places: list[Place] = places
 
     def read(self, *, num_steps: int) -> IntervalTimes:
-        """Times since the last read, of all ranks; every rank must call it."""
+        """Times of all ranks since the last read. Every rank must call it."""
         own = self.read_own()
         mine = to_device(torch.tensor([own[name] for name in self._names], dtype=torch.float64))
         ranks = all_gather(mine).tolist()
@@ -102,7 +102,7 @@ class TimeSplit:
         return IntervalTimes(ranks=by_rank, num_steps=num_steps)
 
     def read_own(self) -> dict[str, float]:
-        """Times since the last read of this rank alone."""
+        """Seconds of this rank since the last read, by region and megatron timer."""
         seconds = dict.fromkeys(self._names, 0.0)
         for label, value in self._watch.read().items():
             region, _, timer = label.partition("/")
@@ -112,7 +112,7 @@ class TimeSplit:
         return seconds
 
     def close(self) -> None:
-        """Stop to count."""
+        """Stop the stopwatch."""
         drop_stopwatch()
 
 
@@ -121,7 +121,7 @@ def _total(rank: dict[str, float]) -> float:
 
 
 def _compute(rank: dict[str, float]) -> float:
-    """Seconds a rank worked; its waiting for others is elsewhere."""
+    """Seconds that a rank computed, without waiting for others."""
     return sum(
         rank[name] for name in ("vision", "matching", "forward", "reconstruction", "backward")
     )

@@ -1,47 +1,52 @@
-"""The run in Weights & Biases: one, however often training was stopped and went on."""
+"""Weights & Biases: one W&B run per folder, also over stops and resumes."""
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_croc.config.base import to_tree
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.errors import first_line
 from megatron_croc.log import get_logger
 
 logger = get_logger(__name__)
 
 RUN_ID_FILE = "wandb_run_id.txt"
-"""Beside metrics.jsonl; whoever goes on in that folder goes on with that run. Steps that are done
-again after a resume are left out by W&B, which has them."""
+"""File beside metrics.jsonl with the id of the W&B run; a resumed run continues it. W&B ignores
+steps that it has already, so steps repeated after a resume appear once."""
 
 
-def open_wandb(run: RunConfig, folder: Path | None) -> Any | None:
-    """The `wandb.Run` that `wandb_project` asks for; a log line and None where it cannot be had.
+def open_wandb(
+    config: LoggingConfig, settings: Mapping[str, Any], folder: Path | None
+) -> Any | None:
+    """Open a `wandb.Run` if `wandb_project` is set.
 
     Args:
-        run: the run; all of its settings are sent.
-        folder: of metrics.jsonl; None: every start is a run of its own.
+        config: project and name.
+        settings: all settings of the run, which are sent to W&B.
+        folder: folder of metrics.jsonl; None: every start is a new W&B run.
+
+    Returns:
+        the W&B run; None without a project, or after a warning when W&B cannot be used.
     """
-    log = run.logging
-    if log.wandb_project is None:
+    if config.wandb_project is None:
         return None
     try:
         from wandb import Error, init  # type: ignore[import-not-found]
     except ImportError:
-        _warn(log.wandb_project, "wandb is not installed: pip install -e '.[wandb]'")
+        _warn(config.wandb_project, "wandb is not installed: pip install -e '.[wandb]'")
         return None
     try:
         return init(
-            project=log.wandb_project,
-            name=log.wandb_exp_name,
-            config=to_tree(run),
+            project=config.wandb_project,
+            name=config.wandb_exp_name,
+            config=dict(settings),
             dir=folder,
             id=None if folder is None else _run_id(folder),
             resume=None if folder is None else "allow",
         )
     except Error as error:
-        _warn(log.wandb_project, f"{first_line(error)}; WANDB_MODE=offline needs no network")
+        _warn(config.wandb_project, f"{first_line(error)}; WANDB_MODE=offline needs no network")
         return None
 
 

@@ -1,1 +1,1 @@
-"""Faults of a run: seen, survived where possible, and kept for replay."""
+"""Detection of faults in a run: anomalies, stalled or lost ranks, requests to stop."""

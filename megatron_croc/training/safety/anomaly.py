@@ -1,17 +1,16 @@
-"""Steps that must not reach the weights: loss or gradient not finite, or a loss that spikes.
+"""Steps that are refused: loss or gradient not finite, or a loss that spikes.
 
     forward, backward --> loss and gradient norm of the whole batch, equal on all ranks
-        right: update      not right: no rank updates; who and which samples goes into a report
+        normal: every rank updates     anomaly: no rank updates; a report names ranks and samples
 
-A skipped step leaves weights, moments and Adam's step count as they were. It is still a step of the
-run: iteration, consumed samples and learning rate go on, so that the data order and the schedule
-stay functions of the iteration. `croc replay REPORT` does the step again.
+A skipped step leaves weights, moments and Adam's step count unchanged. It still counts as a step:
+iteration, consumed samples and learning rate advance, because data order and schedule are functions
+of the iteration. `croc replay REPORT` repeats the step.
 """
 
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.checkpoint.state import TrainState
-from megatron_croc.config.base import to_tree
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.reliability import ReliabilityConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.errors import RunError
 from megatron_croc.log import get_logger, rank, world_size
@@ -32,41 +31,43 @@ from megatron_croc.training.reporting.metrics import StepMetrics, StepTotals
 logger = get_logger(__name__)
 
 SPIKE_WINDOW = 32
-"""Losses a spike is measured against."""
+"""Number of recent losses that a loss is compared with."""
 
 SPIKE_MIN = 8
-"""Losses that must be there before any counts as a spike."""
+"""Number of recent losses needed before a loss can count as a spike."""
 
 
 class AnomalyGuard:
-    """Decides about every step; counts and reports the ones it refuses."""
+    """Check of every step; counts and reports the steps it refuses."""
 
     def __init__(
         self,
-        run: RunConfig,
+        config: ReliabilityConfig,
         state: TrainState,
         pg_collection: ProcessGroupCollection,
         *,
+        settings: Mapping[str, Any],
         train_iters: int,
         folder: Path | None,
     ) -> None:
-        """Go on where `state` says.
+        """Continue with the counts in `state`.
 
         Args:
-            run: the run.
-            state: the trainer's own; skips and recent losses are counted in it.
+            config: limits on skipped steps and spikes.
+            state: state of the run; skips and recent losses are counted in it.
             pg_collection: process groups.
+            settings: all settings of the run; part of every report, for `croc replay`.
             train_iters: optimizer steps of the whole run.
-            folder: of the run; reports go to `anomalies/` in it. None: to the log only.
+            folder: folder of the run; reports go to `anomalies/` in it. None: log only.
         """
-        self.run, self.state, self.pg = run, state, pg_collection
-        self.train_iters = train_iters
+        self.config, self.state, self.pg = config, state, pg_collection
+        self.settings, self.train_iters = settings, train_iters
         self.folder = None if folder is None else folder / "anomalies"
         self.last_good = replace(state)
         self.report: Path | None = None
 
     def accepts(self, metrics: StepMetrics) -> bool:
-        """Whether the step may update the weights; the same answer on every rank."""
+        """Return True if the step may update the weights; the same on every rank."""
         state = self.state
         if self._fault(metrics) is not None:
             if state.skipped_in_a_row == 0:
@@ -75,31 +76,31 @@ class AnomalyGuard:
             state.skipped_in_a_row += 1
             return False
         state.skipped_in_a_row = 0
-        if self.run.reliability.spike_factor:
-            # A list of its own: `last_good` keeps the one before.
+        if self.config.spike_factor:
+            # A new list: `last_good` keeps the old one.
             state.recent_losses = [*state.recent_losses, metrics.loss][-SPIKE_WINDOW:]
         return True
 
     def gives_up(self) -> bool:
-        """Whether more steps in a row were skipped than the run puts up with."""
-        return self.state.skipped_in_a_row > self.run.reliability.max_consecutive_skips
+        """Return True if more steps in a row were skipped than max_consecutive_skips allows."""
+        return self.state.skipped_in_a_row > self.config.max_consecutive_skips
 
     def error(self) -> RunError:
-        """Why the run ends, for the user."""
-        limit = self.run.reliability.max_consecutive_skips
+        """Error that ends the run after too many skipped steps."""
+        limit = self.config.max_consecutive_skips
         where = f"; see {self.report} and run croc replay on it" if self.report else ""
         return RunError(
             f"{self.state.skipped_in_a_row} steps in a row had to be skipped, the last is "
-            f"{self.state.iteration}; max_consecutive_skips={limit}{where}; mend the cause, or "
+            f"{self.state.iteration}; max_consecutive_skips={limit}{where}; fix the cause, or "
             "raise the setting to go past these samples"
         )
 
     def _fault(self, metrics: StepMetrics) -> str | None:
-        """What is wrong with a step."""
+        """Description of the anomaly of a step; None for a normal step."""
         for name, value in (("loss", metrics.loss), ("gradient norm", metrics.grad_norm)):
             if value is not None and not math.isfinite(value):
                 return f"{name} is {value}"
-        factor, recent = self.run.reliability.spike_factor, self.state.recent_losses
+        factor, recent = self.config.spike_factor, self.state.recent_losses
         if factor and len(recent) >= SPIKE_MIN:
             mean = sum(recent) / len(recent)
             if metrics.loss > factor * mean:
@@ -113,17 +114,19 @@ class AnomalyGuard:
         totals: StepTotals,
         chunks: list[nn.Module],
     ) -> None:
-        """Find the ranks and samples behind a refused step, and write them down; all ranks call.
+        """Find the ranks and samples that caused a refused step, and write the report.
 
-        Call it while the gradients are still in their buffers.
+        Every rank must call it, while the gradients are still in their buffers.
         """
         own = self._examine_rank(batches, totals, chunks)
         ranks: list[Any] = [None] * world_size()
         dist.all_gather_object(ranks, own)
         suspects = [entry for entry in ranks if not _is_finite(entry)]
-        # A spike is finite everywhere: then every replica's losses are of interest.
+        # A spike is finite on all ranks: then the losses of all replicas are reported.
         suspects = suspects or [entry for entry in ranks if entry["has_losses"]]
-        suspects.sort(key=lambda entry: not any(_bad_micro_batches(entry)))  # losses first
+        suspects.sort(
+            key=lambda entry: not any(_bad_micro_batches(entry))
+        )  # ranks with a bad loss first
         iteration = self.state.iteration + 1
         reason = self._fault(metrics)
         report = {
@@ -138,19 +141,19 @@ class AnomalyGuard:
             "train_iters": self.train_iters,
             "world_size": world_size(),
             "ranks": suspects,
-            "run": to_tree(self.run),
+            "run": dict(self.settings),
         }
         if self.folder is not None:
             self.report = self.folder / f"iter_{iteration:07d}.json"
         if rank() == 0:
             if self.report is not None:
                 _write(self.report, report)
-            told = "; ".join(_describe(entry) for entry in suspects[:2])
+            described = "; ".join(_describe(entry) for entry in suspects[:2])
             logger.warning(
                 "step %d is skipped on all ranks (%s): %s; report: %s",
                 iteration,
                 reason,
-                told,
+                described,
                 self.report or "none without --save or --log-dir",
             )
 
@@ -180,10 +183,10 @@ class AnomalyGuard:
 
 
 def local_gradients_are_finite(chunks: list[nn.Module], dp_cp: dist.ProcessGroup) -> bool:
-    """Whether what this very rank computed is finite, after gradients were summed over replicas.
+    """Return True if the gradients that this rank computed are finite.
 
-    The distributed optimizer sums each rank's shard in place and leaves the rest of the buffer as
-    this rank computed it, so it can be told apart from what came from others.
+    Called after the sum over replicas. The distributed optimizer sums each rank's shard in place;
+    the rest of the buffer still holds this rank's own gradients, and only those are checked.
     """
     return all(bool(torch.isfinite(piece).all()) for piece in _local_pieces(chunks, dp_cp))
 
@@ -201,7 +204,7 @@ def _local_pieces(chunks: list[nn.Module], dp_cp: dist.ProcessGroup) -> Iterator
 
 
 def _bad_micro_batches(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Those whose loss is not finite."""
+    """Micro-batches whose loss is not finite."""
     for micro_batch in entry["micro_batches"]:
         if any(isinstance(micro_batch.get(name), str) for name in ("text", "reconstruction")):
             yield micro_batch
@@ -212,7 +215,7 @@ def _is_finite(entry: dict[str, Any]) -> bool:
 
 
 def _describe(entry: dict[str, Any]) -> str:
-    """rank 1: loss of micro-batch 3 (samples a, b)."""
+    """Text such as "rank 1: loss of micro-batch 3 (samples a, b)"."""
     bad = list(_bad_micro_batches(entry))
     what = "loss" if bad else ("losses" if entry["gradients_are_finite"] else "gradient")
     shown = [
@@ -224,12 +227,10 @@ def _describe(entry: dict[str, Any]) -> str:
 
 
 def _plain(value: float | None) -> float | str | None:
-    """A number as JSON can hold it: "nan" and "inf" as words."""
+    """Convert a number for JSON: nan and inf become the strings "nan" and "inf"."""
     return value if value is None or math.isfinite(value) else str(value)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".incomplete")
-    staged.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

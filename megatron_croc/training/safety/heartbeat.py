@@ -1,11 +1,13 @@
-"""Where each rank stands, in a small file that outlives the process: heartbeats/rank_00003.json.
+"""The current phase of each rank, in a small file that outlives the process.
 
-    {"rank": 3, "host": "node1", "pid": 4711, "iteration": 12, "phase": "forward",
-     "micro_batch": 2, "num_collectives": 71, "since": 1764000000.0}
+    heartbeats/rank_00003.json
+    {"rank": 3, "host": "node1", "pid": 4711, "iteration": 12, "phase": "summing gradients",
+     "collective": "reduce-scatter", "micro_batch": null, "num_collectives": 71, "since": 1764.0}
 
-A process has one heartbeat. It is beaten from deep inside megatron's schedule, so it is found here
-like a logger, not passed along. A beat is one pwrite of 256 bytes into the page cache: what it says
-last stays readable after SIGKILL.
+A process has one heartbeat, kept in this module: `enter` is called from inside megatron's schedule,
+where it cannot be passed as an argument (docs/design.md, "State that belongs to the whole
+process"). Each call is one pwrite of 512 bytes into the page cache, so the last phase can be read
+even after SIGKILL.
 """
 
 import json
@@ -17,50 +19,55 @@ from pathlib import Path
 
 from megatron_croc.log import rank
 
-_BYTES = 256
+_BYTES = 512
+"""Size of a file. The longest line, with a host name of 64 characters, is about 300 bytes."""
 
 
 @dataclass(kw_only=True)
 class Beat:
-    """Where a rank stands."""
+    """The phase of one rank."""
 
     rank: int
-    """Its number."""
+    """Global rank."""
 
     host: str
-    """Name of its machine."""
+    """Host name."""
 
     pid: int
-    """Its process there."""
+    """Process id on that host."""
 
     iteration: int = 0
-    """The step under way."""
+    """Current step."""
 
     phase: str = "starting"
-    """What it does in that step; one that waits for all others ends in (the collective)."""
+    """Current phase of the step."""
+
+    collective: str | None = None
+    """Collective in which the phase waits for the other ranks; None: it waits for nobody."""
 
     micro_batch: int | None = None
-    """Which micro-batch, in a phase that has one."""
+    """Current micro-batch; None in phases without one."""
 
     num_collectives: int = 0
-    """Phases so far that wait for all others: every rank goes through the same ones."""
+    """Phases with a collective so far; all ranks go through the same ones in the same order."""
 
     since: float = 0.0
-    """When that began, seconds since 1970."""
+    """Start of the phase, seconds since 1970."""
 
     @property
     def waits(self) -> bool:
-        """Whether it is in a collective, so that the cause of standing still may be elsewhere."""
-        return self.phase.endswith(")")
+        """True when the rank waits in a collective, where another rank may be the cause."""
+        return self.collective is not None
 
     @property
     def place(self) -> str:
-        """step 12, forward, micro-batch 2."""
+        """Text such as "step 12, summing gradients (reduce-scatter)"."""
+        collective = "" if self.collective is None else f" ({self.collective})"
         micro_batch = "" if self.micro_batch is None else f", micro-batch {self.micro_batch}"
-        return f"step {self.iteration}, {self.phase}{micro_batch}"
+        return f"step {self.iteration}, {self.phase}{collective}{micro_batch}"
 
     def is_gone(self) -> bool:
-        """Whether its process is known to have ended; other machines' processes are not known."""
+        """True when the process has ended. Always False for processes of other hosts."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -75,7 +82,7 @@ _file: int | None = None
 
 
 def open_heartbeat(folder: Path | None) -> None:
-    """Begin to write this process's beats into `folder`; None: keep them in memory."""
+    """Start writing this process's phases to `folder`; None: keep them in memory."""
     global _own, _file
     close_heartbeat()
     _own = Beat(rank=rank(), host=socket.gethostname(), pid=os.getpid())
@@ -87,41 +94,55 @@ def open_heartbeat(folder: Path | None) -> None:
 
 
 def close_heartbeat() -> None:
-    """Stop writing; the file keeps the last beat."""
+    """Stop writing; the file keeps the last phase."""
     global _file
     if _file is not None:
         os.close(_file)
         _file = None
 
 
-def enter(phase: str, *, iteration: int | None = None, micro_batch: int | None = None) -> None:
-    """Note that a phase begins; the iteration stays the same where none is given."""
+def enter(
+    phase: str,
+    *,
+    collective: str | None = None,
+    iteration: int | None = None,
+    micro_batch: int | None = None,
+) -> None:
+    """Record the start of a phase.
+
+    Args:
+        phase: short text, for example "forward".
+        collective: collective in which the phase waits for all other ranks; None: it does not.
+        iteration: current step; None: the same as before.
+        micro_batch: current micro-batch; None in phases without one.
+    """
     if iteration is not None:
         _own.iteration = iteration
-    _own.num_collectives += phase.endswith(")")
-    _own.phase, _own.micro_batch, _own.since = phase, micro_batch, time.time()
+    _own.num_collectives += collective is not None
+    _own.phase, _own.collective, _own.micro_batch = phase, collective, micro_batch
+    _own.since = time.time()
     if _file is not None:
         os.pwrite(_file, json.dumps(asdict(_own)).ljust(_BYTES - 1).encode() + b"\n", 0)
 
 
 def own_beat() -> Beat:
-    """This process's heartbeat, live."""
+    """This process's heartbeat; the object changes with every phase."""
     return _own
 
 
 def share_heartbeat() -> None:
-    """Make the file visible on other machines of a shared file system."""
+    """Flush the file to disk, so that other hosts of a shared file system see it."""
     if _file is not None:
         os.fsync(_file)
 
 
 def beat_file(folder: Path, number: int) -> Path:
-    """Where rank `number` writes."""
+    """Path of the heartbeat of rank `number`."""
     return folder / f"rank_{number:05d}.json"
 
 
 def read_heartbeats(folder: Path, world_size: int) -> list[Beat]:
-    """The last beats of all ranks that wrote one, in rank order; a torn file counts as none."""
+    """Last heartbeats in rank order; ranks with a missing or damaged file are left out."""
     beats = []
     names = {field.name for field in fields(Beat)}
     for number in range(world_size):

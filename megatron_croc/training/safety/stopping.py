@@ -1,4 +1,8 @@
-"""Ending a run before its last step, at the same step on every rank."""
+"""Early end of a run, after the same step on every rank.
+
+The signal handlers belong to the whole process (docs/design.md, "State that belongs to the whole
+process").
+"""
 
 import logging
 import signal
@@ -18,13 +22,13 @@ from megatron_croc.parallel.device import to_device
 logger = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm and torchrun send when a job must go; one rank that gets one is enough."""
+"""Signals of Slurm and torchrun that end a job; one rank that receives one is enough."""
 
 _DURATION, _INTERVAL = 1001, 1002  # above every signal's number
 
 
 class StopRequests:
-    """Collects reasons to stop; the ranks agree on them at the end of each step."""
+    """Requests to stop of this rank; all ranks agree on them at the end of each step."""
 
     def __init__(self, config: ReliabilityConfig) -> None:
         """Start the clock of exit_duration_in_mins."""
@@ -33,9 +37,10 @@ class StopRequests:
         self.request = 0
 
     def agreed(self, iteration: int) -> bool:
-        """Whether the run ends after step `iteration`: the same answer on every rank.
+        """Return True if the run ends after step `iteration`; the same on every rank.
 
-        Signals reach ranks in different steps, and clocks differ: one maximum over all ranks.
+        Takes the maximum over all ranks, because signals arrive in different steps and clocks
+        differ.
         """
         code = self._own_request(iteration)
         if dist.get_world_size() > 1:
@@ -60,7 +65,7 @@ class StopRequests:
         return 0
 
     def note(self, number: int, _: FrameType | None = None) -> None:
-        """Handle a signal: the step under way ends first."""
+        """Handle a signal: the run stops after the current step."""
         self.request = number
 
 
@@ -71,7 +76,7 @@ def _reason(code: int) -> str:
 
 @contextmanager
 def stop_requests(config: ReliabilityConfig) -> Iterator[StopRequests]:
-    """Listen to SIGTERM and SIGUSR1 while the body runs."""
+    """Handle SIGTERM and SIGUSR1 inside the block."""
     requests = StopRequests(config)
     if threading.current_thread() is not threading.main_thread():
         yield requests  # Python lets only the main thread handle signals

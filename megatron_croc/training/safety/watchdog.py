@@ -1,11 +1,12 @@
-"""No rank waits for ever, and what is said at the end names the rank that was waited for.
+"""Watchdog of each rank: no rank waits forever, and the error names the rank that caused it.
 
-    a rank stands still     its own watchdog thread writes its stack and ends the process
+    a rank stalls           its own watchdog thread writes its stack and ends the process
     ... holding the GIL     faulthandler's timer, a thread outside Python, does the same
-    a peer is gone          the collective fails; the last beats of all ranks say which and where
+    another rank is gone    the collective fails; the heartbeats of all ranks name it
 
-A thread that wakes ten times within the timeout is all it costs. torch's own timeout is longer: it
-only knows that a collective was not joined, not by whom.
+The cost is one thread that wakes ten times within the timeout. torch's own timeout is longer: it
+reports that a collective was not joined, but not by which rank. The thread and faulthandler's timer
+belong to the whole process (docs/design.md, "State that belongs to the whole process").
 """
 
 import faulthandler
@@ -18,8 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_croc.config.reliability import WATCHDOG_MARGIN
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.reliability import WATCHDOG_MARGIN, ReliabilityConfig
 from megatron_croc.errors import CrocError, RunError, first_line
 from megatron_croc.log import get_logger, rank, world_size
 from megatron_croc.parallel.flight_recorder import last_collective
@@ -35,35 +35,33 @@ from megatron_croc.training.safety.heartbeat import (
 logger = get_logger(__name__)
 
 NUM_NAMED = 4
-"""Ranks that a message about lost ones lists."""
-
-
-def run_folder(run: RunConfig) -> Path | None:
-    """Where a run writes what is not a checkpoint; None when it writes nothing."""
-    folder = run.logging.log_dir or run.checkpoint.save
-    return None if folder is None else Path(folder)
+"""Number of lost ranks that a message names."""
 
 
 @contextmanager
-def watch_over(run: RunConfig, *, first_step: int) -> Iterator[None]:
+def watch_over(
+    config: ReliabilityConfig, folder: Path | None, *, first_step: int
+) -> Iterator[None]:
     """Keep a heartbeat and a watchdog while the body trains.
 
     Args:
-        run: the run.
-        first_step: the iteration it begins with, which may take longer than the others.
+        config: time limits.
+        folder: folder of the run; heartbeats and stacks go to `heartbeats/` in it. None: the
+            heartbeat stays in memory, and stacks go to stderr.
+        first_step: first iteration, which has a time limit of its own.
 
     Raises:
-        RunError: in place of a foreign error (a collective's) when other ranks are lost; says
-            which, where they stood, and where this one waited.
+        RunError: in place of another error (a collective's) when other ranks are lost; names those
+            ranks, their phases, and the phase of this one.
     """
-    root = run_folder(run)
-    folder = None if root is None else root / "heartbeats"
+    if folder is not None:
+        folder = folder / "heartbeats"
     open_heartbeat(folder)
     watchdog = _Watchdog(
         folder,
-        limit=60.0 * run.reliability.stall_timeout_minutes,
+        limit=60.0 * config.stall_timeout_minutes,
         first_step=first_step,
-        first_step_limit=60.0 * run.reliability.first_step_timeout_minutes,
+        first_step_limit=60.0 * config.first_step_timeout_minutes,
     )
     try:
         yield
@@ -86,11 +84,11 @@ def watch_over(run: RunConfig, *, first_step: int) -> Iterator[None]:
 
 
 def describe_lost_ranks(folder: Path | None) -> str | None:
-    """Which ranks the others wait for, a line each; None when no rank is behind this one.
+    """Describe the ranks that this rank waits for, one line each; None when there are none.
 
-    A rank whose process has ended is lost. If there is none, those are that do not wait in a
-    collective (and began before this one, if it does not either); else those that wait in an
-    earlier one. The oldest comes first.
+    Ranks whose process has ended come first. Without any, ranks that are not in a collective (and
+    whose phase began before this rank's, if this rank is not in one either). Without those, ranks
+    in an earlier collective. The oldest phase comes first.
     """
     if folder is None:
         return None
@@ -119,12 +117,12 @@ def _describe(beat: Beat, *, is_gone: bool, folder: Path) -> str:
 
 
 def stack_file(folder: Path, number: int) -> Path:
-    """Where rank `number` writes its stacks."""
+    """Path of the stacks of rank `number`."""
     return folder / f"rank_{number:05d}.stack"
 
 
 class _Watchdog:
-    """Ends this process when it stands still; only reports it where nobody waits for it."""
+    """Thread that ends a stalled process; a single process is only reported."""
 
     def __init__(
         self, folder: Path | None, *, limit: float, first_step: int, first_step_limit: float
@@ -132,10 +130,10 @@ class _Watchdog:
         """Start watching.
 
         Args:
-            folder: for the stacks; None: they go to stderr.
+            folder: folder of the stacks; None: stderr.
             limit: longest time in one phase, seconds.
-            first_step: the iteration the run begins with.
-            first_step_limit: longest time in one phase up to its end, seconds.
+            first_step: first iteration of the run.
+            first_step_limit: longest time in one phase of the first step, seconds.
         """
         self._limit = limit
         self._first_step = first_step
@@ -153,7 +151,7 @@ class _Watchdog:
         self._thread.start()
 
     def write(self, text: str) -> None:
-        """Add to the file of stacks."""
+        """Append to the file of stacks."""
         if self.stacks is not None:
             self.stacks.write(text)
             self.stacks.flush()
@@ -181,9 +179,9 @@ class _Watchdog:
         return self._first_step_limit if beat.iteration <= self._first_step else self._limit
 
     def _arm_timer(self) -> None:
-        """Put off the timer that fires when this very thread cannot run.
+        """Restart the timer that fires when this thread cannot run.
 
-        Nothing that a first step does keeps Python's lock that long, so its limit is the usual one.
+        The first step does not hold the GIL for long, so it needs no limit of its own here.
         """
         faulthandler.dump_traceback_later(
             WATCHDOG_MARGIN * self._limit, exit=self.others_wait, **self._destination()
@@ -200,7 +198,7 @@ class _Watchdog:
             f"\n{lost}" if lost else "",
         )
         if self.others_wait:
-            # Not sys.exit: that is for the main thread, which hangs.
+            # Not sys.exit: it would only end this thread, while the main thread hangs.
             os._exit(1)
 
     def _destination(self) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def on_enter(act: Callable[[str, int | None], None]) -> None:
 
     before = loop.enter
 
-    def enter(phase: str, *, iteration: int | None = None, micro_batch: int | None = None) -> None:
-        before(phase, iteration=iteration, micro_batch=micro_batch)
+    def enter(phase: str, *, micro_batch: int | None = None, **more: Any) -> None:
+        before(phase, micro_batch=micro_batch, **more)
         act(phase, micro_batch)
 
     for module in (build, heartbeat, loop, step):

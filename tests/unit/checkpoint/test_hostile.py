@@ -1,6 +1,7 @@
-"""Files that try to run code, one of each kind a checkpoint is made of: nothing of them runs.
+"""Files of every kind in a checkpoint that try to run code; none of it runs.
 
-Whoever can write a checkpoint can write its digests too, so every file gets a fitting manifest.
+An attacker who can write a checkpoint can also write its digests, so every file gets a fitting
+manifest.
 """
 
 import pickle
@@ -16,7 +17,7 @@ from tests.support.synthetic import tiny_run
 
 
 class Hostile:
-    """Unpickled without care, it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -35,8 +36,8 @@ def trace(tmp_path: Path):
 @pytest.fixture
 def saved(pg_collection, tmp_path: Path) -> Path:
     """A checkpoint of a tiny model."""
-    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.training.build import build_training_state
+    from tests.support.checkpoints import save_checkpoint
 
     root = tmp_path / "checkpoints"
     training = build_training_state(
@@ -54,7 +55,7 @@ def sign(folder: Path) -> None:
 
 
 def refused(folder: Path, pg_collection) -> set[str]:
-    """What is said when a run resumes from it, starts from it, and when it is converted."""
+    """Messages when a run resumes or starts from the checkpoint, and when it is converted."""
     from megatron_croc.convert.exporting import export_huggingface
     from megatron_croc.training.build import build_training_state
 
@@ -79,7 +80,7 @@ def test_an_index(saved: Path, pg_collection, trace: Path):
 
 
 def test_an_index_with_code_deep_inside(saved: Path, pg_collection, trace: Path):
-    """As whole as can be: every tensor is there, and loading it the usual way works."""
+    """All tensors are present, and torch's own loading works."""
     index = dcp.FileSystemReader(saved).read_metadata()
     index.planner_data = Hostile(trace)
     (saved / ".metadata").write_bytes(pickle.dumps(index))
@@ -98,7 +99,7 @@ def test_an_index_that_points_elsewhere(saved: Path, pg_collection):
 
 
 def test_common_state(saved: Path, pg_collection, trace: Path):
-    """Read by a run that goes on or starts; a conversion never opens it."""
+    """common.pt is read by a run that resumes or starts, never by a conversion."""
     from megatron_croc.training.build import build_training_state
 
     torch.save({"optimizer": Hostile(trace)}, saved / "common.pt")
@@ -110,7 +111,7 @@ def test_common_state(saved: Path, pg_collection, trace: Path):
 
 
 def rewrite_weights(folder: Path, hostile: Hostile, *, tensors: bool) -> int:
-    """Put code where the index says that objects (or tensors) lie; how many were replaced."""
+    """Put code in place of the objects (or tensors); return the number replaced."""
     index = dcp.FileSystemReader(folder).read_metadata()
     objects = {k for k, v in index.state_dict_metadata.items() if not hasattr(v, "chunks")}
     count = 0
@@ -153,7 +154,7 @@ def test_settings_and_state_are_plain_text(saved: Path, trace: Path):
 
 
 def test_these_files_do_run_code_where_they_are_trusted(saved: Path, tmp_path: Path):
-    """Otherwise this module would prove nothing."""
+    """Check that the files would run code if they were loaded without care."""
     traces = [tmp_path / "index", tmp_path / "object"]
     (saved / ".metadata").write_bytes(pickle.dumps(Hostile(traces[0])))
     with pytest.raises(Exception):  # noqa: B017  what it made is no index

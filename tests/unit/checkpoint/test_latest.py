@@ -1,4 +1,4 @@
-"""Which checkpoint is taken, and what is said when none can be."""
+"""Choice of the checkpoint to load, and the messages when there is none."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.support.synthetic import tiny_run
 
 
 def make_checkpoint(root: Path, iteration: int) -> Path:
-    """A folder that looks complete from outside."""
+    """Make a folder with the state of a checkpoint, without weights."""
     folder = iteration_folder(root, iteration)
     folder.mkdir(parents=True)
     TrainState(iteration=iteration, consumed_samples=8 * iteration, stage="finetune").save(folder)
@@ -87,7 +87,7 @@ def trainer_of(run, pg_collection):
 
 
 def save(training, pg_collection, iteration: int) -> Path:
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     training.state.iteration = iteration
     training.state.consumed_samples = 8 * iteration
@@ -166,7 +166,7 @@ def test_a_folder_without_a_checkpoint_is_not_the_stage_before(pg_collection, tm
 @pytest.mark.parametrize("name", ["load", "pretrained_checkpoint"])
 @pytest.mark.parametrize("damage", ["no weights", "no metadata", "torn", "lost file", "flipped"])
 def test_a_damaged_checkpoint_is_named(saved, pg_collection, name, damage):
-    """With the digests, and where they are not looked at: all but a flipped bit still shows."""
+    """Damage is found with the digests; without them, all but a flipped bit."""
     _, root = saved
     folder = root / "iter_0000003"
     (shard,) = folder.glob("*.distcp")

@@ -1,4 +1,4 @@
-"""Digests: every kind of damage is found and named, whoever reads which share."""
+"""Digests find and name every kind of damage, for any division into shares."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which checkpoints go, and that they go whole."""
+"""Removal of old checkpoints, each as a whole."""
 
 import fcntl
 import multiprocessing

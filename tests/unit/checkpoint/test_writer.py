@@ -1,4 +1,4 @@
-"""What training changes while a share is still to be written must not change the share."""
+"""Changes by training do not change a share that is not written yet."""
 
 from pathlib import Path
 

@@ -90,11 +90,11 @@ def save_at(layout: dict, start: str, save: str) -> None:
     """Take weights (a checkpoint's or a Hugging Face directory's) and save them (on each rank)."""
     from pathlib import Path
 
-    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.convert.exporting import find_checkpoint, read_run
     from megatron_croc.convert.source import is_huggingface, open_source, open_weights
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_training_state
+    from tests.support.checkpoints import save_checkpoint
 
     run = tiny_run("pretrain_croc", pretrained_checkpoint=start, save=save, **layout)
     from_hf = is_huggingface(start)

@@ -17,9 +17,9 @@ NEW_TOKENS = 12
 
 def save_random(demo: Path, save: Path, changes: dict) -> None:
     """A checkpoint of random weights, large enough that every token counts (on each rank)."""
-    from megatron_croc.checkpoint.saving import save_checkpoint
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.training.build import build_training_state
+    from tests.support.checkpoints import save_checkpoint
 
     run = tiny_run(
         "finetune",

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,9 +91,22 @@ def test_the_pool_follows_the_dtype_of_the_visual_tokens(pg_collection):
 
 def test_matching_is_timed_and_an_image_kept_to_check_it(pg_collection, monkeypatch):
     pool, visual, replaced = build(pg_collection, "hungarian")
-    clock = iter([3.0, 3.5, 10.0, 10.0, 10.25])
-    monkeypatch.setattr("megatron_croc.model.matching.time.perf_counter", lambda: next(clock))
-    out = pool(visual, replaced)
+    now = [3.0]
+
+    def solve(*args, **options):
+        now[0] += 0.5
+        return assign(*args, **options)
+
+    def wait(_):
+        now[0] += 0.25
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("megatron_croc.model.matching.time", clock)
+    monkeypatch.setattr("megatron_croc.model.matching.assign", solve)
+    monkeypatch.setattr("megatron_croc.model.matching.SideWork.wait_on_device", wait)
+    pending = pool.start_matching(visual, replaced)
+    now[0] = 10.0  # work between the two halves is not counted
+    out = pool(visual, replaced, pending)
     assert out.seconds == 0.75 and out.hidden_seconds == 0.0
     assert torch.equal(out.sample.index, out.index[0])
     taken = out.sample.cost.gather(1, out.index[0][:, None]).squeeze(1)

@@ -31,7 +31,7 @@ def said(monkeypatch):
     from megatron_croc.parallel import megatron_versions
 
     lines: list[str] = []
-    monkeypatch.setattr(log, "_said", set())
+    monkeypatch.setattr(log, "_logged_once", set())
     monkeypatch.setattr(
         megatron_versions.logger, "log", lambda _, message, *args: lines.append(message % args)
     )

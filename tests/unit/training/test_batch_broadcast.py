@@ -11,7 +11,7 @@ IMAGES = (1, 0, 0, 0, 2, 1, 0, 0)
 
 
 class Reader:
-    """Stands in for the loader: one good step, then whatever goes wrong."""
+    """Stub of the loader: one good step, then an error."""
 
     def __init__(self, batches, error):
         self.batches, self.error = iter(batches), error

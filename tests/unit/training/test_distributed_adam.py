@@ -1,4 +1,4 @@
-"""Checkpoints go from any AdamW to any other (Transformer Engine's own: tests/libraries)."""
+"""Checkpoints of each AdamW load into every other (Transformer Engine's: tests/libraries)."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.synthetic import make_step, tiny_run
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW in the form of Transformer Engine's and apex's: what it keeps, and where."""
+    """AdamW with the state layout of Transformer Engine's and apex's."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
         assert adam_w_mode and not capturable
@@ -79,7 +79,7 @@ def train(training, until: int) -> None:
 def test_a_run_goes_on_with_another_adam(
     pg_collection, tmp_path: Path, use, before, after, saved_at
 ):
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     save = str(tmp_path / "checkpoints")
     run = tiny_run(save=save, lr=1e-3, weight_decay=0.1, lr_warmup_fraction=0.0)

@@ -1,4 +1,4 @@
-"""The gradient's norm without fused kernels: it stays on the device, and is the same number."""
+"""Norm of the gradient without fused kernels: same number, without a read of the device."""
 
 import torch
 
@@ -30,7 +30,7 @@ def test_the_norm_is_megatrons(pg_collection, monkeypatch):
 
 
 def test_the_norm_waits_for_no_shard(pg_collection):
-    """Tensors without values: whoever reads one on the host fails."""
+    """Tensors without values: a read on the host raises an error."""
     from megatron.core.optimizer import clip_grads
 
     from megatron_croc.training.build import build_training_state

@@ -13,13 +13,13 @@ ON_HOST = {
     "megatron_croc/data/batch.py:num_label_tokens",  # before the batch is moved
     "megatron_croc/training/reporting/metrics.py:count_batch",
 }
-"""Places that read what is on the host anyway."""
+"""Places that read tensors of the host."""
 
 CPU_SEARCH = {
     "megatron_croc/ops/assignment/solve.py:_images_not_finite",
     "megatron_croc/ops/assignment/solve.py:_solve_numpy",
 }
-"""So does the CPU's search for an assignment, in whose place a GPU has Triton's."""
+"""Places in the CPU's assignment search; a GPU uses Triton's search instead."""
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Reference:
 
 
 def train_step(training, number: int) -> tuple[dict[str, torch.Tensor], object]:
-    """One real step; the gradients the optimizer was given, and its metrics."""
+    """Run one real step; return the gradients given to the optimizer, and the metrics."""
     gradients = {}
 
     def note_gradients():
@@ -89,7 +89,7 @@ def test_steps_before_and_after_a_resume_are_torchs(pg_collection, tmp_path: Pat
     megatron's own loading gives all parameters one step tensor, which then counts as many steps
     as there are parameters: the weights after the resume would differ by percents of a rate.
     """
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     constant = dict(lr_decay_style="constant", lr_warmup_fraction=0.0, weight_decay=DECAY)
     save = str(tmp_path / "checkpoints")
@@ -119,7 +119,7 @@ def test_steps_before_and_after_a_resume_are_torchs(pg_collection, tmp_path: Pat
 
 
 def test_a_run_can_be_saved_before_its_first_step(pg_collection, tmp_path: Path):
-    from megatron_croc.checkpoint.saving import save_checkpoint
+    from tests.support.checkpoints import save_checkpoint
 
     save = str(tmp_path / "checkpoints")
     run = tiny_run(**SETTINGS, save=save, load=save)
@@ -184,10 +184,10 @@ def test_groups_hold_every_trained_parameter_once_under_its_own_rate(pg_collecti
 def test_parts_without_a_rate_of_their_own_take_the_common_one():
     from megatron_croc.training.optimizer import learning_rates
 
-    rates = learning_rates(tiny_run(lr=3e-4, projector_lr=1e-3))
+    rates = learning_rates(tiny_run(lr=3e-4, projector_lr=1e-3).optimizer)
     assert rates.pop("projector") == 1e-3
     assert set(rates.values()) == {3e-4}
-    none = learning_rates(tiny_run(lr=3e-4, projector_lr=None))
+    none = learning_rates(tiny_run(lr=3e-4, projector_lr=None).optimizer)
     assert set(none.values()) == {3e-4} and len(none) == 5
 
 

@@ -1,4 +1,4 @@
-"""The watchdog's limits, in tenths of a second."""
+"""Time limits of the watchdog, in tenths of a second."""
 
 import time
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ LIMIT_S = 0.2
 
 @pytest.fixture
 def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Errors told of a run that goes on from step 4; a world of one is not ended."""
+    """Errors logged for a run that continues from step 4; a single process is not ended."""
     told: list[str] = []
     monkeypatch.setattr(watchdog.logger, "error", lambda form, *args: told.append(form % args))
     run = get_recipe("tiny/pretrain_croc")
     run.checkpoint.save = str(tmp_path)
     run.reliability.stall_timeout_minutes = LIMIT_S / 60
     run.reliability.first_step_timeout_minutes = 1.0
-    with watchdog.watch_over(run, first_step=5):
+    with watchdog.watch_over(run.reliability, run.log_folder, first_step=5):
         yield told
 
 

@@ -64,6 +64,7 @@ def folder(tmp_path: Path) -> Path:
     beats.mkdir()
     for rank, since in ((0, 5.0), (1, 500.0)):
         beat = {"rank": rank, "host": "node0", "iteration": 41 - rank, "phase": "forward"}
+        beat["collective"] = "broadcast" if rank else None
         text = json.dumps({**beat, "since": time.time() - since, "pid": 1})
         (beats / f"rank_{rank:05d}.json").write_text(text)
     (beats / "rank_00002.json").write_text('{"rank": 2, "ho')  # torn
@@ -134,7 +135,7 @@ def test_a_frame_says_what_is_going_on(folder: Path):
         "2 steps skipped",
         r"rank 3 on node1 computes 42 % longer",
         "2 ranks at steps 40 to 41",
-        "rank 1 on node0: 8 min 2. s in forward",
+        r"rank 1 on node0: 8 min 2. s in forward \(broadcast\)",
     ):
         assert re.search(fragment, frame), (fragment, frame)
 

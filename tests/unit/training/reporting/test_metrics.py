@@ -1,7 +1,8 @@
-"""Sums over ranks worked out by hand, and what the reporter makes of them."""
+"""Sums over ranks computed by hand, and the lines that the reporter writes."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,25 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["flops"] > 0
 
 
+def test_sums_keep_their_names_in_the_packed_vector():
+    from dataclasses import fields
+
+    from megatron_croc.training.reporting.metrics import StepSums
+
+    names = [entry.name for entry in fields(StepSums) if entry.name != "pool_counts"]
+    sums = StepSums(pool_counts=torch.tensor([7.0, 8.0], dtype=torch.float64))
+    for number, name in enumerate(names, start=1):
+        on_device = torch.tensor(float(number), dtype=torch.float64)
+        setattr(sums, name, on_device if number % 2 else float(number))
+    vector = sums.pack()
+    assert vector.dtype == torch.float64 and vector.shape == (len(names) + 2,)
+    back = StepSums.unpack((2 * vector).tolist())  # as an all-reduce over two equal ranks
+    assert {name: getattr(back, name) for name in names} == {
+        name: 2.0 * number for number, name in enumerate(names, start=1)
+    }
+    assert back.pool_counts == [14.0, 16.0]
+
+
 def test_a_step_without_images_has_no_distance(pg_collection):
     from megatron_croc.training.reporting.metrics import StepTotals
 
@@ -123,10 +143,14 @@ def make_metrics(number: int, **changes):
 
 @pytest.fixture
 def reporter(tmp_path: Path):
-    from megatron_croc.training.reporting.reporting import Reporter
+    return open_reporter(tmp_path)
+
+
+def open_reporter(tmp_path: Path):
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
-    return Reporter(run, train_iters=5, world_size=2)
+    return build_reporter(run, train_iters=5, world_size=2)
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -166,10 +190,10 @@ def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
 
 def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=True)
-    reporter = Reporter(run, train_iters=4, world_size=2)
+    reporter = build_reporter(run, train_iters=4, world_size=2)
     for number in range(1, 5):
         reporter.add_step(number, make_metrics(number), waited=0.0)
     reporter.add_validation(4, make_metrics(4))
@@ -190,13 +214,19 @@ def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     assert shown == pytest.approx(written, rel=1e-6)
 
 
+def set_clock(monkeypatch) -> list[float]:
+    """Replace the reporter's clock; it shows element 0 of the returned list."""
+    from megatron_croc.training.reporting import reporting
+
+    now = [0.0]
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
 def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
-    clock = iter([10.0, 14.0])
-    reporter.started = 0.0
-    monkeypatch.setattr(
-        "megatron_croc.training.reporting.reporting.time.perf_counter", lambda: next(clock)
-    )
-    for number in range(1, 5):
+    now = set_clock(monkeypatch)
+    reporter.restart_clock()
+    for number, now[0] in ((1, 5.0), (2, 10.0), (3, 12.0), (4, 14.0)):
         reporter.add_step(number, make_metrics(number), waited=1.0)
     first, second = rows_of(tmp_path)
     assert first["data_wait_share"] == pytest.approx(2.0 / 10.0)
@@ -208,11 +238,9 @@ def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, m
 def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkeypatch):
     from megatron_croc.model.prompt_pool import MatchingSample
 
-    clock = iter([10.0])
-    reporter.started = 0.0
-    monkeypatch.setattr(
-        "megatron_croc.training.reporting.reporting.time.perf_counter", lambda: next(clock)
-    )
+    now = set_clock(monkeypatch)
+    reporter.restart_clock()
+    now[0] = 10.0
     uses = [(8, 8) + (0,) * 30, (0, 0, 16) + (0,) * 29]
     cost = torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 9.0]])  # best 2 + 1; here 1 + 4
     for number, (counts, sample) in enumerate(
@@ -243,7 +271,7 @@ def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkey
     ],
 )
 def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, caplog):
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_interval=1, **changes)
     assert run.model.num_replaced_tokens == 12
@@ -251,7 +279,7 @@ def test_a_collapse_of_the_pool_is_warned_of_once(changes, num_used, remedy, cap
     counts = [0] * size
     for token in range(8 * 12):
         counts[token % num_used] += 1
-    reporter = Reporter(run, train_iters=9, world_size=1)
+    reporter = build_reporter(run, train_iters=9, world_size=1)
     with caplog.at_level("WARNING"):
         reporter.add_step(1, make_metrics(1, pool_counts=(12,) + (0,) * (size - 1)), waited=0.0)
         assert not caplog.messages  # one image says nothing
@@ -277,21 +305,19 @@ def test_validation_has_rows_of_its_own(reporter, tmp_path: Path):
 
 
 def test_a_resumed_run_goes_on_in_the_same_file(reporter, tmp_path: Path):
-    from megatron_croc.training.reporting.reporting import Reporter
-
     reporter.add_step(2, make_metrics(2), waited=0.0)
     reporter.close()
-    again = Reporter(reporter.run, train_iters=5, world_size=2)
+    again = open_reporter(tmp_path)
     again.add_step(4, make_metrics(4), waited=0.0)
     assert [row["iteration"] for row in rows_of(tmp_path)] == [2, 4]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     monkeypatch.setenv("RANK", "1")
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=1)
-    reporter = Reporter(run, train_iters=2, world_size=2)
+    reporter = build_reporter(run, train_iters=2, world_size=2)
     reporter.add_step(1, make_metrics(1), waited=0.0)
     reporter.close()
     assert not (tmp_path / "log").exists()

@@ -1,4 +1,4 @@
-"""Which steps a window holds; what is in the trace."""
+"""Steps of the profiler's window, and content of the trace."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ def run_steps(folder: Path, first: int, last: int, **changes) -> None:
     """Steps that each multiply matrices of their own size inside a region."""
     run = tiny_run(log_dir=str(folder), profile_step_start=3, profile_step_end=5, **changes)
     start_stopwatch()
-    window = ProfileWindow(run, first - 1)
+    window = ProfileWindow(run.logging, run.log_folder, first - 1)
     for iteration in range(first, last + 1):
         with region("vision"):
             torch.ones(iteration, 7) @ torch.ones(7, iteration)

@@ -51,13 +51,14 @@ def test_a_name_never_has_what_prometheus_refuses():
 
 
 def test_the_reporter_serves_what_it_writes(tmp_path, monkeypatch):
+    from megatron_croc.training.build import build_reporter
     from megatron_croc.training.reporting import reporting
     from tests.unit.training.reporting.test_metrics import make_metrics
 
     endpoint = Endpoint(0)
     monkeypatch.setattr(reporting, "open_endpoint", lambda port: endpoint)
     run = tiny_run(log_dir=str(tmp_path), log_interval=2, tensorboard=False)
-    reporter = reporting.Reporter(run, train_iters=4, world_size=1)
+    reporter = build_reporter(run, train_iters=4, world_size=1)
     for number in (1, 2, 3):
         reporter.add_step(number, make_metrics(number), waited=0.0)
     reporter.add_validation(3, make_metrics(0))

@@ -1,4 +1,4 @@
-"""Slow ranks among made-up times, and the columns made of them."""
+"""Slow ranks among made-up times, and the metrics computed from the times."""
 
 import json
 from pathlib import Path

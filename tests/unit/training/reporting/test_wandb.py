@@ -1,4 +1,4 @@
-"""One W&B run over all restarts, and none that stops training. Its client is stood in for."""
+"""One W&B run over all restarts; errors of W&B do not stop training. The client is a stub."""
 
 import sys
 from types import SimpleNamespace
@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_croc.config.logging_checks import find_logging_faults
-from megatron_croc.training.reporting import reporting
+from megatron_croc.training.build import build_reporter
 from tests.support.synthetic import tiny_run
 
 
 class OfflineError(Exception):
-    """What the client raises."""
+    """Error type of the client."""
 
 
 @pytest.fixture
 def client(monkeypatch):
-    """What its `init` was called with, and what was logged."""
+    """Stub of the client that records the arguments of `init` and the logged lines."""
     started, logged = [], []
 
     def init(**settings):
@@ -32,7 +32,7 @@ def client(monkeypatch):
 
 def report(folder, iteration: int) -> None:
     run = tiny_run(wandb_project="croc", wandb_exp_name="first", save=folder, tensorboard=False)
-    reporter = reporting.Reporter(run, train_iters=9, world_size=1)
+    reporter = build_reporter(run, train_iters=9, world_size=1)
     reporter._write(iteration, {"iteration": iteration, "loss": 0.5})
     reporter.close()
 

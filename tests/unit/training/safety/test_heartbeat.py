@@ -32,13 +32,37 @@ def test_the_file_says_where_the_rank_stands(folder: Path):
     assert beat.place == "step 7, forward, micro-batch 2"
     assert beat.pid == os.getpid() and started <= beat.since <= time.time()
     before = own_beat().num_collectives
-    enter("summing gradients (reduce-scatter)")
+    enter("summing gradients", collective="reduce-scatter")
     assert own_beat().num_collectives == before + 1 and own_beat().waits
+    assert own_beat().place == "step 7, summing gradients (reduce-scatter)"
     enter("saving")  # shorter: nothing of the line before is left
     (beat,) = read_heartbeats(folder, 3)
     assert beat.place == "step 7, saving" and beat.num_collectives == before + 1
     assert not beat.waits
-    assert len(beat_file(folder, 0).read_bytes()) == 256
+    assert len(beat_file(folder, 0).read_bytes()) == 512
+
+
+def test_a_bracket_in_the_text_is_no_collective(folder: Path):
+    before = own_beat().num_collectives
+    enter("reading data (shard 3)")
+    assert not own_beat().waits and own_beat().num_collectives == before
+
+
+def test_the_longest_line_leaves_nothing_behind(tmp_path: Path, monkeypatch):
+    """A line longer than the file would leave its end behind a shorter next line."""
+    monkeypatch.setattr(heartbeat.socket, "gethostname", lambda: "n" * 64)
+    monkeypatch.setenv("RANK", "16384")
+    heartbeat.open_heartbeat(tmp_path)
+    enter(
+        "agreeing on whether to stop",
+        collective="reduce-scatter",
+        iteration=10_000_000,
+        micro_batch=1_000_000,
+    )
+    enter("forward")
+    heartbeat.close_heartbeat()
+    (beat,) = read_heartbeats(tmp_path, 16385)
+    assert beat.phase == "forward" and beat.rank == 16384
 
 
 def test_a_torn_file_is_no_heartbeat(folder: Path):
@@ -48,7 +72,7 @@ def test_a_torn_file_is_no_heartbeat(folder: Path):
 
 
 def write(folder: Path, number: int, **changes: object) -> None:
-    """Another rank's heartbeat, written as that rank would."""
+    """Write the heartbeat of another rank."""
     import json
     from dataclasses import asdict
 
@@ -58,14 +82,14 @@ def write(folder: Path, number: int, **changes: object) -> None:
 
 def test_the_rank_that_is_waited_for_is_named(folder: Path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    enter("summing gradients (reduce-scatter)", iteration=5)
+    enter("summing gradients", collective="reduce-scatter", iteration=5)
     now, waited = own_beat().since, own_beat().num_collectives
     write(folder, 1, since=now + 0.1)  # waits for the same
     assert watchdog.describe_lost_ranks(folder) is None
-    write(folder, 1, phase="sharing data (broadcast)", num_collectives=waited - 1)
+    write(folder, 1, phase="sharing data", collective="broadcast", num_collectives=waited - 1)
     told = watchdog.describe_lost_ranks(folder)  # in an earlier collective
     assert told is not None and told.startswith("rank 1 (")
-    write(folder, 2, iteration=4, phase="forward", micro_batch=3, since=now - 9)
+    write(folder, 2, iteration=4, phase="forward", collective=None, micro_batch=3, since=now - 9)
     told = watchdog.describe_lost_ranks(folder)
     assert told is not None and len(told.splitlines()) == 1
     assert told.startswith("rank 2 (") and "step 4, forward, micro-batch 3" in told

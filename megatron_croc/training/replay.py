@@ -1,10 +1,10 @@
-"""Do one step of a run again, and look for where it stops being finite.
+"""Repeat one skipped step of a run, and find the first module whose values are not finite.
 
-    report (iteration, settings) --> checkpoint at or before it --> the steps between, as they were
-        --> the step itself: same samples, patch draws and weights --> loss per sample, modules
+    report (iteration, settings) --> last checkpoint before the step --> the steps in between
+        --> the step itself: same samples, replaced tokens and weights --> loss per sample, modules
 
-The order of samples and every draw are functions of the settings and the iteration, so the step can
-be done in one process whatever the layout of the run, or under torchrun at the run's own.
+The order of samples and every random draw are functions of the settings and the iteration, so one
+process can repeat a step of any layout; under torchrun the layout of the run is used.
 """
 
 import itertools
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_croc.checkpoint.state import STATE_FILE
-from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults
+from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults, to_tree
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
 from megatron_croc.data.loader import build_train_loader
@@ -36,10 +36,10 @@ from megatron_croc.training.safety.anomaly import AnomalyGuard
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """What an AnomalyGuard wrote.
+    """Read a report of an AnomalyGuard.
 
     Raises:
-        RunError: not readable, or no such report.
+        RunError: the file cannot be read, or is not such a report.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -51,7 +51,11 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def run_of_report(report: dict[str, Any], *, source: str) -> RunConfig:
-    """The run as it was, set up to be looked at: nothing is saved, one process is no layout."""
+    """Settings of the reported run, changed for replay.
+
+    Nothing is saved, and the run starts from the last checkpoint before the step. In a single
+    process the layout is 1 x 1 x 1.
+    """
     run, faults = RunConfig(), []
     apply_changes(run, changes_from_tree(RunConfig, report["run"], faults, source=source))
     raise_faults(faults)
@@ -63,7 +67,7 @@ def run_of_report(report: dict[str, Any], *, source: str) -> RunConfig:
 
 
 def _checkpoint_before(run: RunConfig, iteration: int) -> str | None:
-    """The last complete checkpoint from which step `iteration` can be reached; None: the start."""
+    """Path of the last checkpoint before step `iteration`; None: replay from the start."""
     found = [
         (int(folder.name.removeprefix("iter_")), str(folder))
         for root in {run.checkpoint.save, run.checkpoint.load} - {None}
@@ -75,57 +79,64 @@ def _checkpoint_before(run: RunConfig, iteration: int) -> str | None:
 
 @dataclass(kw_only=True)
 class MicroBatchFindings:
-    """One micro-batch by itself: loss of each sample, and the first places that are not finite."""
+    """Result of one micro-batch: loss of each sample, and the first modules that are not finite."""
 
     number: int
-    """Over all replicas, as in the report."""
+    """Number of the micro-batch over all replicas, as in the report."""
 
     sample_ids: tuple[str, ...]
-    """Its samples."""
+    """Sample ids."""
 
     text_losses: list[tuple[int, float]] = field(default_factory=list)
-    """(labelled tokens, mean loss) of each sample; empty where this rank does not see them."""
+    """(labelled tokens, mean loss) of each sample; empty on ranks that do not hold the losses."""
 
     reconstruction_loss: float | None = None
-    """Mean over its visual tokens."""
+    """Mean reconstruction loss of the visual tokens."""
 
     bad_value: str | None = None
     """First module whose output is not finite, in the order of the forward pass."""
 
     bad_gradient: str | None = None
-    """First module the gradient of whose output is not finite, in the order of the backward."""
+    """First module whose output gradient is not finite, in the order of the backward pass."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """True when all losses, outputs and gradients are finite."""
         losses = [loss for _, loss in self.text_losses] + [self.reconstruction_loss or 0.0]
         return not (self.bad_value or self.bad_gradient) and all(map(math.isfinite, losses))
 
 
 @dataclass(kw_only=True)
 class Findings:
-    """The step done again."""
+    """Result of a repeated step."""
 
     start: int
-    """Iteration of the checkpoint it was reached from."""
+    """Iteration of the checkpoint that the replay started from."""
 
     metrics: StepMetrics
-    """Of the whole step; its update is not applied."""
+    """Metrics of the whole step; the weights are not updated."""
 
     micro_batches: list[MicroBatchFindings]
-    """Those of this replica."""
+    """Results of this replica's micro-batches."""
 
 
 def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
-    """Reach the step of `report` and do it again, without its update.
+    """Train up to the step of `report`, and repeat that step without its update.
 
     Raises:
-        RunError: the checkpoint does not lie before the step.
+        RunError: the checkpoint is not from before the step.
     """
     pg = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg, train_iters=report["train_iters"])
     state = training.state
-    guard = AnomalyGuard(run, state, pg, train_iters=report["train_iters"], folder=None)
+    guard = AnomalyGuard(
+        run.reliability,
+        state,
+        pg,
+        settings=to_tree(run),
+        train_iters=report["train_iters"],
+        folder=None,
+    )
     start = state.iteration
     if start >= report["iteration"]:
         raise RunError(
@@ -148,7 +159,7 @@ def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
         start=start,
         metrics=metrics,
         micro_batches=[
-            _look_into(training, batch, number * dp.size() + dp.rank())
+            _examine(training, batch, number * dp.size() + dp.rank())
             for number, batch in enumerate(batches)
         ],
     )
@@ -167,8 +178,8 @@ def _zero_gradients(training: TrainingState) -> None:
     training.optimizer.zero_grad()
 
 
-def _look_into(training: TrainingState, batch: Batch, number: int) -> MicroBatchFindings:
-    """One micro-batch forward and backward, with an eye on every module."""
+def _examine(training: TrainingState, batch: Batch, number: int) -> MicroBatchFindings:
+    """Run one micro-batch forward and backward, with hooks on every module."""
     findings = MicroBatchFindings(number=number, sample_ids=batch.sample_ids)
     _zero_gradients(training)
     with _watched_modules(training, batch, findings):
@@ -181,7 +192,7 @@ def _look_into(training: TrainingState, batch: Batch, number: int) -> MicroBatch
 def _watched_modules(
     training: TrainingState, batch: Batch, findings: MicroBatchFindings
 ) -> Iterator[None]:
-    """Note the first output and the first gradient that are not finite, and each sample's loss."""
+    """Record the first output and first gradient that are not finite, and each sample's loss."""
 
     def watch(name: str, module: nn.Module) -> Any:
         def after_forward(_: nn.Module, __: object, output: object) -> None:
@@ -190,7 +201,7 @@ def _watched_modules(
             for tensor in _tensors(output):
                 if not torch.isfinite(tensor).all():
                     findings.bad_value = findings.bad_value or f"output of {name}"
-                if not tensor.is_leaf:  # a bias handed on would keep the hook
+                if not tensor.is_leaf:  # a leaf (a returned bias) would keep the hook
                     tensor.register_hook(after_backward)
 
         def after_backward(gradient: Tensor) -> None:
@@ -213,7 +224,7 @@ def _watched_modules(
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Floating-point tensors in what a module returned."""
+    """Floating-point tensors in the output of a module."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -226,13 +237,13 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _losses_by_sample(token_losses: Tensor, batch: Batch) -> list[tuple[int, float]]:
-    """(labelled tokens, mean loss) of each sample; nothing where ranks share the row (CP)."""
+    """(labelled tokens, mean loss) of each sample; empty when the pack is cut over ranks (CP)."""
     if token_losses.numel() != batch.labels.numel():
         return []
     losses, counted = token_losses.detach().float().cpu(), batch.labels.cpu() != IGNORE_INDEX
     ends = batch.mixed_mask.cu_seqlens.tolist()
-    rows = []
+    by_sample = []
     for first, last in itertools.pairwise(ends):
         own = losses[first:last][counted[first:last]]
-        rows.append((own.numel(), own.mean().item() if own.numel() else 0.0))
-    return rows
+        by_sample.append((own.numel(), own.mean().item() if own.numel() else 0.0))
+    return by_sample
