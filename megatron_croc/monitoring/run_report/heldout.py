@@ -17,7 +17,7 @@ from megatron_croc.errors import DataError
 MASK_TYPES: tuple[MaskType, ...] = ("causal", "prefix", "visual")
 
 TEXT, IMAGE, ANSWER, PADDING = range(4)
-"""What stands at a position of the row; ANSWER is text that has a loss."""
+"""Kinds of positions; ANSWER is text that has a loss."""
 
 NUM_SAMPLES = 3
 SCANNED = 64
@@ -38,7 +38,7 @@ class MaskedRow:
     """int [T]: TEXT, IMAGE, ANSWER or PADDING."""
 
     bounds: list[int]
-    """Where samples begin; the last entry ends the real tokens."""
+    """Segment boundaries: begin of every sample, then the end of the last one."""
 
     image_spans: list[tuple[int, int]]
     """[begin, end) of every image."""

@@ -22,7 +22,7 @@ from megatron_croc.monitoring.run_report.style import (
 )
 
 HIDDEN, PAST, AHEAD = range(3)
-"""What a cell of the mask is: not seen; seen and not later than the query; seen ahead of it."""
+"""Kinds of mask cells: key not visible; visible and not after the query; visible after it."""
 
 CELLS = {HIDDEN: "white", PAST: BLUE, AHEAD: ORANGE}
 KINDS = {TEXT: GREY, IMAGE: GREEN, ANSWER: PURPLE, PADDING: PALE}

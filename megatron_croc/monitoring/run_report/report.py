@@ -95,7 +95,7 @@ def mask_section(stages: Sequence[StageRun], folder: Path) -> Section:
 
 
 def pool_sections(stages: Sequence[StageRun], folder: Path, num_images: int) -> list[Section]:
-    """What the pool tokens do; nothing when no stage has them."""
+    """Sections about the pool tokens; empty when no stage has them."""
     stage = pool_stage(stages)
     if stage is None:
         print("no stage with a prompt pool among --stages: images and pool are left out")
