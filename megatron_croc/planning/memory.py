@@ -50,8 +50,8 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """The largest packed row of a micro-batch, before context parallelism cuts it."""
+class Pack:
+    """The largest pack of a micro-batch, before context parallelism cuts it."""
 
     tokens: float
     """Visual tokens included."""
@@ -60,25 +60,25 @@ class Row:
     """Images in it."""
 
 
-def longest_row(run: RunConfig) -> Row:
-    """micro_batch_size samples of seq_length with an image each; with packing, rows of images."""
-    rows, length = run.training.micro_batch_size, run.data.row_length
+def longest_pack(run: RunConfig) -> Pack:
+    """micro_batch_size samples of seq_length with an image each; with packing, images only."""
+    samples, length = run.training.micro_batch_size, run.data.row_length
     images = length // run.model.vision_tower.num_visual_tokens if run.data.packing else 1
-    return Row(tokens=rows * length, images=rows * images)
+    return Pack(tokens=samples * length, images=samples * images)
 
 
 def estimate_memory(
-    run: RunConfig, world_size: int, row: Row | None = None
+    run: RunConfig, world_size: int, pack: Pack | None = None
 ) -> list[MemoryEstimate]:
     """The estimate for one rank of each pipeline stage.
 
     Args:
         run: the run.
         world_size: processes.
-        row: what a micro-batch holds at most; default `longest_row`.
+        pack: what a micro-batch holds at most; default `longest_pack`.
     """
-    row = longest_row(run) if row is None else row
-    return [_estimate_stage(run, world_size, stage, row) for stage in range(_num_stages(run))]
+    pack = longest_pack(run) if pack is None else pack
+    return [_estimate_stage(run, world_size, stage, pack) for stage in range(_num_stages(run))]
 
 
 def _num_stages(run: RunConfig) -> int:
@@ -96,7 +96,7 @@ def _bytes(run: RunConfig) -> int:
     return 2 if run.training.bf16 else 4
 
 
-def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> MemoryEstimate:
+def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> MemoryEstimate:
     parallel, element = run.parallel, _bytes(run)
     tp = parallel.tensor_model_parallel_size
     parts = stage_parameters(run)[stage]
@@ -107,13 +107,13 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
     # The distributed optimizer also spreads over context-parallel ranks, which hold equal weights.
     spread = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     is_first, is_last = stage == 0, stage == _num_stages(run) - 1
-    tokens = row.tokens / parallel.context_parallel_size
+    tokens = pack.tokens / parallel.context_parallel_size
     activations = redone = after = 0.0
     if _keeps_activations(run):
         activations, redone = _decoder_activations(run, world_size, stage, tokens)
     if is_first:
         in_flight = micro_batches_in_flight(run, world_size, stage)
-        activations += _vision_activations(run, row.images) * in_flight
+        activations += _vision_activations(run, pack.images) * in_flight
     if parallel.virtual_pipeline_model_parallel_size is not None:
         # The last output stays until the next one is sent (parallel/pipeline.py).
         activations += tokens * element * _stage_output(run)
@@ -124,7 +124,7 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
         # Input and output of the final norm.
         after = tokens * element * 2 * run.model.language_model.hidden_size / outside
         if run.reconstructs:
-            after += _head_activations(run, row)
+            after += _head_activations(run, pack)
     copy = logits / 2 if run.training.bf16 else 0.0  # the bf16 logits, later their gradient
     return MemoryEstimate(
         weights=held * element,
@@ -222,9 +222,9 @@ def _vision_activations(run: RunConfig, images: float) -> float:
     return tokens * element * (tower + projector)
 
 
-def _head_activations(run: RunConfig, row: Row) -> float:
+def _head_activations(run: RunConfig, pack: Pack) -> float:
     """Bytes of the reconstruction head and its loss on one CP rank, for one micro-batch."""
-    images = math.ceil(row.images / run.parallel.context_parallel_size)
+    images = math.ceil(pack.images / run.parallel.context_parallel_size)
     per_image, element = run.model.vision_tower.num_visual_tokens, _bytes(run)
     hidden_size = run.model.language_model.hidden_size
     config = run.model.reconstruction

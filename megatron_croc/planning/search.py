@@ -77,7 +77,7 @@ class Candidate:
 
 def assess(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> Candidate:
     """Memory and time of one layout that the checks accept."""
-    memory = estimate_memory(run, world_size, workload.row(run))
+    memory = estimate_memory(run, world_size, workload.pack(run))
     worst = max(stage.total for stage in memory)
     return Candidate(
         run=run,

@@ -11,7 +11,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError
 from megatron_croc.planning.flops import Work
-from megatron_croc.planning.memory import Row
+from megatron_croc.planning.memory import Pack
 
 SCANNED = 512
 """Number of samples that are read from a dataset, spread evenly over it."""
@@ -51,10 +51,10 @@ class Workload:
             num_images=round(samples * self.images),
         )
 
-    def row(self, run: RunConfig) -> Row:
+    def pack(self, run: RunConfig) -> Pack:
         """Largest pack of a micro-batch: every sample as long as the longest."""
         samples = run.training.micro_batch_size
-        return Row(tokens=samples * self.peak_tokens, images=samples * max(self.images, 1.0))
+        return Pack(tokens=samples * self.peak_tokens, images=samples * max(self.images, 1.0))
 
 
 def from_numbers(

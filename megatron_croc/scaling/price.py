@@ -24,7 +24,7 @@ def price_table(grid: Grid) -> str:
         step = estimate_step(run, grid.world_size, gpu, workload)
         hours = step.total * steps * grid.world_size / 3600
         total += hours
-        memory = estimate_memory(run, grid.world_size, workload.row(run))
+        memory = estimate_memory(run, grid.world_size, workload.pack(run))
         worst = max(stage.total for stage in memory) / 2**30
         lines.append(
             f"| {entry.name} | {entry.num_parameters:,} | {entry.num_samples:,} | {steps:,} | "
