@@ -1,7 +1,9 @@
 # make quickstart   train the three stages of a tiny Croc on the CPU; ARGS=--long: until it looks
 # make test         every test a CPU can run
+# make lint         lint, format, types, layers
+# make wheel        build the wheel, install it in an empty folder and run its commands
+# make check        lint, test, wheel, and whether the pinned versions agree: what a change must pass
 # make libraries    tests against the real Python of Transformer Engine and flash-attn (10 MB from PyPI)
-# make check        what a change must pass: lint, format, types, layers, tests, installation
 # make docs         the pages of docs/ as a site in build/site; a broken link is an error
 # make clean        remove .venv and everything that was made
 
@@ -18,27 +20,32 @@ DOCS := build/docs-venv
 # One thread per process: distributed tests start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test libraries check docs clean
+.PHONY: quickstart test lint wheel check libraries docs clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh $(ARGS)
 
+# -rs: the summary lists every skipped test with its reason.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+wheel: $(READY)
+	$(BIN)/python -m pytest -m slow tests/functional/test_wheel.py
+
+check: lint test wheel
+	$(BIN)/python -m pytest -m slow tests/functional/test_installation.py
 
 libraries: $(READY)
 	PYTHON=$(BIN)/python tests/support/fetch_libraries.sh
 	$(BIN)/python -m pytest -m libraries tests/libraries
 
-check: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(BIN)/lint-imports
-	$(MAKE) test
-	$(BIN)/python -m pytest -m slow tests/functional/test_installation.py
-
-# An environment of its own: the pages need neither torch nor megatron-core.
+# A separate environment: the pages need neither torch nor megatron-core.
 docs: $(DOCS)/bin/mkdocs
 	$(DOCS)/bin/mkdocs build --strict
 
@@ -52,8 +59,8 @@ clean:
 	rm -rf .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A virtual environment that is there is used again, and brought up to date.
-$(READY): setup.py constraints-cpu.txt
+# An existing virtual environment is updated.
+$(READY): pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) \
 		-c constraints-cpu.txt torch

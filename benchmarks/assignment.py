@@ -1,4 +1,4 @@
-"""What matching costs: the released loop, scipy in threads, lapx and every backend, side by side.
+"""Time of matching: the released loop, scipy in threads, lapx and every backend.
 
     python benchmarks/assignment.py                     # all of it; 11 minutes at --budget 0.6
     python benchmarks/assignment.py --quick             # one shape, about a minute
@@ -121,7 +121,7 @@ def backend_solver(backend: Backend, *, certify: bool = False) -> Solver:
 
 
 def solvers(num_threads: int, device: str, *, is_large: bool) -> dict[str, Solver]:
-    """What is compared, by name."""
+    """Compared solvers by name."""
     ours = {"cpu": backend_solver("cpu"), "cpu, certified": backend_solver("cpu", certify=True)}
     if num_threads > 1:
         pool = ThreadPoolExecutor(num_threads)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What feeding a training step costs: five ways to read the same shards, one after the other.
+"""Cost of loading data for a training step: five ways to read the same shards.
 
     python benchmarks/data.py                      # about five minutes on two cores
     python benchmarks/data.py --images 64 --seconds 2 --out /tmp/data     # a quick look

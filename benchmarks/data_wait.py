@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long training would wait for data, without training: a consumer that only keeps the pace.
+"""Time that training would wait for data, measured by a consumer that keeps its pace.
 
     python benchmarks/data_wait.py --seconds-per-step 1.0 --steps 20 \
         --recipe tiny/pretrain_croc --data-path data/captions --tokenizer-model tokenizer.model
@@ -23,7 +23,7 @@ from megatron_croc.recipes.command_line import parse_command, run_parser
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """What a consumer saw."""
+    """Waiting times of a consumer."""
 
     first_step: float
     """Seconds until the first step's micro-batches were there."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How far our pixels are from the Hugging Face processors', per format and decoder.
+"""Difference of our pixels from those of Hugging Face processors, per format and decoder.
 
     python benchmarks/decode_parity.py
 

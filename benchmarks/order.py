@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the order of samples costs at scale: resume at sample 10^9, and planning speed.
+"""Cost of the order of samples at scale: resume at sample 10^9, and planning speed.
 
     python benchmarks/order.py --folder /tmp/order_at_scale
 

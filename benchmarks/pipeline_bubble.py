@@ -1,4 +1,4 @@
-"""How much of a pipeline step is bubble, measured against (p - 1) / (m + p - 1).
+"""Bubble of a pipeline step, measured and compared with (p - 1) / (m + p - 1).
 
     python benchmarks/pipeline_bubble.py [--out benchmarks/results]
 

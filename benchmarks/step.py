@@ -1,4 +1,4 @@
-"""What mixed attention costs a whole training step: `visual` and `prefix` beside `causal`.
+"""Cost of mixed attention in a whole training step: `visual` and `prefix` against `causal`.
 
     python benchmarks/step.py [--recipe croc_7b/pretrain_croc] [--out benchmarks/results]
 

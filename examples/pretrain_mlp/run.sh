@@ -4,20 +4,12 @@
 #   DATA=data/pretrain_mlp TOKENIZER=vicuna-7b-v1.5/tokenizer.model START=checkpoints/start \
 #       examples/pretrain_mlp/run.sh [FLAG OF croc train ...]
 #
-# CONFIG chooses another recipe or cluster (configs/); launch/arguments.sh explains the variables.
+# CONFIG chooses another recipe or cluster (configs/); launch/arguments.sh and
+# launch/one_node.sh explain the variables.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 STAGE=pretrain_mlp
 CONFIG=${CONFIG:-examples/pretrain_mlp/configs/croc_7b_1x8.yaml}
-# shellcheck source=examples/launch/environment.sh
-source examples/launch/environment.sh
-# shellcheck source=examples/launch/arguments.sh
-source examples/launch/arguments.sh
-
-DISTRIBUTED_ARGS=(
-    --standalone
-    --nproc-per-node "${GPUS_PER_NODE:-8}"
-    --max-restarts "${MAX_RESTARTS:-3}"
-)
-exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc train "${TRAIN_ARGS[@]}" "$@"
+# shellcheck source=examples/launch/one_node.sh
+source examples/launch/one_node.sh

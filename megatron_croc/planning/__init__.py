@@ -1,1 +1,1 @@
-"""Operations, memory and time of a step, and which layout fits: estimates without a GPU."""
+"""Estimates without a GPU: operations, memory and time of a step, and the layouts that fit."""

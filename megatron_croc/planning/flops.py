@@ -1,8 +1,8 @@
-"""Floating-point operations that training needs: what MFU counts as useful work.
+"""Floating-point operations of training, the useful work of MFU.
 
 Counted: every matrix product of vision tower, projector, matching, language model and
-reconstruction head, attention by the pairs the mask lets see each other, forward and the backward
-the frozen parts leave over. Not counted: padding, recomputation, elementwise work, optimizer.
+reconstruction head; attention by its visible query-key pairs; forward, and backward as far as the
+trained parts need it. Not counted: padding, recomputation, elementwise work, optimizer.
 A multiply and an add are two operations. Numbers only: no torch, so it can run before a job does.
 """
 
@@ -19,13 +19,13 @@ Flops = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What some samples hold: one micro-batch, or a whole step."""
+    """Size of some samples: of one micro-batch, or of a whole step."""
 
     num_tokens: int
     """Tokens the language model reads, visual tokens included, padding not."""
 
     num_pairs: int
-    """Query-key pairs the mask makes visible, summed over the samples."""
+    """Visible query-key pairs, summed over the samples."""
 
     num_images: int
     """Images, each seen once by the vision tower."""
@@ -43,7 +43,7 @@ class Work:
 
 
 def visible_pairs(lengths: Sequence[int], span_lengths: Sequence[int] = ()) -> int:
-    """Query-key pairs of causal samples, plus the upper triangle of every bidirectional span."""
+    """Number of query-key pairs of causal samples, plus the upper triangle of every span."""
     causal = sum(s * (s + 1) // 2 for s in lengths)
     return causal + sum(n * (n - 1) // 2 for n in span_lengths)
 

@@ -1,4 +1,4 @@
-"""What a GPU and its links do, with where each number comes from."""
+"""Speed and memory of GPUs and their links, with the source of each number."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Gpu:
 
 
 BUS_SHARE = 0.8
-"""Of a link's nominal rate that large collectives reach. An assumption, not measured here."""
+"""Share of a link's nominal rate that large collectives reach (assumption, not measured)."""
 
 _LLM_FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md at 061f2c7"
 
@@ -88,7 +88,7 @@ def get_gpu(name: str) -> Gpu:
     """The GPU of this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: an unknown name.
     """
     if name not in GPUS:
         raise ConfigError(f"--gpu {name}: choose from {', '.join(GPUS)}{nearest(name, GPUS)}")

@@ -1,8 +1,8 @@
-"""What one rank of each pipeline stage holds in memory: an estimate, from the configuration.
+"""Memory of one rank of each pipeline stage, estimated from the configuration.
 
-It assumes, unless told, samples as long as seq_length with one image each; the fused norm and
+Assumptions: samples as long as seq_length with one image each, unless given; the fused norm and
 attention kernels of a GPU (neither keeps a square of scores or a second copy); float32 gradient
-buffers; and nothing lost to fragmentation, so keep a tenth free. What a layer saves for backward
+buffers; no fragmentation, so keep a tenth free. What a layer saves for backward
 was counted in the code that runs, as Korthikanti et al. (arXiv 2205.05198) do for theirs;
 tests/distributed/test_memory_estimate.py holds it against what is really allocated.
 """
@@ -32,26 +32,26 @@ class MemoryEstimate:
     """Main weights and moments, over the data-parallel ranks with the distributed optimizer."""
 
     activations: float
-    """What all micro-batches in flight keep for their backward pass."""
+    """Tensors that all micro-batches in flight keep for their backward pass."""
 
     logits: float
     """The softmax of the logits, in float32, kept for backward (last stage)."""
 
     recomputed: float
-    """Layers computed again, beyond what the loss has freed by then."""
+    """Activations of recomputed layers, beyond the memory that the loss has freed by then."""
 
     workspace: float
-    """Short-lived tensors of the layer at work, or of the loss where those are larger."""
+    """Temporary tensors of the running layer, or of the loss where those are larger."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts, in bytes."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """The largest packed row of a micro-batch, before context parallelism cuts it."""
+class Pack:
+    """The largest pack of a micro-batch, before context parallelism cuts it."""
 
     tokens: float
     """Visual tokens included."""
@@ -60,25 +60,25 @@ class Row:
     """Images in it."""
 
 
-def longest_row(run: RunConfig) -> Row:
-    """micro_batch_size samples of seq_length with an image each; with packing, rows of images."""
-    rows, length = run.training.micro_batch_size, run.data.row_length
+def longest_pack(run: RunConfig) -> Pack:
+    """micro_batch_size samples of seq_length with an image each; with packing, images only."""
+    samples, length = run.training.micro_batch_size, run.data.row_length
     images = length // run.model.vision_tower.num_visual_tokens if run.data.packing else 1
-    return Row(tokens=rows * length, images=rows * images)
+    return Pack(tokens=samples * length, images=samples * images)
 
 
 def estimate_memory(
-    run: RunConfig, world_size: int, row: Row | None = None
+    run: RunConfig, world_size: int, pack: Pack | None = None
 ) -> list[MemoryEstimate]:
     """The estimate for one rank of each pipeline stage.
 
     Args:
         run: the run.
         world_size: processes.
-        row: what a micro-batch holds at most; default `longest_row`.
+        pack: what a micro-batch holds at most; default `longest_pack`.
     """
-    row = longest_row(run) if row is None else row
-    return [_estimate_stage(run, world_size, stage, row) for stage in range(_num_stages(run))]
+    pack = longest_pack(run) if pack is None else pack
+    return [_estimate_stage(run, world_size, stage, pack) for stage in range(_num_stages(run))]
 
 
 def _num_stages(run: RunConfig) -> int:
@@ -86,7 +86,7 @@ def _num_stages(run: RunConfig) -> int:
 
 
 def _stage_output(run: RunConfig) -> float:
-    """Values per token that a stage hands to the next one, on one tensor-parallel rank."""
+    """Number of values per token that a stage sends to the next, on one tensor-parallel rank."""
     parallel = run.parallel
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return run.model.language_model.hidden_size / cut
@@ -96,7 +96,7 @@ def _bytes(run: RunConfig) -> int:
     return 2 if run.training.bf16 else 4
 
 
-def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> MemoryEstimate:
+def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> MemoryEstimate:
     parallel, element = run.parallel, _bytes(run)
     tp = parallel.tensor_model_parallel_size
     parts = stage_parameters(run)[stage]
@@ -107,13 +107,13 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
     # The distributed optimizer also spreads over context-parallel ranks, which hold equal weights.
     spread = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     is_first, is_last = stage == 0, stage == _num_stages(run) - 1
-    tokens = row.tokens / parallel.context_parallel_size
+    tokens = pack.tokens / parallel.context_parallel_size
     activations = redone = after = 0.0
     if _keeps_activations(run):
         activations, redone = _decoder_activations(run, world_size, stage, tokens)
     if is_first:
         in_flight = micro_batches_in_flight(run, world_size, stage)
-        activations += _vision_activations(run, row.images) * in_flight
+        activations += _vision_activations(run, pack.images) * in_flight
     if parallel.virtual_pipeline_model_parallel_size is not None:
         # The last output stays until the next one is sent (parallel/pipeline.py).
         activations += tokens * element * _stage_output(run)
@@ -124,7 +124,7 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
         # Input and output of the final norm.
         after = tokens * element * 2 * run.model.language_model.hidden_size / outside
         if run.reconstructs:
-            after += _head_activations(run, row)
+            after += _head_activations(run, pack)
     copy = logits / 2 if run.training.bf16 else 0.0  # the bf16 logits, later their gradient
     return MemoryEstimate(
         weights=held * element,
@@ -138,12 +138,12 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, row: Row) -> Me
 
 
 def _keeps_activations(run: RunConfig) -> bool:
-    """Whether the layers have a backward pass: they, or what feeds them, are trained."""
+    """True when the layers have a backward pass: they or their inputs are trained."""
     return bool(find_trained_parts(run) - {"reconstruction_head"})
 
 
 def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:
-    """Forward passes a stage has done, at most, before its first backward pass."""
+    """Largest number of forward passes of a stage before its first backward pass."""
     pp = run.parallel.pipeline_model_parallel_size
     vpp = run.parallel.virtual_pipeline_model_parallel_size
     count = run.num_microbatches(world_size)
@@ -155,7 +155,7 @@ def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> floa
 
 
 def _layer_values(run: RunConfig) -> float:
-    """Values one layer saves for each token, on one tensor-parallel rank."""
+    """Number of values that a layer saves per token, on one tensor-parallel rank."""
     config, parallel = run.model.language_model, run.parallel
     tp = parallel.tensor_model_parallel_size
     outside = tp if parallel.sequence_parallel else 1
@@ -175,7 +175,7 @@ def _layer_values(run: RunConfig) -> float:
 
 
 def _layer_workspace(run: RunConfig) -> float:
-    """Values per token that live for a moment in a layer's backward pass: those of SwiGLU."""
+    """Temporary values per token in a layer's backward pass: those of SwiGLU."""
     config, tp = run.model.language_model, run.parallel.tensor_model_parallel_size
     return 4 * config.ffn_hidden_size / tp + 2 * config.hidden_size
 
@@ -183,7 +183,7 @@ def _layer_workspace(run: RunConfig) -> float:
 def _decoder_activations(
     run: RunConfig, world_size: int, stage: int, tokens: float
 ) -> tuple[float, float]:
-    """What all micro-batches in flight keep, and what is computed again in one of them."""
+    """Bytes that all micro-batches in flight keep, and bytes recomputed in one of them."""
     training, config = run.training, run.model.language_model
     layers = run.parallel.pipeline_layers(config.num_layers)[stage]
     outside = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
@@ -201,7 +201,7 @@ def _decoder_activations(
 
 
 def _vision_activations(run: RunConfig, images: float) -> float:
-    """Vision tower and projector, for one micro-batch."""
+    """Bytes of vision tower and projector, for one micro-batch."""
     config, element = run.model.vision_tower, _bytes(run)
     tp = run.parallel.tensor_model_parallel_size
     tokens = images * (config.num_visual_tokens + (config.vision_model_type == "clip"))
@@ -222,9 +222,9 @@ def _vision_activations(run: RunConfig, images: float) -> float:
     return tokens * element * (tower + projector)
 
 
-def _head_activations(run: RunConfig, row: Row) -> float:
-    """Reconstruction head and its loss, for one micro-batch (its share under CP)."""
-    images = math.ceil(row.images / run.parallel.context_parallel_size)
+def _head_activations(run: RunConfig, pack: Pack) -> float:
+    """Bytes of the reconstruction head and its loss on one CP rank, for one micro-batch."""
+    images = math.ceil(pack.images / run.parallel.context_parallel_size)
     per_image, element = run.model.vision_tower.num_visual_tokens, _bytes(run)
     hidden_size = run.model.language_model.hidden_size
     config = run.model.reconstruction

@@ -17,11 +17,11 @@ RESERVED = 4e9
 """Bytes of a GPU kept for CUDA, NCCL and the kernels' workspaces (an assumption)."""
 
 FRAGMENTATION = 1.1
-"""What the allocator takes over what tensors hold (an assumption)."""
+"""Ratio of the memory that the allocator reserves to that of the tensors (assumption)."""
 
 
 INDISTINGUISHABLE = 0.05
-"""Relative difference of two times below which the estimate says nothing."""
+"""Relative difference of two times below which the estimate cannot rank them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Candidate:
 
     @property
     def flags(self) -> str:
-        """What to paste behind the recipe."""
+        """Command-line flags of this layout, to be added to the recipe."""
         parallel, training = self.run.parallel, self.run.training
         words = [f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}"]
         no = "" if parallel.sequence_parallel else "no-"
@@ -77,7 +77,7 @@ class Candidate:
 
 def assess(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> Candidate:
     """Memory and time of one layout that the checks accept."""
-    memory = estimate_memory(run, world_size, workload.row(run))
+    memory = estimate_memory(run, world_size, workload.pack(run))
     worst = max(stage.total for stage in memory)
     return Candidate(
         run=run,
@@ -187,7 +187,7 @@ def popular(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
 
 
 def reason(candidate: Candidate, best: Candidate) -> str:
-    """Why a layout is not the best one."""
+    """Main reason for preferring the best layout to this one."""
     if candidate.free < 0:
         stage = max(range(len(candidate.memory)), key=lambda n: candidate.memory[n].total)
         parts = vars(candidate.memory[stage])

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step: arithmetic, links, bubble; none of it measured, all of it here.
+"""Estimated seconds of one optimizer step: compute, communication, pipeline bubble.
 
 Compute is operations over (peak x efficiency); links are bytes over rate; the pipeline takes the
 sum of its stages once and the slowest stage for every further micro-batch. Left out: kernel
@@ -18,10 +18,10 @@ from megatron_croc.planning.gpus import Gpu
 from megatron_croc.planning.workload import Workload
 
 MATCHING_SECONDS = 0.01
-"""Of one image's one-to-one match. An assumption of the order of scipy's time on one CPU core."""
+"""Time of one image's one-to-one matching (assumption: about scipy's on one CPU core)."""
 
 LATENCY = 2e-5
-"""Seconds every collective of a layer takes beyond its bytes (assumption)."""
+"""Latency of one collective in seconds (assumption)."""
 
 HIDDEN_BACKWARD = 0.5
 """Share of tensor-parallel traffic of the backward pass that hides behind compute (assumption)."""
@@ -39,21 +39,21 @@ class StepTime:
     """Useful operations of the slowest stage."""
 
     recompute: float
-    """Forward passes done twice."""
+    """Recomputed forward passes."""
 
     tensor_parallel: float
     context_parallel: float
     pipeline_traffic: float
     bubble: float
-    """Waiting for the pipeline to fill and drain."""
+    """Idle time while the pipeline fills and drains."""
 
     matching: float
     data_parallel: float
     imbalance: float
-    """Waiting for the replica with the longest samples."""
+    """Idle time of the other replicas while the one with the longest samples computes."""
 
     tokens: float
-    """Of one step."""
+    """Tokens of one step."""
 
     flops: float
     """Useful operations of one step, all ranks."""
@@ -65,16 +65,16 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
     def mfu(self, world_size: int, gpu: Gpu) -> float:
-        """Useful operations over the peak."""
+        """Model FLOPs utilization: useful operations per second divided by the peak."""
         return self.flops / self.total / world_size / gpu.peak
 
 
 def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> StepTime:
-    """The estimate for `run` as it is laid out."""
+    """Estimate the time of one step of `run` at its layout."""
     parallel, config = run.parallel, run.model.language_model
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
@@ -144,12 +144,12 @@ def _element(run: RunConfig) -> int:
 
 
 def _fullness(width: float, tokens: float) -> float:
-    """Loss of small matrix products: thin slices of a layer, few tokens."""
+    """Efficiency of small matrix products, relative to large ones; a model, not a measurement."""
     return width / (width + 64) * tokens / (tokens + 128)
 
 
 def _frozen(run: RunConfig) -> RunConfig:
-    """The same run with nothing trained: its operations are those of the forward pass."""
+    """Copy of the run with all parts frozen: its operations are those of the forward pass."""
     frozen = copy.deepcopy(run)
     frozen.stage = "finetune"
     training = frozen.training

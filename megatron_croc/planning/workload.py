@@ -1,4 +1,4 @@
-"""What samples are like: from numbers on the command line, or from a folder of shards."""
+"""Distribution of sample lengths, from numbers on the command line or a folder of shards."""
 
 import json
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError
 from megatron_croc.planning.flops import Work
-from megatron_croc.planning.memory import Row
+from megatron_croc.planning.memory import Pack
 
 SCANNED = 512
-"""Samples of a dataset looked at, spread evenly over it."""
+"""Number of samples that are read from a dataset, spread evenly over it."""
 
 CHARACTERS_PER_TOKEN = 4.0
-"""Of English text under Llama's tokenizer, about; used when text is counted without a tokenizer."""
+"""Approximate length of a Llama token in English, for counting without a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Workload:
         return float(np.mean(self.lengths))
 
     def work(self, run: RunConfig, samples: float) -> Work:
-        """What `samples` such samples ask of the model, on average."""
+        """Average work of `samples` such samples."""
         lengths = np.array(self.lengths)
         pairs = float((lengths * (lengths + 1) / 2).mean())
         if run.model.attention_mask_type != "causal":  # prefix: at least the images
@@ -51,10 +51,10 @@ class Workload:
             num_images=round(samples * self.images),
         )
 
-    def row(self, run: RunConfig) -> Row:
-        """The largest packed row to be ready for: every sample as long as the longest."""
+    def pack(self, run: RunConfig) -> Pack:
+        """Largest pack of a micro-batch: every sample as long as the longest."""
         samples = run.training.micro_batch_size
-        return Row(tokens=samples * self.peak_tokens, images=samples * max(self.images, 1.0))
+        return Pack(tokens=samples * self.peak_tokens, images=samples * max(self.images, 1.0))
 
 
 def from_numbers(
@@ -69,7 +69,7 @@ def from_numbers(
         spread: standard deviation of the log of the text length; 0: all alike.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number out of range.
     """
     for name, value in {"--text-tokens": text_tokens, "--images": images}.items():
         if not 0 <= value < 1e6:
@@ -119,7 +119,7 @@ def _build(run: RunConfig, lengths: np.ndarray, images: float) -> Workload:
 
 
 def describe(workload: Workload) -> str:
-    """One line of JSON-like numbers for people."""
+    """Format the main numbers as one line of JSON."""
     marks = np.quantile(workload.lengths, [0.5, 0.95])
     return json.dumps(
         {

@@ -1,4 +1,4 @@
-"""From finished runs to the points of a fit."""
+"""Points of a fit, from finished runs."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from megatron_croc.scaling.grid import Grid, GridRun
 from megatron_croc.scaling.launch import final_validation, folder_of, read_metrics
 
 METRICS = ("valid_loss", "valid_text_loss", "valid_reconstruction_loss")
-"""What can be fitted, all on held-out samples."""
+"""Metrics that can be fitted, all on held-out samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run of the grid and what became of it."""
+    """One run of the grid and its final validation."""
 
     entry: GridRun
     validation: dict | None
@@ -31,7 +31,7 @@ class Result:
         return float(value)
 
     def why_left_out(self, metric: str) -> str | None:
-        """Why this run is not in the fit; None when it is."""
+        """Reason for leaving this run out of the fit; None if it is used."""
         if self.loss(metric) is not None:
             return None
         if self.validation is None:

@@ -1,4 +1,4 @@
-"""loss(N, D) = E + A / N^a + B / D^b, fitted in log space with intervals and doubts.
+"""Scaling law loss(N, D) = E + A / N^a + B / D^b, fitted in log space with intervals.
 
 N is the number of trained parameters, D of samples. As in Hoffmann et al. (arXiv 2203.15556,
 appendix D.2) the Huber loss of log residuals is minimised from many starts. With a single model
@@ -17,16 +17,16 @@ HUBER_DELTA = 1e-3
 """Log residual beyond which a point counts linearly (Hoffmann et al.)."""
 
 MAX_EXPONENT = 3.0
-"""Upper bound of both exponents; one that ends there says that the data do not hold it."""
+"""Upper bound of both exponents; a fit that ends there is not determined by the data."""
 
 SPARE_POINTS = 2
-"""Points beyond the number of parameters, at least."""
+"""Least number of points in excess of the parameters."""
 
 LEVEL = 0.9
 """Probability mass of the intervals."""
 
 FAR = 3.0
-"""Extrapolation over the largest N or D of the data beyond which a warning is due."""
+"""Factor over the largest N or D of the data above which a prediction carries a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Points:
         return len(self.losses)
 
     def select(self, kept: np.ndarray) -> "Points":
-        """Some of them."""
+        """The points where `kept` is True."""
         return Points(
             parameters=self.parameters[kept], samples=self.samples[kept], losses=self.losses[kept]
         )
@@ -80,7 +80,7 @@ class Law:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A law, what resampling says about it, and why it may be wrong."""
+    """A fitted law, its bootstrap resamples, and warnings."""
 
     law: Law
     points: Points
@@ -91,17 +91,17 @@ class Fit:
     warnings: list[str]
 
     def interval(self, values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-        """The central LEVEL of some values."""
+        """Bounds of the central share LEVEL of `values`."""
         low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Of every named parameter."""
+        """Interval of every named parameter."""
         draws = [law.named() for law in self.resampled]
         return {name: self.interval([d[name] for d in draws]) for name in self.law.named()}
 
     def predict_interval(self, parameters: float, samples: float) -> tuple[float, float]:
-        """Of the loss at one N and D: uncertainty of the curve, not of a single run."""
+        """Interval of the loss at one N and D: of the curve, not of a single run."""
         return self.interval([float(law.predict(parameters, samples)) for law in self.resampled])
 
 
@@ -118,7 +118,7 @@ def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 def _jacobian(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Of `_log_loss`: [points, parameters]."""
+    """Jacobian of `_log_loss`: [points, parameters]."""
     terms = _terms(theta, n, d)
     shares = np.exp(terms - np.logaddexp.reduce(terms))
     columns = [shares[0], shares[1], -shares[1] * np.log(d)]
@@ -128,7 +128,7 @@ def _jacobian(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 def fit_law(points: Points, *, resamples: int = 200, seed: int = 0) -> Fit:
-    """Fit, resample and judge.
+    """Fit the law, bootstrap its residuals and collect warnings.
 
     Args:
         points: finite, positive losses.
@@ -266,7 +266,7 @@ def _doubts(fit: Fit, residuals: np.ndarray) -> Iterator[str]:
 
 
 def extrapolation_doubt(fit: Fit, parameters: float, samples: float) -> str | None:
-    """Why a prediction at this N and D should not be trusted, if so."""
+    """Warning for a prediction far beyond the data; None where there is none."""
     points = fit.points
     factors = {
         "D": samples / points.samples.max(),

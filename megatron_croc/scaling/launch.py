@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 
 
 def folder_of(entry: GridRun) -> Path:
-    """Where a run logs."""
+    """Log folder of a run."""
     assert entry.run.logging.log_dir is not None
     return Path(entry.run.logging.log_dir)
 

@@ -1,4 +1,4 @@
-"""The table of a grid's runs with what each costs, by the planner's estimate."""
+"""Table of a grid's runs with the cost of each, as the planner estimates it."""
 
 from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.planning.memory import estimate_memory
@@ -11,7 +11,7 @@ TEXT_TOKENS = 150.0
 
 
 def price_table(grid: Grid) -> str:
-    """Markdown: every run with its size, samples, steps, memory and GPU hours."""
+    """Markdown table of every run's size, samples, steps, memory and GPU hours."""
     gpu = get_gpu(grid.gpu)
     lines = [
         "| run | trained parameters | samples | steps | GiB on a GPU | GPU hours |",
@@ -24,7 +24,7 @@ def price_table(grid: Grid) -> str:
         step = estimate_step(run, grid.world_size, gpu, workload)
         hours = step.total * steps * grid.world_size / 3600
         total += hours
-        memory = estimate_memory(run, grid.world_size, workload.row(run))
+        memory = estimate_memory(run, grid.world_size, workload.pack(run))
         worst = max(stage.total for stage in memory) / 2**30
         lines.append(
             f"| {entry.name} | {entry.num_parameters:,} | {entry.num_samples:,} | {steps:,} | "

@@ -25,14 +25,14 @@ class GroupFit:
     metric: str
     fit: Fit | None
     refusal: str | None
-    """Why there is no fit."""
+    """Reason for the missing fit."""
 
     left_out: dict[str, str]
-    """Runs of the whole grid that are in no fit, and why."""
+    """Runs of the grid that are in no fit -> reason."""
 
 
 def fit_groups(grid: Grid, metric: str, *, resamples: int = 200) -> list[GroupFit]:
-    """Fit every group; one that has too few runs says so instead.
+    """Fit every group; `refusal` names the reason for a group with too few runs.
 
     Raises:
         ConfigError: no run is usable.
@@ -89,7 +89,7 @@ def predictions(group: GroupFit, targets: Sequence[float]) -> list[dict]:
 
 
 def as_dict(group: GroupFit, targets: Sequence[float]) -> dict:
-    """All of it, for JSON; no path of any machine."""
+    """Content of fit.json for one group; it holds no path of the machine."""
     content: dict = {
         "group": group.label,
         "metric": group.metric,
@@ -118,13 +118,13 @@ def as_dict(group: GroupFit, targets: Sequence[float]) -> dict:
 
 
 def write_json(path: Path, fits: Sequence[GroupFit], targets: Sequence[float]) -> None:
-    """fit.json."""
+    """Write fit.json."""
     content = [as_dict(group, targets) for group in fits]
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_report(out: Path, fits: Sequence[GroupFit], targets: Sequence[float]) -> None:
-    """report.md, report.html and one picture per group."""
+    """Write report.md, report.html and one picture per group."""
     from megatron_croc.monitoring.run_report.page import Section, write_page
 
     lines, sections = ["# Scaling: held-out loss over model size and samples", ""], []
@@ -145,7 +145,7 @@ def write_report(out: Path, fits: Sequence[GroupFit], targets: Sequence[float]) 
 
 
 def describe(group: GroupFit, targets: Sequence[float]) -> list[str]:
-    """Markdown lines of one group."""
+    """Describe one group in Markdown lines."""
     lines = ["| run | parameters | samples | " + " | ".join(METRICS) + " |", "|---" * 6 + "|"]
     for result in group.results:
         values = [result.loss(name) for name in METRICS]
@@ -185,7 +185,7 @@ def describe(group: GroupFit, targets: Sequence[float]) -> list[str]:
 
 
 def draw(group: GroupFit, targets: Sequence[float], path: Path) -> Path:
-    """Loss over samples, a curve and its interval per model size, dashed beyond the data."""
+    """Draw loss over samples: a curve and its interval per model size, dashed beyond the data."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -197,7 +197,7 @@ def draw(group: GroupFit, targets: Sequence[float], path: Path) -> Path:
     with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
         last = points.samples.max()
-        # A picture of two decades beyond the data shows the data no more.
+        # Targets two decades beyond the data would squeeze the data into a corner.
         end = min(max([last, *targets]), 30 * last)
         grid = np.geomspace(points.samples.min(), end, 120)
         for size, colour in zip(sorted(set(points.parameters)), LINE_COLOURS, strict=False):

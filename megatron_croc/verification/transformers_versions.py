@@ -1,4 +1,4 @@
-"""Does another version of transformers load an export, and compute the same with it?
+"""An export loaded by two versions of transformers: keys, logits and generated text compared.
 
     croc parity transformers EXPORT --python OTHER_PYTHON
 

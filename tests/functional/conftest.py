@@ -1,4 +1,4 @@
-"""What several commands read."""
+"""Data for the tests of several commands."""
 
 from pathlib import Path
 

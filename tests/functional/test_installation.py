@@ -34,7 +34,7 @@ def pip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def requirements(*extras: str) -> list[str]:
-    """What setup.py asks for, with these extras, on Linux."""
+    """Requirements of the package and of these extras, on Linux."""
     asked = []
     for line in metadata.requires("megatron-croc") or []:
         requirement, _, marker = line.partition(";")

@@ -101,7 +101,7 @@ def test_the_shares_of_an_interval_are_all_of_its_time(pipelined):
         # The tower is on one of two ranks, so its share over both is half of the larger.
         for name in ("vision", "matching", "reconstruction"):
             assert row[f"time_share_max/{name}"] == pytest.approx(2 * shares[name])
-    # What came after the first line is in the second.
+    # Events after the first line are counted in the second.
     assert "time_share/checkpoint" not in first and "validation_seconds" not in first
     assert second["time_share/checkpoint"] > 0 and second["time_share/validation"] > 0
     pauses = second["checkpoint_seconds"] + second["validation_seconds"]

@@ -57,7 +57,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def numbers_of(rows: list[dict]) -> list[dict]:
-    """What must repeat: everything but times."""
+    """Columns that must be equal in two runs: all but times."""
     from megatron_croc.training.reporting.metrics_log import without_times
 
     return [without_times(row) for row in rows]

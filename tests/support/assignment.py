@@ -65,7 +65,7 @@ def made(
     if kind == "negative":
         return 1e4 * cost - 7e3
     if kind == "a cheap column only one row wants":
-        # What only 8 probed rows cannot see: row 1 alone has a use for the dearest column.
+        # A probe of 8 rows cannot see this: only row 1 has a low cost in the most expensive column.
         cost = cost + 100 * torch.arange(num_columns)
         cost[:, 1, -1] = -50.0
         return cost

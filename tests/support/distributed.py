@@ -1,20 +1,21 @@
-"""Run a function on several processes joined by gloo, in seconds.
+"""Run a function on several processes joined by gloo, and collect the results of all ranks.
 
-Importing torch and megatron-core takes seconds, so a fork server imports them once per test
-session; every job is then forked from it and starts in milliseconds with a clean state.
+The processes are those of megatron_croc/verification/faults/launch.py.
 """
 
 import multiprocessing as mp
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-context = mp.get_context("forkserver")
-context.set_forkserver_preload(["megatron_croc.training.build", "megatron_croc.training.evaluate"])
+from megatron_croc.verification.faults import launch
+from megatron_croc.verification.faults.launch import context, free_port
+
+__all__ = ["context", "free_port", "run_distributed", "start_ranks"]
 
 TIMEOUT = 300
 """Seconds after which a hanging job fails."""
@@ -49,20 +50,11 @@ def start_ranks(
     world_size: int,
     *args: Any,
     context: BaseContext = context,
-) -> list[mp.process.BaseProcess]:
-    """One process per rank of a job of its own; keep `queue`, whose locks they open by name."""
+) -> list[BaseProcess]:
+    """Start a job that puts its results into `queue`; keep it: the ranks open its locks by name."""
     if strict is not None:
         function, args = _made_strict(function, args)
-    port = free_port()
-    processes = [
-        context.Process(  # type: ignore[attr-defined]
-            target=entry, args=(queue, rank, world_size, port, function, args)
-        )
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    return launch.start_ranks(_answer, world_size, queue, function, args, context=context)
 
 
 def _made_strict(function: Callable[..., Any], args: tuple) -> tuple[Callable[..., Any], tuple]:
@@ -74,28 +66,8 @@ def _made_strict(function: Callable[..., Any], args: tuple) -> tuple[Callable[..
     return result_of, (strict, function, *args)
 
 
-def free_port() -> int:
-    """A port for one job's rendezvous."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def entry(
-    queue: mp.Queue, rank: int, world_size: int, port: int, function: Callable, args: tuple
-) -> None:
-    """One rank: run, and answer through the queue."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
-    import torch
-
-    torch.set_num_threads(1)
+def _answer(rank: int, queue: mp.Queue, function: Callable[..., Any], args: tuple) -> None:
+    """Put the result or the error of one rank into the queue."""
     try:
         result = function(*args)
     except BaseException:

@@ -1,4 +1,4 @@
-"""Where a step reads tensors on the host: on a GPU each such place waits for the device."""
+"""Places where a step reads tensors on the host; on a GPU each waits for the device."""
 
 import sys
 from collections import Counter

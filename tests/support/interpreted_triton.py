@@ -38,7 +38,7 @@ def solve_all():
 
 
 def count_steps():
-    """What kernel and reference read, from the same start: [kinds, 2]."""
+    """Values read by kernel and reference from the same start: [kinds, 2]."""
     steps = []
     for kind in ("randn", "correlated", "clustered", "equal rows"):
         cost = made(kind)[:1].double()

@@ -1,4 +1,4 @@
-"""What a rank really allocates: its model, its optimizer, and the peak of one training step."""
+"""Memory that a rank allocates: model, optimizer, and the peak of one training step."""
 
 import importlib
 from collections import Counter

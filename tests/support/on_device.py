@@ -10,7 +10,7 @@ class OnDevice(Tensor):
 
     is_cuda = True
     copies: Callable[[Callable[[], object]], None] | None = None
-    """What takes a copy to be done; None: they are done at once."""
+    """Function that receives copies to be done later; None: copies are done at once."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -59,7 +59,7 @@ def write_page(path: Path, runs: Sequence[RunView]) -> None:
 
 
 def _links(path: Path, runs: Sequence[RunView]) -> str:
-    """Where the pictures of masks and matching are, if croc report has drawn them."""
+    """Links to the pictures of masks and matching that `croc report` has drawn."""
     places = dict.fromkeys(
         place.resolve()
         for run in runs

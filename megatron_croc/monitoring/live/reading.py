@@ -1,8 +1,8 @@
-"""What training wrote down about itself: metrics, checkpoints, heartbeats, stragglers.
+"""Files that training writes about itself: metrics, checkpoints, heartbeats, stragglers.
 
 RUN_DIR/metrics.jsonl                          needed; a line still being written is left out
 RUN_DIR/stragglers.jsonl                       with timing_log_level 1 and several ranks
-RUN_DIR/heartbeats/rank_00000.json             where each rank stands, if it says so
+RUN_DIR/heartbeats/rank_00000.json             the phase of each rank, where heartbeats are on
 RUN_DIR/iter_0000100/, latest_checkpointed_iteration.txt
 """
 
@@ -19,14 +19,14 @@ from megatron_croc.errors import DataError
 METRICS_FILE = "metrics.jsonl"
 SHARE = "time_share/"
 RECENT = 5
-"""Rows whose median stands for now."""
+"""Number of last rows that count as recent."""
 
 Row = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """Where one rank stands."""
+    """Heartbeat of one rank."""
 
     rank: int
     host: str
@@ -47,7 +47,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """One run, as its folder tells it."""
+    """State of one run, read from its folder."""
 
     name: str
     folder: Path
@@ -82,17 +82,17 @@ class RunView:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last step was made."""
+        """True when the last step is done."""
         return self.train_iters is not None and self.iteration >= self.train_iters
 
     @property
     def skipped_steps(self) -> int:
-        """Refused steps in all."""
+        """Number of skipped steps."""
         return int(sum(row.get("skipped_steps", 0) for row in self.train))
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Recently, checkpoints and validations included where the rows know them."""
+        """Mean over the recent rows; with `interval_seconds` it includes checkpoints."""
         spans: list[float] = []
         for before, row in zip([None, *self.train], self.train, strict=False):
             steps = row["iteration"] - (before["iteration"] if before else 0)
@@ -104,7 +104,7 @@ class RunView:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last step, at the recent pace."""
+        """Seconds until the last step, at the recent pace."""
         pace = self.seconds_per_step
         if self.train_iters is None or pace is None:
             return None
@@ -112,7 +112,7 @@ class RunView:
 
     @property
     def stale_ranks(self) -> list[Beat]:
-        """Ranks that have been in one phase for longer than a run at its pace would be."""
+        """Ranks that have been in one phase for longer than five steps and one minute."""
         if self.is_done:
             return []
         patience = max(60.0, 5 * (self.seconds_per_step or 0.0))
@@ -157,7 +157,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_run(folder: Path, *, now: float | None = None) -> RunView:
-    """Read a run's folder as it is.
+    """Read the state of a run from its folder.
 
     Args:
         folder: has metrics.jsonl.
@@ -218,7 +218,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:
-    """By iteration; of a step that was done again after a crash, the later row."""
+    """Rows by iteration; of a step that was repeated after a crash, the later row."""
     return [row for _, row in sorted({row["iteration"]: row for row in rows}.items())]
 
 

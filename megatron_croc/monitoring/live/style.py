@@ -1,4 +1,4 @@
-"""How the page looks: light and dark, one palette."""
+"""Style of the page: colours for light and dark."""
 
 REGION_COLOURS = {
     "forward": "#2f9e6e",

@@ -28,7 +28,7 @@ REGION_LETTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """What the terminal can show."""
+    """Capabilities of the terminal."""
 
     width: int = 100
     """Columns."""
@@ -44,20 +44,20 @@ class Style:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
     def bold(self, text: str) -> str:
-        """A heading."""
+        """Format a heading."""
         return self.paint(text, "1")
 
     def dim(self, text: str) -> str:
-        """What is read last."""
+        """Format text of little importance."""
         return self.paint(text, "2")
 
     def alarm(self, text: str) -> str:
-        """What is read first."""
+        """Format a warning."""
         return self.paint(text, "1;31")
 
 
 def draw_frame(runs: Sequence[RunView], style: Style) -> str:
-    """All runs, one under the other; several also in a table."""
+    """Draw all runs, one below the other; several also in a table."""
     parts = [line for run in runs for line in [*_draw_run(run, style), ""]]
     if len(runs) > 1:
         parts += _draw_table(runs, style)

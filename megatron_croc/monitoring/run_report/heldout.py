@@ -1,4 +1,4 @@
-"""A packed row of real held-out samples under each attention mask, made as training makes it."""
+"""One pack of held-out samples under each attention mask, built by the code of training."""
 
 import copy
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from megatron_croc.errors import DataError
 MASK_TYPES: tuple[MaskType, ...] = ("causal", "prefix", "visual")
 
 TEXT, IMAGE, ANSWER, PADDING = range(4)
-"""What stands at a position of the row; ANSWER is text that has a loss."""
+"""Kinds of positions; ANSWER is text that has a loss."""
 
 NUM_SAMPLES = 3
 SCANNED = 64
-"""Held-out samples looked at to find a telling row."""
+"""Number of held-out samples that are searched for a representative pack."""
 
 ROW_MULTIPLE = 64
-"""The row is padded to it, so that the picture shows padding (training pads far less)."""
+"""Multiple to which the pack is padded, to show padding in the picture (training pads less)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedRow:
-    """One packed row of T tokens under each mask."""
+class MaskedPack:
+    """One pack of T positions under each mask."""
 
     visible: dict[str, np.ndarray]
     """Mask type -> bool [T, T], row = query."""
@@ -38,14 +38,14 @@ class MaskedRow:
     """int [T]: TEXT, IMAGE, ANSWER or PADDING."""
 
     bounds: list[int]
-    """Where samples begin; the last entry ends the real tokens."""
+    """Segment boundaries: begin of every sample, then the end of the last one."""
 
     image_spans: list[tuple[int, int]]
     """[begin, end) of every image."""
 
 
-def build_masked_row(run: RunConfig) -> MaskedRow:
-    """Lay a few samples of `run`'s held-out data in one row, once for each mask type.
+def build_masked_pack(run: RunConfig) -> MaskedPack:
+    """Lay a few samples of `run`'s held-out data in one pack, once for each mask type.
 
     Raises:
         DataError: the held-out data or the tokenizer are damaged.
@@ -55,7 +55,7 @@ def build_masked_row(run: RunConfig) -> MaskedRow:
     batches = {mask: _builder(run, mask).build(slots)[0] for mask in MASK_TYPES}
     batch = batches["causal"]
     num_tokens = run.model.vision_tower.num_visual_tokens
-    return MaskedRow(
+    return MaskedPack(
         visible={mask: b.mixed_mask.visible().numpy() for mask, b in batches.items()},
         kinds=token_kinds(batch),
         bounds=batch.mixed_mask.cu_seqlens.tolist(),

@@ -1,4 +1,4 @@
-"""Held-out images: what was replaced, by which pool row, and how well it is restored."""
+"""Figures of held-out images: replaced tokens, their pool tokens, and the reconstruction."""
 
 import colorsys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The attention masks of one packed row."""
+"""The attention masks of one pack."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_croc.monitoring.run_report.heldout import ANSWER, IMAGE, PADDING, TEXT, MaskedRow
+from megatron_croc.monitoring.run_report.heldout import ANSWER, IMAGE, PADDING, TEXT, MaskedPack
 from megatron_croc.monitoring.run_report.style import (
     BLUE,
     GREEN,
@@ -22,28 +22,28 @@ from megatron_croc.monitoring.run_report.style import (
 )
 
 HIDDEN, PAST, AHEAD = range(3)
-"""What a cell of the mask is: not seen; seen and not later than the query; seen ahead of it."""
+"""Kinds of mask cells: key not visible; visible and not after the query; visible after it."""
 
 CELLS = {HIDDEN: "white", PAST: BLUE, AHEAD: ORANGE}
 KINDS = {TEXT: GREY, IMAGE: GREEN, ANSWER: PURPLE, PADDING: PALE}
 STRIP = 0.035
-"""Width of the strips that show what stands where, as a share of the row."""
+"""Width of the strips that show what stands where, as a share of the pack."""
 
 NARROW = 0.14
-"""Samples below this share of the row are named by their number alone."""
+"""Samples below this share of the pack are named by their number alone."""
 
 
-def draw_masks(row: MaskedRow, path: Path) -> Path:
+def draw_masks(pack: MaskedPack, path: Path) -> Path:
     """One panel for each mask; strips above and to the left say what the tokens are."""
     with figure_style(grid=False):
-        count = len(row.visible)
+        count = len(pack.visible)
         figure = Figure(figsize=(5.0 * count, 5.9))
         axes = figure.subplots(1, count, squeeze=False)[0]
         figure.subplots_adjust(left=0.055, right=0.99, top=0.85, bottom=0.15, wspace=0.08)
         for number, (place, (name, visible)) in enumerate(
-            zip(axes, row.visible.items(), strict=True)
+            zip(axes, pack.visible.items(), strict=True)
         ):
-            _draw_mask(place, row, visible)
+            _draw_mask(place, pack, visible)
             place.set_title(name, fontsize=14, pad=36)
             place.set_xlabel("key: token looked at")
             if number == 0:
@@ -60,8 +60,8 @@ def cells(visible: np.ndarray) -> np.ndarray:
     return np.where(visible, np.where(ahead, AHEAD, PAST), HIDDEN)
 
 
-def _draw_mask(axes: Axes, row: MaskedRow, visible: np.ndarray) -> None:
-    length = len(row.kinds)
+def _draw_mask(axes: Axes, pack: MaskedPack, visible: np.ndarray) -> None:
+    length = len(pack.kinds)
     strip = STRIP * length
     extent = (0, length, length, 0)
     axes.imshow(
@@ -75,32 +75,32 @@ def _draw_mask(axes: Axes, row: MaskedRow, visible: np.ndarray) -> None:
     )
     colours = ListedColormap(list(KINDS.values()))
     strips = {"vmin": 0, "vmax": len(KINDS) - 1, "cmap": colours, "interpolation": "nearest"}
-    axes.imshow(row.kinds[None], extent=(0, length, -0.3 * strip, -1.3 * strip), **strips)
-    axes.imshow(row.kinds[:, None], extent=(-1.3 * strip, -0.3 * strip, length, 0), **strips)
+    axes.imshow(pack.kinds[None], extent=(0, length, -0.3 * strip, -1.3 * strip), **strips)
+    axes.imshow(pack.kinds[:, None], extent=(-1.3 * strip, -0.3 * strip, length, 0), **strips)
     axes.set(xlim=(-1.4 * strip, length), ylim=(length, -1.4 * strip), aspect="equal")
-    for bound in row.bounds[1:]:
+    for bound in pack.bounds[1:]:
         axes.axhline(bound, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
         axes.axvline(bound, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    _label_samples(axes, row, strip)
-    axes.set_xticks(row.bounds)
-    axes.set_yticks(row.bounds)
+    _label_samples(axes, pack, strip)
+    axes.set_xticks(pack.bounds)
+    axes.set_yticks(pack.bounds)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
 
 
-def _label_samples(axes: Axes, row: MaskedRow, strip: float) -> None:
+def _label_samples(axes: Axes, pack: MaskedPack, strip: float) -> None:
     """Names above the columns: sample 1: 1 image | sample 2: text only | padding."""
-    length = len(row.kinds)
-    pieces = list(zip(row.bounds, row.bounds[1:], strict=False))
+    length = len(pack.kinds)
+    pieces = list(zip(pack.bounds, pack.bounds[1:], strict=False))
     names = []
     for number, (begin, end) in enumerate(pieces, start=1):
-        images = sum(begin <= start < end for start, _ in row.image_spans)
+        images = sum(begin <= start < end for start, _ in pack.image_spans)
         content = f"{images} image{'s' * (images > 1)}" if images else "text only"
         is_narrow = end - begin < NARROW * length
         names.append(f"{number}" if is_narrow else f"sample {number}\n{content}")
-    if row.bounds[-1] < length:
-        pieces.append((row.bounds[-1], length))
+    if pack.bounds[-1] < length:
+        pieces.append((pack.bounds[-1], length))
         names.append("pad-\nding")
     for (begin, end), name in zip(pieces, names, strict=True):
         axes.text(

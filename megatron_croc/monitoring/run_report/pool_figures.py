@@ -36,7 +36,7 @@ CELL, LABEL = 0.64, 1.1
 
 
 def draw_usage(seen: "Observations", path: Path) -> Path:
-    """How often each row was matched, and whether a row's length decides about it."""
+    """Draw the number of matches of each pool token, and its relation to the token's length."""
     counts = seen.counts.numpy()
     order = np.argsort(-counts, kind="stable")
     used = int((counts > 0).sum())

@@ -73,29 +73,29 @@ def answer_sections(stages: Sequence[StageRun]) -> list[Section]:
 
 
 def mask_section(stages: Sequence[StageRun], folder: Path) -> Section:
-    """The three masks on one packed row."""
-    from megatron_croc.monitoring.run_report.heldout import build_masked_row
+    """The three masks on one pack."""
+    from megatron_croc.monitoring.run_report.heldout import build_masked_pack
     from megatron_croc.monitoring.run_report.mask_figures import draw_masks
 
     # The last stage has the most varied samples: several images, or none.
-    row = build_masked_row(stages[-1].run)
+    pack = build_masked_pack(stages[-1].run)
     used = "; ".join(f"{s.name} used `{s.run.model.attention_mask_type}`" for s in stages)
     return Section(
         title="Attention masks",
         paragraphs=[
-            "Several samples share one row of tokens, and none sees another. `causal`: every token "
+            "Several samples share one pack, and none sees another. `causal`: every token "
             "sees itself and what is before it. `prefix`: all that stands before a sample's first "
             "answer sees each other. `visual`: the tokens of one image see each other; text stays "
             f"causal. Here {used}.",
-            "The row is made of held-out samples by the code that feeds training, and padded more "
+            "The pack is made of held-out samples by the code that feeds training, and padded more "
             "than in training, so that padding can be seen: such a token sees itself alone.",
         ],
-        pictures=[draw_masks(row, folder / "masks.png")],
+        pictures=[draw_masks(pack, folder / "masks.png")],
     )
 
 
 def pool_sections(stages: Sequence[StageRun], folder: Path, num_images: int) -> list[Section]:
-    """What the pool tokens do; nothing when no stage has them."""
+    """Sections about the pool tokens; empty when no stage has them."""
     stage = pool_stage(stages)
     if stage is None:
         print("no stage with a prompt pool among --stages: images and pool are left out")

@@ -1,4 +1,4 @@
-"""What training wrote down: metrics.jsonl and run.yaml of each stage. Needs neither torch nor GPU.
+"""Files of finished stages: metrics.jsonl and run.yaml of each. Needs neither torch nor GPU.
 
 RUN_DIR/<stage>/metrics.jsonl            training rows and validation rows, by iteration
 RUN_DIR/<stage>/iter_0000120/run.yaml    the complete configuration

@@ -1,4 +1,4 @@
-"""How the report's figures look: one font, one palette, one way to save."""
+"""Style of the report's figures: font, palette and saving."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,13 +1,12 @@
-"""Run one of the project's commands with faults put into it.
+"""Run one of the project's commands with injected faults.
 
     python -m megatron_croc.verification.faults.inject \
         '[{"fault": "kill", "rank": 1, "iteration": 3}]' \
         megatron_croc.cli.train --recipe tiny/pretrain_croc ...
 
-The product knows nothing of this: faults come in where a heartbeat is beaten, where a loss is made
-and where a micro-batch goes to the device. Each happens once (`marker` is a file that remembers
-it), so that a restarted run is spared. `trace` is a folder that receives which samples each
-replica trained on in which step.
+Training has no code for this: faults are patched in at heartbeats, at the loss and where a
+micro-batch is moved to the device. A fault with a `marker` file happens once, also over restarts.
+`trace` is a folder for the samples of every step and replica.
 """
 
 import ctypes
@@ -28,39 +27,39 @@ from megatron_croc.log import rank
 
 @dataclass(kw_only=True)
 class Fault:
-    """One thing that goes wrong."""
+    """One fault, and the place where it happens."""
 
     fault: str
     """kill | signal | stop | hang | hang_in_c | raise at a place; nan_loss | spike | nan_gradient
-    in a step; bad_sample whenever a sample is met; kill_at_call at a call during a save; disk_full
-    during a save; trace: none, only note what is trained on."""
+    in a step; bad_sample at every occurrence of a sample; kill_at_call at a call during a save;
+    disk_full during a save; trace: no fault, only the trace."""
 
     rank: int = 0
-    """Whom it befalls."""
+    """The rank on which it happens."""
 
     iteration: int = 0
-    """In which step; 0: in every one."""
+    """Step in which it happens; 0: every step."""
 
     phase: str = "forward"
-    """Where: the beginning of the heartbeat's phase."""
+    """Place: the beginning of the name of the heartbeat's phase."""
 
     micro_batch: int | None = None
-    """In which micro-batch of this rank; None: the first that comes."""
+    """Micro-batch of this rank; None: the first one that reaches the place."""
 
     number: int = 1
-    """signal: which one; kill_at_call: at which call."""
+    """Number of the signal (signal), or of the call (kill_at_call)."""
 
     name: str = ""
-    """kill_at_call: of which function (`os.replace`). bad_sample: which sample."""
+    """Function, such as `os.replace` (kill_at_call), or sample (bad_sample)."""
 
     marker: str | None = None
-    """File that remembers that it has happened; None: it happens every time."""
+    """File that is made when the fault happens, and prevents a second one; None: no limit."""
 
     trace: str | None = None
     """Folder for the trace of samples."""
 
     def strikes(self) -> bool:
-        """Whether it is its time; a fault with a marker strikes once in all restarts."""
+        """Return True if the fault is due; a fault with a marker is due once over all restarts."""
         from megatron_croc.training.safety.heartbeat import own_beat
 
         if rank() != self.rank or self.iteration not in (0, own_beat().iteration):
@@ -166,7 +165,7 @@ def _spoil_gradient(fault: Fault) -> None:
 
 
 def _spoil_sample(fault: Fault) -> None:
-    """A sample on which the model is not finite, every time it comes."""
+    """Make one sample's pixels NaN, every time it is read."""
     from megatron_croc.training import step
 
     before = step.to_model_inputs
@@ -201,7 +200,7 @@ def _kill_at_call(fault: Fault) -> None:
 
 
 def _fill_disk(fault: Fault) -> None:
-    """No file can grow beyond 4 KiB while a checkpoint is written."""
+    """Limit files to 4 KiB while a checkpoint is written."""
 
     def act(phase: str, _: int | None) -> None:
         is_full = phase.startswith("saving") and fault.strikes()
@@ -233,15 +232,15 @@ def _trace(folder: Path) -> None:
 
 
 def run_command(name: str, words: Sequence[str]) -> int:
-    """Exit status of one of the project's commands, run in this process.
+    """Run one of the project's commands in this process; returns its exit status.
 
-    Found by the name of its module, as a user starts it: nothing imports the commands.
+    It is looked up by the name of its module: no room below `cli` imports the commands.
     """
     return importlib.import_module(name).main(words)
 
 
 def main() -> int:
-    """Inject, then be the command."""
+    """Inject the faults, then run the command."""
     faults, command, *words = sys.argv[1:]
     sys.argv[1:] = words
     from megatron_croc.parallel import device  # noqa: F401  before megatron is imported

@@ -1,4 +1,4 @@
-"""The runs that faults are put into: data made on the spot, a tiny model, and their traces."""
+"""Runs for fault injection: generated data, a tiny model, and the trace of its samples."""
 
 import json
 from collections.abc import Sequence
@@ -59,12 +59,12 @@ def faulty_train(faults: Sequence[Fault], words: Sequence[str]) -> int:
 
 
 def trace_fault(folder: Path) -> Fault:
-    """No fault: only notes what is trained on."""
+    """Return a trace without a fault: the samples of every step, written to `folder`."""
     return Fault(fault="trace", trace=str(folder))
 
 
 def curve(save: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what is a time."""
+    """Rows of metrics.jsonl without times and rates."""
     from megatron_croc.training.reporting.metrics_log import without_times
 
     lines = (save / "metrics.jsonl").read_text().splitlines()
@@ -72,7 +72,7 @@ def curve(save: Path) -> list[dict]:
 
 
 def effective_samples(trace: Path) -> dict[int, list[str]]:
-    """Step -> samples of the weights the run ended with: of a step done again, the last time."""
+    """Step -> samples behind the final weights; of a repeated step, the last attempt."""
     steps: dict[int, dict[str, list[str]]] = {}
     for path in sorted(trace.glob("rank_*.jsonl")):
         for line in path.read_text().splitlines():

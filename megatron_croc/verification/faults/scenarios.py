@@ -1,4 +1,4 @@
-"""Every fault of the matrix: what is promised, and a run that shows whether it is kept."""
+"""Faults of the matrix: the promised behaviour of each, and a run that checks it."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from megatron_croc.verification.faults.runs import (
 
 
 class BrokenPromiseError(AssertionError):
-    """A run did not do what is promised."""
+    """A run did not behave as promised."""
 
 
 def expect(condition: bool, otherwise: str) -> None:
@@ -38,13 +38,13 @@ def expect(condition: bool, otherwise: str) -> None:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What was seen of one fault."""
+    """Measurements of one fault's run."""
 
     samples_once: bool | None = None
-    """Every sample of the epoch so far was trained on exactly once; None: does not apply."""
+    """True when no sample was trained on twice; None: does not apply."""
 
     steps_lost: int | None = None
-    """Steps that had to be done again."""
+    """Steps that were repeated."""
 
     seconds: float | None = None
     """From the end of the broken run to the end of the first step after it."""
@@ -52,26 +52,26 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Workplace:
-    """A folder with data and the run nothing happens to."""
+    """A folder with data and an uninterrupted run."""
 
     root: Path
     data: Path = field(init=False)
     unbroken: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        """Draw the data and do the unbroken run."""
+        """Make the data and the uninterrupted run."""
         self.data = make_data(self.root / "data")
         self.unbroken = self.root / "unbroken"
         check_exits(self.train(self.unbroken), [0, 0])
 
     def train(self, save: Path, *faults: Fault, more: tuple[str, ...] = ()) -> list[Exit]:
-        """Two ranks, with faults."""
+        """Train on two ranks with these faults."""
         data = save / "data" if (save / "data").exists() else self.data
         everything = [*faults, trace_fault(save / "trace")]
         return run_to_exit(faulty_train, 2, everything, train_words(data, save, *more))
 
     def check_equal(self, save: Path) -> bool:
-        """The same curve, digit for digit, and the same samples as the unbroken run."""
+        """Require the uninterrupted run's curve and samples, bit for bit; True: no sample twice."""
         expect(curve(save) == curve(self.unbroken), "the loss curve differs from the unbroken run")
         samples = effective_samples(save / "trace")
         expect(samples == effective_samples(self.unbroken / "trace"), "other samples were used")
@@ -80,16 +80,16 @@ class Workplace:
 
 
 def check_exits(exits: list[Exit], statuses: list[int]) -> None:
-    """Compare exit statuses; what the first wrong rank said is in the error."""
+    """Compare exit statuses; the error holds the last output of the first wrong rank."""
     for rank, (end, status) in enumerate(zip(exits, statuses, strict=True)):
         said = end.output.strip().splitlines()[-3:]
         expect(end.status == status, f"rank {rank} ended with {end.status}, not {status}: {said}")
 
 
 def check_said(exits: list[Exit], pattern: str) -> None:
-    """Some rank printed it."""
+    """Require that some rank printed text that matches `pattern`."""
     output = "\n".join(end.output for end in exits)
-    expect(re.search(pattern, output) is not None, f"nobody said {pattern!r}")
+    expect(re.search(pattern, output) is not None, f"no rank printed {pattern!r}")
 
 
 Damage = Callable[[Path], None]
@@ -103,7 +103,7 @@ def break_and_resume(
     said_later: str = "",
     more: tuple[str, ...] = (),
 ) -> Callable[[Workplace, Path], Outcome]:
-    """A scenario: a run with faults, then perhaps damage, then the same command again."""
+    """Make a scenario: a run with faults, optional damage, then the same command again."""
 
     def scenario(place: Workplace, save: Path) -> Outcome:
         exits = place.train(save, *faults, more=more)
@@ -138,7 +138,7 @@ def _last_step(save: Path) -> int:
 
 
 def _killed_under_torchrun(place: Workplace, save: Path) -> Outcome:
-    """The one fault that is mended without anybody's doing."""
+    """Kill a rank under torchrun, which restarts the job by itself."""
     save.mkdir(parents=True)
     kill = Fault(fault="kill", rank=1, iteration=4, marker=str(save / "struck"))
     faults = json.dumps([asdict(kill), asdict(trace_fault(save / "trace"))])

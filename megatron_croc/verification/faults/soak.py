@@ -1,4 +1,4 @@
-"""Does a long run grow? Memory, open files, threads and shared memory of one training process.
+"""Growth of one training process over a long run: memory, open files, threads, shared memory.
 
 The tiny recipe at its smallest; every 50 steps a validation opens and closes a second loader, every
 200 steps a checkpoint is written.
@@ -12,12 +12,12 @@ from pathlib import Path
 from megatron_croc.verification.faults.inject import on_enter, run_command
 
 RSS_GROWTH = 8.0
-"""Most that the second half of a run may add to resident memory, MiB; allocators breathe."""
+"""Allowed growth of resident memory in the second half of a run, MiB; allocators fluctuate."""
 
 
 @dataclass(kw_only=True)
 class Usage:
-    """What a process holds."""
+    """Resources of this process at one step."""
 
     iteration: int
     rss: float
@@ -31,7 +31,7 @@ class Usage:
 
 
 def measure(iteration: int) -> Usage:
-    """Look at this process."""
+    """Measure this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     shared = sum(p.stat().st_size for p in Path("/dev/shm").glob("torch_*") if p.is_file())
     return Usage(
@@ -44,7 +44,7 @@ def measure(iteration: int) -> Usage:
 
 
 def soak(words: list[str], *, steps: int) -> list[Usage]:
-    """Train `steps` steps in this process; its usage every twentieth of them.
+    """Train `steps` steps in this process and measure it twenty times.
 
     Args:
         words: of the train command: recipe, data, tokenizer, save.
@@ -68,7 +68,7 @@ def soak(words: list[str], *, steps: int) -> list[Usage]:
 
 
 def growth(usages: list[Usage]) -> dict[str, float]:
-    """Last look less the one in the middle: what went on growing once everything was warm."""
+    """Difference of the last measurement and the middle one, after all caches are warm."""
     middle, last = usages[len(usages) // 2], usages[-1]
     return {
         name: getattr(last, name) - getattr(middle, name)

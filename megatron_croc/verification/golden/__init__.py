@@ -1,1 +1,1 @@
-"""Recorded runs of the released code against ours. The parts of `croc parity golden`."""
+"""Comparison of our training step with recorded runs of the released code: `croc parity golden`."""

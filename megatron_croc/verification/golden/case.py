@@ -1,4 +1,4 @@
-"""A recorded run: its files, its configuration in ours, its inputs through our collate."""
+"""A recorded run: its files, its configuration as a RunConfig, its inputs as a batch."""
 
 import json
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ SPLIT_IMAGE = (
     "the released head reshapes [images * N, h] to [samples, -1, h], so a text-only sample beside "
     "an image makes it attend within pieces of images; ours groups by image"
 )
-"""Why the reconstruction of a batch with images and text-only samples cannot agree."""
+"""Reason why the reconstruction of a batch with text-only samples cannot agree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,19 @@ class Case:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the reference got to its end (a CRASH case has inputs only)."""
+        """True when the reference finished (a CRASH case has inputs only)."""
         return "loss" in self.tensors
 
     @property
     def has_reconstruction(self) -> bool:
-        """Whether the reference replaced visual tokens and reconstructed them."""
+        """True when the reference replaced visual tokens and reconstructed them."""
         if not self.is_recorded:
             return "stage15" in self.name
         return "pool_index" in self.tensors
 
     @property
     def splits_images(self) -> bool:
-        """Whether the reference's head mixed up pieces of images, see SPLIT_IMAGE."""
+        """True when the reference's head mixed up parts of images; see SPLIT_IMAGE."""
         has_image = (self.tensors["in_input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1)
         is_bert = any(name.startswith("transform_block.") for name in self.state)
         return is_bert and self.has_reconstruction and bool(has_image.any() and ~has_image.all())
@@ -74,7 +74,7 @@ def load_case(path: Path) -> Case:
 
 
 def build_run(case: Case, *, tp: int, pp: int, sequence_parallel: bool) -> RunConfig:
-    """The reference's configuration in ours."""
+    """Convert the reference's configuration to a RunConfig."""
     run = RunConfig(stage="pretrain_croc" if case.has_reconstruction else "finetune")
     theirs, vision = case.info["config"]["llm"], case.info["config"]["vision"]
     llm = run.model.language_model
@@ -127,7 +127,7 @@ def build_run(case: Case, *, tp: int, pp: int, sequence_parallel: bool) -> RunCo
 
 
 def build_batch(case: Case, run: RunConfig) -> Batch:
-    """The reference's inputs through our collate, with its patch draw and pixels."""
+    """Collate the reference's inputs, with its pixels and its choice of replaced tokens."""
     num_visual_tokens = run.model.vision_tower.num_visual_tokens
     size = run.model.vision_tower.img_size
     samples = []

@@ -1,4 +1,4 @@
-"""Ours against the recording: activations, mask, losses, every gradient."""
+"""Comparison with a recording: activations, mask, losses, every gradient."""
 
 import itertools
 import math
@@ -24,11 +24,11 @@ class Finding:
     error: float
     note: str = ""
     counts: bool = True
-    """Whether an error above the bound is a failure."""
+    """True when an error above the bound is a failure."""
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """Largest difference over the reference's largest entry."""
+    """Largest difference divided by the reference's largest entry; infinity on other shapes."""
     if ours.shape != reference.shape:
         return math.inf
     if reference.numel() == 0:
@@ -41,7 +41,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def compare_forward(
     case: Case, batch: Batch, seen: dict[str, Tensor], losses: dict[str, float]
 ) -> Iterator[Finding]:
-    """Activations, mask and losses."""
+    """Compare activations, mask and losses."""
     reference = case.tensors
     has_image = (reference["in_input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1)
     real = reference["merged_attention_mask"]
@@ -91,7 +91,7 @@ def compare_forward(
 
 
 def _mask_differences(batch: Batch, reference: dict[str, Tensor], real: Tensor) -> int:
-    """Query-key pairs of real tokens on which the masks disagree; samples must not meet."""
+    """Number of query-key pairs of real tokens on which the masks differ, across samples too."""
     visible = batch.mixed_mask.visible()
     bounds = batch.mixed_mask.cu_seqlens.tolist()
     theirs = torch.zeros_like(visible)
@@ -104,7 +104,7 @@ def _mask_differences(batch: Batch, reference: dict[str, Tensor], real: Tensor) 
 
 
 def compare_gradients(case: Case, ours: dict[str, Tensor]) -> Iterator[Finding]:
-    """Every recorded gradient entry by entry, and the norm of those recorded as a norm only."""
+    """Compare every recorded gradient, and the norm of those that were recorded as a norm."""
     note = SPLIT_IMAGE if case.splits_images else ""
     counts = not case.splits_images
     norms = case.info.get("grad_norm", {})

@@ -31,10 +31,10 @@ from megatron_croc.verification.golden.compare import Finding, compare_forward, 
 
 
 class Recorder:
-    """Keeps what the model's parts compute during one step, on whichever rank that is."""
+    """Outputs of the model's parts during one step, kept by the rank that computes them."""
 
     def __init__(self, models: Sequence[CrocModel], tp: dist.ProcessGroup) -> None:
-        """Hook the parts this rank holds."""
+        """Register hooks on the parts of this rank."""
         self.seen: dict[str, Tensor] = {}
         self.tp = tp
         for model in models:
@@ -59,7 +59,7 @@ class Recorder:
         return keep
 
     def collect(self) -> dict[str, Tensor]:
-        """What was seen anywhere, on every rank's CPU; logits joined over the TP ranks."""
+        """Gather the outputs of all ranks on every rank's CPU; logits are joined over TP ranks."""
         if "logits" in self.seen and self.tp.size() > 1:
             parts = [torch.empty_like(self.seen["logits"]) for _ in range(self.tp.size())]
             dist.all_gather(parts, self.seen["logits"].contiguous(), group=self.tp)
@@ -130,7 +130,7 @@ def _unused(case: Case, run: RunConfig, used: set[str]) -> list[str]:
 
 
 def _report_crash(case: Case, loss: float, gradients: dict[str, Tensor]) -> int:
-    """The reference raised; ours must train."""
+    """Check that ours trains where the reference raised an error."""
     finite = math.isfinite(loss) and all(g.isfinite().all() for g in gradients.values())
     moved = sum(bool(g.abs().max() > 0) for g in gradients.values())
     print(f"  the reference raised: {case.info['exception']}")

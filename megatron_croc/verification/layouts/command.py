@@ -14,7 +14,7 @@ DEFAULT_LAYOUTS = "tp2 tp2+sp pp2 pp2+vpp2 cp2 dp2"
 
 
 def run_command(words: Sequence[str]) -> int:
-    """Parse, check every layout before one is started, then compare; or do a worker's part."""
+    """Parse, check every layout before starting one, then compare; or run as one worker."""
     parser = run_parser(prog="croc parity layouts", description=__doc__ or "")
     parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help="tp2+sp pp2 ..., or allN")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
@@ -56,7 +56,7 @@ def _parse_layouts(words: str) -> list[Layout]:
 
 
 def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
-    """One process of one layout."""
+    """Run one process of one layout."""
     from megatron_croc.log import quiet_megatron
 
     quiet_megatron()  # before it is imported

@@ -1,4 +1,4 @@
-"""One layout's observation against the single process's: errors, table, verdict."""
+"""Comparison of a layout with one process: errors, table, failures."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One layout against the reference."""
+    """Differences between one layout and the reference."""
 
     layout: str
     loss: float
@@ -48,7 +48,7 @@ def norm_error(ours: Tensor, reference: Tensor) -> float:
 def _weight_error(
     ours: Tensor, reference: Tensor, gradient: Tensor | None, largest: float
 ) -> float:
-    """Error of the entries that have a gradient to speak of, less the worst in a thousand.
+    """Error of the entries whose gradient is not rounding, without the worst in a thousand.
 
     Adam makes a full step out of any gradient, however small. Where it is an exact zero plus
     rounding (a key bias inside a softmax) the step's direction is random, at every layout another;
@@ -116,7 +116,7 @@ HEAD = f"{'layout':18s} {'loss':>9s} {'grad norm':>9s} {'gradient':>9s} {'weight
 
 
 def row(difference: Difference, bounds: dict[str, float]) -> str:
-    """One line: largest errors, a mark at everything above its bound, the worst parameter."""
+    """Format one line: largest errors, a mark at those above their bound, worst parameter."""
     failed = difference.failures(bounds)
     cells = [
         f"{getattr(difference, name):8.1e}{'!' if name in failed else ' '}"

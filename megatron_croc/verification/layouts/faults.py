@@ -1,4 +1,4 @@
-"""Faults that peers have shipped, planted on purpose: the comparison must see every one."""
+"""Known bugs of parallel training, planted on purpose: the comparison must report each."""
 
 from collections.abc import Callable
 from typing import Any

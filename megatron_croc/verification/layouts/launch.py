@@ -22,7 +22,7 @@ ONE = Layout(name="one")
 
 
 def launch(layout: Layout, arguments: Sequence[str], *, fault: str | None = None) -> Observation:
-    """Start this tool's worker on the layout's processes and put its results together.
+    """Start a worker on every process of the layout and assemble the results.
 
     Raises:
         CrocError: a worker failed; its output has been printed.

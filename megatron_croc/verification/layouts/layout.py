@@ -17,7 +17,7 @@ _WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to cut the model and the batch."""
+    """Sizes of the parallel axes."""
 
     name: str
     sizes: dict[str, int] = field(default_factory=dict)
@@ -42,11 +42,11 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Processes it needs."""
+        """Number of processes."""
         return math.prod(self.sizes.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
     def apply(self, run: RunConfig) -> RunConfig:
-        """The run at this layout (changes `run`)."""
+        """Set this layout in `run`, and return it."""
         for axis, setting in _WORDS.items():
             default = None if axis == "vpp" else 1
             setattr(run.parallel, setting, self.sizes.get(axis, default))

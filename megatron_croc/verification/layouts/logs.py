@@ -1,4 +1,4 @@
-"""Two training logs, step by step."""
+"""Comparison of two training logs, step by step."""
 
 import json
 import math
@@ -14,7 +14,7 @@ Rows = dict[int, dict[str, float]]
 
 
 def read_log(path: Path) -> Rows:
-    """Rows of metrics.jsonl by iteration; a step that was done again counts as its last."""
+    """Rows of metrics.jsonl by iteration; of a repeated step, the last."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.exists():
         raise DataError(f"{file}: no such log; name a folder that training wrote to (--save)")

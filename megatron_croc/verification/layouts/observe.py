@@ -1,6 +1,6 @@
-"""Train some steps and keep what parallelism must not change; runs on every rank of a layout.
+"""Losses, gradients and weights of some training steps, observed on every rank of a layout.
 
-Every rank keeps its own pieces of every gradient and weight; `assemble` puts them together.
+Every rank keeps its own shards of gradients and weights; `assemble` joins them.
 """
 
 import resource
@@ -31,7 +31,7 @@ Pieces = list[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]
 
 @dataclass(kw_only=True)
 class RankObservation:
-    """What one rank saw."""
+    """Observations of one rank."""
 
     steps: list[dict[str, float]]
     gradients: Pieces
@@ -42,7 +42,7 @@ class RankObservation:
 
 @dataclass(kw_only=True)
 class Observation:
-    """What a layout did: every step's losses, whole tensors by global name, and its cost."""
+    """Observations of one layout: losses of every step, whole tensors by global name, cost."""
 
     steps: list[dict[str, float]]
     gradients: dict[str, Tensor]
@@ -97,7 +97,7 @@ def observe(run: RunConfig, steps: int, images: Sequence[int] = MIXED_IMAGES) ->
 
 
 def _batches(training: TrainingState, steps: int, images: Sequence[int]) -> Iterator[list[Batch]]:
-    """The same global batches at every layout: read from data, or made of numbers."""
+    """Global batches that do not depend on the layout: read from data, or synthetic."""
     run, pg = training.run, training.pg_collection
     if run.data.data_path:
         with open_batch_broadcast(run, pg, build_train_loader, state=None) as broadcaster:
@@ -109,7 +109,7 @@ def _batches(training: TrainingState, steps: int, images: Sequence[int]) -> Iter
 
 
 def gather_gradient_shards(training: TrainingState) -> None:
-    """Fill every rank's gradient buffers: after reduction each holds its own shard only."""
+    """All-gather the gradient buffers: after reduction a rank holds its own shard only."""
     for chunk in training.chunks:
         buffers: Any = chunk.buffers  # of DistributedDataParallel, not torch's
         for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
@@ -132,7 +132,7 @@ def _pieces(training: TrainingState, pick: Any) -> Pieces:
 
 
 def assemble(ranks: list[RankObservation]) -> Observation:
-    """Whole tensors from all ranks' pieces. Replicas must agree; the largest gap is kept."""
+    """Join the shards of all ranks; the largest difference between replicas is kept."""
     return Observation(
         steps=ranks[0].steps,
         gradients=_whole([rank.gradients for rank in ranks]),
@@ -161,7 +161,7 @@ def _whole(pieces_of_ranks: list[Pieces]) -> dict[str, Tensor]:
 
 
 def work(run: RunConfig, steps: int, folder: Path) -> None:
-    """A worker's life: observe, and leave the result in `folder`."""
+    """Observe one rank and write the result to `folder`."""
     observation = observe(run, steps)
     torch.save(observation, folder / f"rank{rank()}.pt")
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Two pictures: layouts x parameters coloured by the gradient's error, and the loss curves."""
+"""Pictures of a comparison: gradient errors of layouts x parameters, and loss curves."""
 
 import math
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def draw(differences: Sequence[Difference], path: Path, *, bound: float) -> None
 
 
 def draw_curves(costs: Sequence[dict], path: Path) -> None:
-    """Both losses of every layout over the steps, one on the other."""
+    """Draw both losses of every layout over the steps, in one plot."""
     import matplotlib as mpl
 
     mpl.use("Agg")

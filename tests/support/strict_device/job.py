@@ -24,7 +24,7 @@ class StrictFault(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How strict the stand-in is."""
+    """Delays and checks of the stand-in."""
 
     send_ms: float = 20.0
     """Delay of every send: its memory is read that much later."""
@@ -50,7 +50,7 @@ class Options:
 
 @dataclass(kw_only=True)
 class Report:
-    """What one rank's stand-in saw."""
+    """Findings of one rank's stand-in."""
 
     faults: list[str] = field(default_factory=list)
 
@@ -199,7 +199,7 @@ def function() -> str:
 
 
 def is_object_collective() -> bool:
-    """Whether torch's own object collectives call, which move objects to the device themselves."""
+    """True when an object collective of torch calls; it moves objects to the device itself."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if "object" in frame.f_code.co_name and "/torch/" in frame.f_code.co_filename:

@@ -53,11 +53,11 @@ _FACTORIES = (
 )
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ON_DEVICE = ("SideWork.", "beside")
-"""What of parallel/device.py takes its CUDA path here."""
+"""Functions of parallel/device.py that take their CUDA path here."""
 
 
 class Mark(NamedTuple):
-    """What is known of a piece of memory."""
+    """Known facts about one piece of memory."""
 
     alive: StorageWeakRef
     device: torch.device
@@ -86,12 +86,12 @@ class Marks:
             return None
 
     def is_device(self, tensor: Tensor) -> bool:
-        """Whether CUDA would hold it."""
+        """True when it would be in CUDA memory."""
         mark = self.get(tensor)
         return mark is not None and mark.device == DEVICE
 
     def is_host(self, tensor: Tensor) -> bool:
-        """Whether it is known to be in the host's memory."""
+        """True when it is known to be in host memory."""
         mark = self.get(tensor)
         return mark is not None and mark.device == HOST
 
@@ -190,7 +190,7 @@ class Watch(TorchDispatchMode):
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it has memory of its own here; a ShardedTensor of checkpoints has not."""
+    """True when it has memory of its own here; a ShardedTensor of checkpoints has none."""
     return type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout == torch.strided
 
 

@@ -76,7 +76,7 @@ class Event:
         self.computed = set(self.stream.computed)
 
     def stream_done(self) -> None:
-        """What the stream computed up to here may be read."""
+        """Allow reading of the results that the stream has computed up to here."""
         if self.stream is not None:
             self.stream.computed -= self.computed
 

@@ -77,7 +77,7 @@ class Transfers:
         return receive
 
     def check(self, group: Any, name: str, tensor: Tensor) -> None:
-        """What NCCL refuses: tensors with holes, and the host's, unless torch moves them itself."""
+        """Report what NCCL refuses: tensors with holes, or on the host and not moved by torch."""
         if not tensor.is_contiguous():
             self.job.fault(f"{name}: NCCL takes contiguous tensors only, not {tensor.stride()}")
         is_ours = group.group_name not in self.host_groups and self.marks.is_host(tensor)

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.planning.memory import MemoryEstimate, estimate_memory
+from megatron_croc.planning.memory import MemoryEstimate, Pack, estimate_memory
 from megatron_croc.recipes import get_recipe
 
 
@@ -68,3 +68,18 @@ def test_float32_has_no_second_copy_of_the_weights():
     full = largest(run)
     assert full.weights == 2 * half.weights
     assert full.optimizer == pytest.approx(half.optimizer * 8 / 12)
+
+
+def test_context_parallel_ranks_share_the_images_of_the_head():
+    run = get_recipe("croc_7b/pretrain_croc")
+    run.parallel.tensor_model_parallel_size, run.parallel.sequence_parallel = 1, False
+    run.parallel.pipeline_model_parallel_size = 2  # the head is alone with the last layers
+    run.parallel.context_parallel_size = 2
+    run.model.reconstruction.reconstruction_dropout = 0.0
+    images = {
+        n: estimate_memory(run, 4, Pack(tokens=4096, images=n))[1].activations for n in (1, 2, 3, 4)
+    }
+    # An image of 576 tokens: 20 widths of 4096 in bf16, prediction and target in float32.
+    one = 20 * 576 * 4096 * 2 + 2 * 576 * 4096 * 4
+    assert images[1] == images[2]  # one image on each rank at most
+    assert images[3] == images[4] == images[2] + one

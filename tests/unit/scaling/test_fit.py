@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_croc.errors import DataError
-from megatron_croc.scaling.fit import Points, extrapolation_doubt, fit_law
+from megatron_croc.scaling import fit as fitting
+from megatron_croc.scaling.fit import Fit, Points, extrapolation_doubt, fit_law
 
 TRUE = {"E": 1.7, "A": 400.0, "a": 0.34, "B": 60.0, "b": 0.28}
 
@@ -72,3 +73,28 @@ def test_weak_fits_say_so():
     assert "more points than parameters" in text and "D spans a factor of 2.0" in text
     assert extrapolation_doubt(fit, 1e9, 1e6) == "D 50.0x beyond the data"
     assert extrapolation_doubt(fit, 1e9, 2e4) is None
+
+
+def test_resampled_residuals_are_widened_by_the_parameters(monkeypatch):
+    points = synthetic([1e9], np.geomspace(1e4, 1e7, 8), noise=0.02)
+    fitted: list[Points] = []
+    fit_one = fitting._fit
+
+    def record(points: Points, **arguments):
+        fitted.append(points)
+        return fit_one(points, **arguments)
+
+    monkeypatch.setattr(fitting, "_fit", record)
+    law = fit_law(points, resamples=60).law
+    curve = law.predict(points.parameters, points.samples)
+    residuals = np.log(points.losses / curve)
+    # 8 points, 3 parameters: the residuals have 5 degrees of freedom, so sqrt(8 / 5) each.
+    allowed = np.sqrt(8 / 5) * (residuals - residuals.mean())
+    noise = np.array([np.log(p.losses / curve) for p in fitted[1:61]])
+    assert np.abs(noise[..., None] - allowed).min(axis=-1).max() < 1e-9
+    assert noise.max() == pytest.approx(allowed.max())
+
+
+def test_an_interval_is_the_central_nine_tenths():
+    fit = Fit(law=None, points=None, resampled=[], held_out_error=None, warnings=[])  # type: ignore[arg-type]
+    assert fit.interval(np.arange(101.0)) == pytest.approx((5.0, 95.0))

@@ -84,6 +84,17 @@ def test_a_folder_is_read_as_it_stands(folder: Path):
     assert [beat.rank for beat in run.stale_ranks] == [1]
 
 
+def test_the_pace_is_the_mean_of_the_last_five_intervals(tmp_path: Path):
+    # 10 steps a row; the seconds of the rows: 100, 100, 100, then 10, 20, 30, 40, 60.
+    seconds = [100.0, 100.0, 100.0, 10.0, 20.0, 30.0, 40.0, 60.0]
+    rows = [train_row(10 * n, interval_seconds=s) for n, s in enumerate(seconds, start=1)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    run = read_run(tmp_path)
+    assert run.seconds_per_step == pytest.approx((10 + 20 + 30 + 40 + 60) / 5 / 10)
+    assert run.seconds_left == pytest.approx(3.2 * (100 - 80))
+    assert run.recent("tokens_per_second") == 60_000.0  # median of 40, 50, 60, 70, 80 thousand
+
+
 def test_a_line_being_written_is_left_out_and_a_redone_step_counts_once(folder: Path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(train_row(30, text_loss=7.0)) + "\n" + '{"iteration": 50, "lo')
