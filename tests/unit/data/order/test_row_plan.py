@@ -172,6 +172,49 @@ def test_steps_that_cross_an_epoch_stay_grouped():
     assert kinds.count(1) > 40
 
 
+def orders_of(plan: RowPlan, sizes: list[int], epochs: int) -> list[tuple[int, ...]]:
+    """Order of each source in each epoch, as numbers within the source."""
+    rows = RowStream(plan).take(sum(sizes) * epochs)
+    orders = {}
+    for (slot,) in rows:
+        source = int(np.searchsorted(np.cumsum(sizes), slot.index, side="right"))
+        number = slot.index - sum(sizes[:source])
+        orders.setdefault((source, slot.epoch), []).append(number)
+    return [tuple(order) for _, order in sorted(orders.items()) if len(order) == sizes[0]]
+
+
+def test_every_source_and_epoch_and_seed_has_an_order_of_its_own():
+    sizes = [40, 40]
+    orders = [
+        order
+        for seed in (1, 2)
+        for order in orders_of(plan_of("separate", sizes, [1, 1], seed), sizes, 3)
+    ]
+    assert len(orders) == len(set(orders)) == 2 * 2 * 3
+    for a, b in itertools.combinations(orders, 2):
+        assert sum(x == y for x, y in zip(a, b, strict=True)) < 9  # Poisson of mean 1
+    again = plan_of("separate", sizes, [1, 1], 1)
+    assert orders_of(again, sizes, 3) == orders[:6]
+
+
+@pytest.mark.parametrize("kind", ["grouped", "packed"])
+def test_windows_and_seeds_have_an_order_of_their_own(kind):
+    """The same samples, without the shuffle before: only the order of rows in a window is left."""
+
+    def rows_of(seed: int, number: int) -> tuple:
+        arranged = {
+            "grouped": lambda: grouped(tokens_of, global_batch_size=2, seed=seed),
+            "packed": lambda: packed(
+                tokens_of, packing_length=CAPACITY, packing_buffer_size=96, measured="", seed=seed
+            ),
+        }[kind]().arrange(np.arange(96), number)[0]
+        return tuple(tuple(int(i) for i in row) for row in arranged)
+
+    drawn = [rows_of(seed, number) for seed in (1, 2) for number in (0, 96)]
+    assert len(set(drawn)) == 4
+    assert len({tuple(sorted(rows)) for rows in drawn}) == 1  # the rows themselves are the same
+
+
 def test_as_stored():
     plan = plan_of("separate", [3], [1])
     plan = RowPlan(plan.blend, separate(), seed=1, shuffle=False)

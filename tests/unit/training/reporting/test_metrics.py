@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_croc.planning.flops import Work, count_flops
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import make_batch, make_sample, tiny_run
 
@@ -25,8 +26,9 @@ def reduce_known_numbers(changes: dict) -> dict:
         samples = [make_sample(run, 4 * dp + 2 * number + i, i) for i in range(2)]
         totals.count_batch(make_batch(run, samples))
     if is_last:
-        # Shares of the global means: rank 0 brings 1 + 2, rank 1 brings 10 + 20.
-        scale = 10.0**dp
+        # Shares of the global means: replica 0 brings 1 + 2, replica 1 brings 10 + 20; of them
+        # each context-parallel rank holds its own part.
+        scale = 10.0**dp * ((1 / 4, 3 / 4)[pg.cp.rank()] if pg.cp.size() > 1 else 1.0)
         totals.count_losses(
             [
                 {"text": torch.tensor(k * scale), "reconstruction": torch.tensor(k * scale / 100)}
@@ -60,12 +62,20 @@ def reduce_known_numbers(changes: dict) -> dict:
         (2, {}, 2),
         (2, dict(tensor_model_parallel_size=2), 1),
         (2, dict(pipeline_model_parallel_size=2), 1),
+        (2, dict(context_parallel_size=2), 1),
     ],
-    ids=["one", "dp2", "tp2", "pp2"],
+    ids=["one", "dp2", "tp2", "pp2", "cp2"],
 )
 def test_every_number_is_counted_once(world_size, changes, dp_size):
     run = tiny_run()
     lengths = [len(make_sample(run, n, n % 2).tokens.input_ids) for n in range(4 * dp_size)]
+    spans = [run.model.vision_tower.num_visual_tokens] * (2 * dp_size)
+    work = Work.from_lengths(
+        lengths,
+        num_images=2 * dp_size,
+        span_lengths=spans if run.model.attention_mask_type == "visual" else (),
+    )
+    flops = sum(count_flops(run, work).values())
     text = {1: 3.0, 2: 33.0}[dp_size]
     for result in run_distributed(reduce_known_numbers, world_size, changes):
         assert result["text_loss"] == pytest.approx(text)
@@ -83,7 +93,7 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["matching_hidden_seconds"] == pytest.approx(2.0)
         assert result["grad_norm"] == 1.5
         assert result["microbatches"] == 2 * dp_size
-        assert result["flops"] > 0
+        assert result["flops"] == pytest.approx(flops, rel=1e-12)
 
 
 def test_a_step_without_images_has_no_distance(pg_collection):
@@ -297,12 +307,81 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
     assert not (tmp_path / "log").exists()
 
 
-def test_peaks_are_known_by_the_devices_name():
+@pytest.mark.parametrize(
+    ("name", "cores", "per_clock", "clock"),
+    [
+        # Multiprocessors, dense bf16 operations of one in a clock, boost clock: NVIDIA's
+        # architecture white papers.
+        ("NVIDIA H100 80GB HBM3", 132, 4096, 1.83e9),
+        ("NVIDIA H200", 132, 4096, 1.83e9),
+        ("NVIDIA A100-SXM4-80GB", 108, 2048, 1.41e9),
+    ],
+)
+def test_peaks_follow_from_the_devices_clocks(name, cores, per_clock, clock):
+    from megatron_croc.planning.gpus import GPUS
     from megatron_croc.training.reporting.reporting import peak_flops
 
-    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("cpu") is None
+    peak = peak_flops(name)
+    assert peak == pytest.approx(cores * per_clock * clock, rel=2e-3)
+    assert {gpu.peak for gpu in GPUS.values() if gpu.name[:4].upper() in name} == {peak}
+
+
+def test_an_unknown_device_has_no_peak():
+    from megatron_croc.training.reporting.reporting import peak_flops
+
+    assert peak_flops("cpu") is None and peak_flops("NVIDIA T4") is None
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_rates_are_of_all_ranks_and_mfu_of_one(world_size, tmp_path: Path, monkeypatch):
+    """Metrics are those of the whole job already: only what is said per device is divided."""
+    from megatron_croc.training.reporting import reporting
+
+    run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
+    monkeypatch.setattr(reporting, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    reporter = reporting.Reporter(run, train_iters=2, world_size=world_size)
+    clock = iter([10.0])
+    reporter.started = 0.0
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    for number in (1, 2):
+        reporter.add_step(number, make_metrics(number, flops=1e15), waited=0.0)
+    (row,) = rows_of(tmp_path)
+    assert row["tokens_per_second"] == pytest.approx((100 + 200) / 10.0)
+    assert row["samples_per_second"] == pytest.approx(16 / 10.0)
+    assert row["seconds_per_step"] == pytest.approx(5.0)
+    assert row["tflops_per_device"] == pytest.approx(2e15 / 10.0 / world_size / 1e12)
+    assert row["mfu"] == pytest.approx(2e15 / 10.0 / world_size / 989e12)
+    assert row["world_size"] == world_size
+
+
+def test_a_refused_step_is_not_counted_as_work(tmp_path: Path, monkeypatch):
+    from megatron_croc.training.reporting import reporting
+
+    run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
+    reporter = reporting.Reporter(run, train_iters=2, world_size=2)
+    clock = iter([10.0])
+    reporter.started = 0.0
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    reporter.add_step(1, make_metrics(1), waited=0.0)
+    reporter.add_step(2, make_metrics(2, loss=9e9, is_skipped=True), waited=0.0)
+    (row,) = rows_of(tmp_path)
+    assert row["loss"] == pytest.approx(5.4) and row["grad_norm"] == 2.0
+    assert row["tokens_per_second"] == pytest.approx(100 / 10.0)
+    assert row["samples_per_second"] == pytest.approx(8 / 10.0)
+    assert row["tflops_per_device"] == pytest.approx(1e9 / 10.0 / 2 / 1e12)
+    assert row["seconds_per_step"] == pytest.approx(5.0) and row["skipped_steps"] == 1
+
+
+def test_packing_fill_is_a_share_of_all_packs(tmp_path: Path):
+    from megatron_croc.training.reporting.reporting import Reporter
+
+    run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False, packing=True)
+    reporter = Reporter(run, train_iters=2, world_size=2)
+    for number in (1, 2):
+        reporter.add_step(number, make_metrics(number), waited=0.0)
+    (row,) = rows_of(tmp_path)
+    length = run.data.packing_length or run.data.seq_length
+    assert row["packing_fill"] == pytest.approx((100 + 200) / (2 * 8 * length))
 
 
 def test_validation_averages_losses_and_adds_counts():
