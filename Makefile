@@ -2,6 +2,7 @@
 # make test         every test a CPU can run
 # make libraries    tests against the real Python of Transformer Engine and flash-attn (10 MB from PyPI)
 # make check        what a change must pass: lint, format, types, layers, tests, installation
+# make mutations    plant one-line faults in a copy, list those no test sees; ARGS="--sample 60"
 # make docs         the pages of docs/ as a site in build/site; a broken link is an error
 # make clean        remove .venv and everything that was made
 
@@ -18,7 +19,7 @@ DOCS := build/docs-venv
 # One thread per process: distributed tests start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test libraries check docs clean
+.PHONY: quickstart test libraries mutations check docs clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh $(ARGS)
@@ -29,6 +30,9 @@ test: $(READY)
 libraries: $(READY)
 	PYTHON=$(BIN)/python tests/support/fetch_libraries.sh
 	$(BIN)/python -m pytest -m libraries tests/libraries
+
+mutations: $(READY)
+	$(BIN)/python -W ignore tests/mutation/run.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

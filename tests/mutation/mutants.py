@@ -131,8 +131,6 @@ def _replacements(node: ast.AST) -> Iterator[str]:
             for value in [*args, *(keyword.value for keyword in keywords)]:
                 if isinstance(value, ast.Tuple) and len(value.elts) > 1:
                     yield from _without_a_part(node, value)
-        case ast.If(test=test):
-            pass  # its test is mutated as an expression
         case ast.Continue() | ast.Break():
             yield "pass"
 

@@ -50,6 +50,7 @@ def main() -> int:
     if args.list:
         print("\n".join(map(str, mutants)))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     for name in PRELOADED:
         importlib.import_module(name)
     if known := [name for name in sys.modules if name.partition(".")[0] == "megatron_croc"]:
@@ -142,13 +143,17 @@ def run_tests(copy: Path, tests: tuple[str, ...], *, limit: float) -> str:
     if child == 0:
         os.setsid()
         _in_child(copy, [test for test in tests if (copy / test).exists()])
-    status, deadline = 0, time.monotonic() + limit
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return TIMED_OUT
-        time.sleep(0.05)
+    deadline = time.monotonic() + limit
+    try:
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return TIMED_OUT
+            time.sleep(0.05)
+    except BaseException:  # this process is stopped: so are the tests
+        os.killpg(child, signal.SIGKILL)
+        raise
     status = (copy / "status").read_text() if (copy / "status").exists() else "crashed"
     if status in ("3", "4", "5"):  # pytest's own errors, and nothing collected
         raise SystemExit(f"pytest could not run {' '.join(tests)}:\n{log_of(copy)[-3000:]}")

@@ -34,12 +34,6 @@ def steps_of(run) -> list:
     return make_step(run, 0, dp_rank=0, dp_size=1, images=IMAGES)
 
 
-def weighted(parts: list, weights: list[float]) -> tuple[float, dict[str, torch.Tensor]]:
-    total = sum(loss * w for (loss, _), w in zip(parts, weights, strict=True))
-    names = parts[0][1]
-    return total, {n: sum(g[n] * w for (_, g), w in zip(parts, weights, strict=True)) for n in names}
-
-
 @pytest.mark.parametrize("reduction", ["global_batch", "micro_batch"])
 def test_each_micro_batch_has_its_weight(pg_collection, reduction):
     """The step of four micro-batches from four steps of one each.

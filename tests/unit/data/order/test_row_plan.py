@@ -172,6 +172,20 @@ def test_steps_that_cross_an_epoch_stay_grouped():
     assert kinds.count(1) > 40
 
 
+RECORDED = {
+    "separate": [(11,), (14,), (40,), (12,), (6,), (36,)],
+    "grouped": [(44,), (31,), (5,), (49,), (23,), (10,)],
+    "packed": [(47, 28), (12, 6), (14, 4), (5,), (40, 35), (29, 46)],
+}
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_rows_are_those_recorded(kind):
+    """Seeds and keys are part of the checkpoint format: a resumed run counts on the same rows."""
+    rows = RowStream(plan_of(kind, [30, 20], [2, 1])).take(6)
+    assert [tuple(slot.index for slot in row) for row in rows] == RECORDED[kind]
+
+
 def orders_of(plan: RowPlan, sizes: list[int], epochs: int) -> list[tuple[int, ...]]:
     """Order of each source in each epoch, as numbers within the source."""
     rows = RowStream(plan).take(sum(sizes) * epochs)
