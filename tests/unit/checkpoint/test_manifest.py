@@ -65,6 +65,17 @@ def test_a_lost_file_is_found_by_some_share(folder: Path, shares: int, name: str
     assert {line for lines in found for line in lines} == {f"{name} is missing"}
 
 
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path):
+    """Bytes per digest are part of the format: another size would call every file damaged."""
+    (tmp_path / "weights").write_bytes(b"1")
+    rows = {"weights": {"bytes": 1, "sha256": [hashlib.sha256(b"1").hexdigest()]}}
+    recorded = {"piece_bytes": 67108864, "files": rows}
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(recorded))
+    assert find_damage(tmp_path) == []
+    write_manifest(tmp_path)
+    assert json.loads((tmp_path / MANIFEST_FILE).read_text()) == recorded
+
+
 def test_lost_torn_and_grown_files_are_named(folder: Path):
     (folder / "a.bin").unlink()
     (folder / "b.bin").write_bytes(b"!")

@@ -97,3 +97,56 @@ def test_a_batch_without_labels_or_images_has_no_loss(pg_collection):
         text, reconstruction, gradients = losses_of(training, batches)
         assert (text, reconstruction) == (0.0, 0.0)
         assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_validation_drops_nothing_and_training_goes_on_dropping(pg_collection):
+    """The seeds of dropout belong to the images, so that a step can be repeated exactly."""
+    without = build(tiny_run(reconstruction_dropout=0.0, lr_warmup_fraction=0.4), pg_collection)
+    dropping = build(tiny_run(reconstruction_dropout=0.5, lr_warmup_fraction=0.4), pg_collection)
+
+    def evaluated(training) -> float:
+        return training.train_step.evaluate(steps_of(training.run)).reconstruction_loss
+
+    def trained(training) -> float:
+        return training.train_step.train(
+            steps_of(training.run), training.optimizer, training.scheduler
+        ).reconstruction_loss
+
+    assert evaluated(dropping) == evaluated(without)
+    assert all(parameter.grad is None for parameter in dropping.chunks[0].module.parameters())
+    # The first step of a warm-up has rate 0: the weights are still the same.
+    assert abs(trained(dropping) - trained(without)) > 1e-5
+
+
+def test_gradients_of_a_step_are_not_those_of_two(pg_collection):
+    training = build(tiny_run(lr_warmup_fraction=0.4), pg_collection)
+    norms = [
+        training.train_step.train(
+            steps_of(training.run), training.optimizer, training.scheduler
+        ).grad_norm
+        for _ in range(2)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)  # the first step has rate 0
+
+
+def test_rates_follow_the_steps_also_over_a_refused_one(pg_collection):
+    class Refusing:
+        def accepts(self, metrics) -> bool:
+            return False
+
+        def examine(self, metrics, batches, totals, chunks) -> None:
+            assert metrics.num_samples == 8 and len(batches) == 4
+
+    run = tiny_run(lr=1e-3, projector_lr=2e-3, lr_warmup_fraction=0.4)
+    training = build(run, pg_collection)
+    rates, weights = [], []
+    for guard in (None, Refusing(), None):
+        metrics = training.train_step.train(
+            steps_of(run), training.optimizer, training.scheduler, guard=guard
+        )
+        assert metrics.is_skipped == (guard is not None)
+        rates.append([metrics.learning_rates[p] for p in ("language_model", "projector")])
+        weights.append(training.chunks[0].module.prompt_pool.weight.detach().clone())
+    expected = [[0.0, 0.0], [0.25e-3, 0.5e-3], [0.5e-3, 1e-3]]
+    assert rates == [pytest.approx(pair, abs=1e-12) for pair in expected]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])

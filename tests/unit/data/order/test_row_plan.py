@@ -161,6 +161,13 @@ def test_counted_rows_are_the_rows_of_the_epochs():
     assert plan.num_rows(10) == 0 and plan.num_rows(0) == 0
 
 
+@pytest.mark.parametrize("kind", ["separate", "grouped"])
+def test_a_sample_is_a_row_without_packing(kind):
+    """Also in the middle of a window: a run may end there."""
+    plan = plan_of(kind, [150], [1])
+    assert [plan.num_rows(n) for n in (0, 1, 7, 150, 301)] == [0, 1, 7, 150, 301]
+
+
 def test_steps_that_cross_an_epoch_stay_grouped():
     plan = plan_of("grouped", [1000], [1])
     stream = RowStream(plan)
