@@ -9,6 +9,11 @@ MODEL = ["tests/unit/model", "tests/golden", "tests/distributed/test_layouts.py"
 TESTS: dict[str, list[str]] = {
     "megatron_croc/ops/assignment": ["tests/unit/ops/test_assignment.py"],
     "megatron_croc/ops/attention": FLIP,
+    "megatron_croc/ops/attention/dense.py": [
+        "tests/unit/model/test_core_attention.py",
+        "tests/unit/model/test_vision_tower.py",
+        *FLIP,
+    ],
     "megatron_croc/ops/attention/flash.py": ["tests/unit/ops/test_flash.py", *FLIP],
     "megatron_croc/ops/attention/flex.py": ["tests/unit/ops/test_flex_kernel.py", *FLIP],
     "megatron_croc/ops/attention/triton_rows.py": ["tests/unit/ops/test_triton_rows.py"],

@@ -195,13 +195,13 @@ def write(path: Path, results: list[tuple[Mutant, str]], *, seed: int) -> None:
 
 
 def report(results: list[tuple[Mutant, str]]) -> None:
-    """Print the score and every survivor."""
+    """Print the score, every survivor, and what ran out of time (counted as caught)."""
     counts = Counter(outcome for _, outcome in results)
     seen = counts[CAUGHT] + counts[TIMED_OUT]
-    print(f"\n{seen} of {len(results)} caught ({seen / len(results):.0%}); survivors:")
+    print(f"\n{seen} of {len(results)} caught ({seen / len(results):.0%}); to look at:")
     for mutant, outcome in results:
-        if outcome == SURVIVED:
-            print(f"  {mutant}")
+        if outcome != CAUGHT:
+            print(f"  {outcome:9} {mutant}")
 
 
 if __name__ == "__main__":

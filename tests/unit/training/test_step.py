@@ -99,6 +99,22 @@ def test_a_batch_without_labels_or_images_has_no_loss(pg_collection):
         assert all((gradient == 0).all() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("reduction", ["global_batch", "micro_batch"])
+def test_a_single_label_is_divided_by_one(pg_collection, reduction):
+    from megatron_croc.training.step import to_model_inputs
+
+    run = tiny_run("finetune", loss_reduction=reduction)
+    training = build(run, pg_collection)
+    (batch, *_) = make_step(run, 0, dp_rank=0, dp_size=1, images=(1,))
+    last = int((batch.labels >= 0).nonzero().max())
+    batch.labels[:last] = -100
+    assert batch.num_label_tokens == 1
+    with torch.no_grad():
+        alone = training.chunks[0].module(to_model_inputs(batch)).text_loss_sum.item()
+    assert training.train_step.evaluate([batch]).text_loss == pytest.approx(alone, rel=1e-6)
+    assert alone > 1.0
+
+
 def test_validation_drops_nothing_and_training_goes_on_dropping(pg_collection):
     """The seeds of dropout belong to the images, so that a step can be repeated exactly."""
     without = build(tiny_run(reconstruction_dropout=0.0, lr_warmup_fraction=0.4), pg_collection)
