@@ -40,16 +40,40 @@ def test_digests_are_sha256_of_pieces(folder: Path):
 
 
 @pytest.mark.parametrize("shares", [1, 3, 50])
-@pytest.mark.parametrize("place", [0, 99, 100, 1279])
-def test_one_flipped_bit_is_found_by_exactly_one_share(folder: Path, shares: int, place: int):
-    content = bytearray(CONTENT["a.bin"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("a.bin", 0), ("a.bin", 99), ("a.bin", 100), ("a.bin", 1279), ("c.bin", 0), ("c.bin", 299)],
+)
+def test_one_flipped_bit_is_found_by_exactly_one_share(
+    folder: Path, shares: int, name: str, place: int
+):
+    content = bytearray(CONTENT[name])
     content[place] ^= 0x10
-    (folder / "a.bin").write_bytes(content)
+    (folder / name).write_bytes(content)
     found = [find_damage(folder, share=n, shares=shares) for n in range(shares)]
     start = place // 100 * 100
-    expected = f"a.bin is not what was written (in bytes {start}..{min(start + 100, 1280)})"
+    end = min(start + 100, len(content))
     (line,) = [line for lines in found for line in lines]
-    assert line.endswith(expected)
+    assert line == f"{name} is not what was written (in bytes {start}..{end})"
+
+
+@pytest.mark.parametrize("shares", [1, 3, 50])
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_lost_file_is_found_by_some_share(folder: Path, shares: int, name: str):
+    (folder / name).unlink()
+    found = [find_damage(folder, share=n, shares=shares) for n in range(shares)]
+    assert {line for lines in found for line in lines} == {f"{name} is missing"}
+
+
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path):
+    """Bytes per digest are part of the format: another size would call every file damaged."""
+    (tmp_path / "weights").write_bytes(b"1")
+    rows = {"weights": {"bytes": 1, "sha256": [hashlib.sha256(b"1").hexdigest()]}}
+    recorded = {"piece_bytes": 67108864, "files": rows}
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(recorded))
+    assert find_damage(tmp_path) == []
+    write_manifest(tmp_path)
+    assert json.loads((tmp_path / MANIFEST_FILE).read_text()) == recorded
 
 
 def test_lost_torn_and_grown_files_are_named(folder: Path):

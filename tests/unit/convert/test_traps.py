@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.synthetic import tiny_run
 from tests.unit.convert.families import VOCABULARY, read_all, save_family
 
 
@@ -148,3 +149,32 @@ def check_pixels(picture, transform, processor, vision) -> None:
     theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
     # One level of 256 is what two roundings of a resize may differ by.
     assert float(((ours - mean) / std - theirs).abs().max()) <= 1.01 / 255 / float(std.min())
+
+
+@pytest.mark.parametrize("vocab_size", [127, 128, 192])
+def test_the_image_mark_has_a_row_whatever_the_vocabulary(vocab_size, tmp_path, monkeypatch):
+    """32,000 words, as Vicuna's, fill a multiple of 64: the mark needs rows of its own."""
+    from megatron_croc.convert.exporting import export_huggingface
+    from megatron_croc.convert.importing import import_huggingface
+    from tests.unit.convert import families
+
+    monkeypatch.setattr(families, "VOCABULARY", vocab_size)
+    llm, vision = save_family(tmp_path, "vicuna + clip")
+    import_huggingface(llm, tmp_path / "start", vision_folder=vision)
+    export_huggingface(tmp_path / "start", tmp_path / "hf")
+    config = config_of(tmp_path / "hf")
+    rows = config["text_config"]["vocab_size"]
+    assert config["image_token_index"] >= vocab_size  # no word's row
+    assert rows % 64 == 0 and config["image_token_index"] < rows <= vocab_size + 64
+    tables = {n: t for n, t in read_all(tmp_path / "hf").items() if len(t) == rows}
+    assert {name.rsplit(".", 2)[-2] for name in tables} == {"embed_tokens", "lm_head"}
+
+
+def test_the_rows_of_a_vocabulary_of_32000():
+    from megatron_croc.convert.export_config import table_rows
+
+    model = tiny_run(vocab_size=32_000).model
+    assert table_rows(model, 32_000) == 32_064
+    assert table_rows(model, 32_063) == 32_064
+    assert table_rows(model, 32_064) == 32_128
+    assert table_rows(model, 31_999) == 32_000  # a word of the tokenizer is the mark

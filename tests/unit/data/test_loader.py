@@ -334,7 +334,7 @@ def test_wrong_lengths_are_noticed(dataset, make_run):
     lengths = np.load(table)
     lengths[:, 0] -= 1
     np.save(table, lengths)
-    with pytest.raises(DataError, match=r"sample set/.* its row was packed for .*index_lengths"):
+    with pytest.raises(DataError, match=r"sample set/.* its row was packed for .*data lengths"):
         read_batches(run, 1)
 
 

@@ -21,14 +21,9 @@ def save_random(demo: Path, save: Path, changes: dict) -> None:
     from megatron_croc.training.build import build_training_state
     from tests.support.checkpoints import save_checkpoint
 
-    run = tiny_run(
-        "finetune",
-        vocab_size=512,
-        tokenizer_model=str(demo / "tokenizer.model"),
-        init_method_std=0.15,
-        save=str(save),
-        **changes,
-    )
+    settings = dict(vocab_size=512, init_method_std=0.15) | changes
+    words = str(demo / "tokenizer.model")
+    run = tiny_run("finetune", tokenizer_model=words, save=str(save), **settings)
     pg = start_distributed(run.parallel, seed=1)
     training = build_training_state(run, pg, train_iters=1)
     save_checkpoint(run, training.state, training.chunks, training.optimizer, pg)
@@ -334,6 +329,30 @@ def test_what_does_not_fit_is_refused_before_anything_is_answered(generator, que
 
     with pytest.raises(DataError, match="context has 4096"):
         generator.check(questions, sampling(max_new_tokens=4090))
+
+
+def test_rows_that_are_no_words_are_never_said(demo, tmp_path, questions):
+    """A table padded beyond the tokenizer's 512 words, as those of many releases are."""
+    from megatron_croc.errors import DataError
+    from megatron_croc.inference.generation import open_generator
+
+    changes = dict(vocab_size=576, rope_scaling_type="linear", rope_scaling_factor=2.0)
+    run_distributed(save_random, 1, demo, tmp_path / "save", changes)
+    with open_generator(tmp_path / "save") as opened:
+        assert opened.tokenizer.size == 512
+        rows = opened.model.get_output_embeddings().weight.shape[0]
+        assert rows >= 576
+        table = opened.model.get_output_embeddings().weight
+        with torch.no_grad():
+            table[512:576] *= 100.0  # most likely wherever their logit is positive
+            said = [opened.model(**opened.inputs([q])).logits[0, -1].argmax() for q in questions]
+        assert max(said) >= 512
+        ids = ids_of(opened.answer(questions, sampling()))
+        assert all(token < 512 for answer in ids for token in answer)
+        # The context of a model whose positions are scaled is as much longer.
+        opened.check(questions, sampling(max_new_tokens=5000))
+        with pytest.raises(DataError, match="context has 8192"):
+            opened.check(questions, sampling(max_new_tokens=8190))
 
 
 def test_the_command_writes_answers_and_a_report(checkpoint, demo, tmp_path, capsys):

@@ -139,15 +139,23 @@ def test_transformers_loads_it_and_generates(family, exported):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_training_parts_do_not_disturb_loading(exported, tmp_path):
-    from megatron_croc.convert.exporting import export_huggingface
-    from megatron_croc.inference.inference import load_export
-
-    start, _ = exported("vicuna + clip")
-    export_huggingface(start, tmp_path / "hf", training_parts=True)
+def test_training_parts_change_nothing_that_is_computed(exported, tmp_path):
     import torch
 
-    load_export(tmp_path / "hf", torch.float32)
+    from megatron_croc.convert.export_loader import load_export
+    from megatron_croc.convert.exporting import export_huggingface
+    from tests.unit.convert.families import read_all
+
+    start, plain = exported("vicuna + clip")
+    export_huggingface(start, tmp_path / "hf", training_parts=True)
+    more = read_all(tmp_path / "hf").keys() - read_all(plain).keys()
+    assert any("token_pool" in name or "mask_token" in name or "pool" in name for name in more)
+    with_parts, without = (load_export(f, torch.float32) for f in (tmp_path / "hf", plain))
+    ids = torch.tensor([[3, *[without.config.image_token_id] * 16, 4]])
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, pixel_values=pixels).logits for m in (with_parts, without))
+    assert torch.equal(ours, theirs)
 
 
 def test_the_command(exported, tmp_path, capsys):

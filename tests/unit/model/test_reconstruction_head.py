@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional
 from transformers.models.bert.modeling_bert import BertLayer
 
 from megatron_croc.convert.names import _BERT_HEAD
@@ -39,10 +40,13 @@ class ReleasedHead(nn.Module):
         return self.resize(out if isinstance(out, torch.Tensor) else out[0])
 
 
-@pytest.mark.parametrize("hidden_size", [64, 192])
-def test_bert_head_is_the_released_one(hidden_size):
+def released_and_ours(hidden_size: int, scale: float = 1.0) -> tuple[ReleasedHead, BertHead]:
+    """Both heads with the same random weights, all of them times `scale`."""
     theirs = ReleasedHead(hidden_size, 16)
     randomise(theirs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(scale)
     ours = BertHead(hidden_size, 16, dropout=0.1).eval()
     state = theirs.state_dict()
     names = {f"{ours_name}.": f"{name}." for ours_name, name in _BERT_HEAD.items()}
@@ -54,6 +58,12 @@ def test_bert_head_is_the_released_one(hidden_size):
     renamed["position_embeddings.weight"] = state.pop("position_embeddings.weight")
     assert not state
     ours.load_state_dict(renamed)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("hidden_size", [64, 192])
+def test_bert_head_is_the_released_one(hidden_size):
+    theirs, ours = released_and_ours(hidden_size)
     x = torch.randn(3, 16, hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(x)
@@ -63,6 +73,19 @@ def test_bert_head_is_the_released_one(hidden_size):
         torch.testing.assert_close(ours(x[1:2]), expected[1:2], rtol=1e-5, atol=1e-5)
         # In evaluation seeds do nothing.
         assert torch.equal(ours(x, (1, 2, 3)), ours(x))
+
+
+def test_layer_norms_have_the_released_epsilon():
+    """On inputs and weights of 1e-3 the variance is 1e-6: an epsilon of 1e-5 would change all."""
+    theirs, ours = released_and_ours(64, scale=1e-3)
+    x = 1e-3 * torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.eval()(x) - theirs.resize.bias
+        torch.testing.assert_close(ours(x) - ours.resize.bias, expected, rtol=1e-3, atol=1e-9)
+        for norm in (ours.attention_norm, ours.output_norm):
+            row = norm(1e-4 * x[0, 0])
+            small = functional.layer_norm(1e-4 * x[0, 0], (64,), norm.weight, norm.bias, 1e-12)
+            torch.testing.assert_close(row, small, rtol=1e-5, atol=0)
 
 
 def test_linear_head_is_one_linear_layer():

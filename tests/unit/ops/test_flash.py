@@ -165,6 +165,6 @@ def test_the_version_of_the_chosen_kernels_is_looked_at(monkeypatch):
     monkeypatch.setattr(flash_module, "name_unknown_version", looked_at.append)
     assert choose_flash(torch.empty(4, 2, 16)) is EMULATED
     assert looked_at == []
-    monkeypatch.setattr(FlashAttention2, "fault", lambda self, query: None)
+    monkeypatch.setattr(FlashAttention2, "unsupported_reason", lambda self, query: None)
     assert choose_flash(torch.empty(4, 2, 16)).name == "flash-attn 2"
     assert looked_at == ["flash-attn"]

@@ -15,7 +15,7 @@ from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.attention.flex import build_block_mask
 from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
-from megatron_croc.ops.flip_plan import CausalCall
+from megatron_croc.ops.flip_plan import CausalCall, plan_flip
 from megatron_croc.ops.mixed_mask import MixedMask
 from tests.support.masks import lay_out, rows
 
@@ -293,3 +293,14 @@ def test_the_merge_is_a_softmax_over_both_key_sets():
         share = 1 / (1 + math.exp(-gap))
         assert out[1].tolist() == [[pytest.approx(share, rel=1e-12)] * 3]
         assert lse[0, 1].item() == pytest.approx(max(gap, 0) + math.log1p(math.exp(-abs(gap))))
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_key_that_two_pieces_read_is_known(cut):
+    """Gradients of shared keys must be added up, also where the pieces share a single key."""
+    plan = plan_flip([0, 8], [(1, 6)], [(0, cut), (cut, 8)])
+    assert plan.flipped is not None and plan.causal is not None
+    for call in (plan.flipped, plan.causal):
+        assert call.keys is not None
+        assert call.keys_are_distinct == (call.keys.unique().numel() == call.keys.numel())
+    assert plan.flipped.keys_are_distinct == (cut in (1, 5, 6, 7))  # else the cut is in the span

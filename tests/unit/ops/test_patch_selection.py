@@ -46,6 +46,7 @@ def test_neighbouring_arguments_do_not_run_into_each_other():
 def test_another_process_draws_the_same():
     # A value recorded in another process: Python's own hash() would differ in each.
     assert image_seed(**BASE) == RECORDED_SEED
+    assert np.flatnonzero(~select_replaced(16, 0.75, seed=1)).tolist() == [0, 1, 10, 14]
 
 
 def test_global_generators_are_neither_read_nor_moved():

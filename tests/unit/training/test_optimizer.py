@@ -118,6 +118,39 @@ def test_steps_before_and_after_a_resume_are_torchs(pg_collection, tmp_path: Pat
             )
 
 
+def test_a_warm_up_of_the_whole_run_leaves_a_step_to_decay(pg_collection):
+    run = tiny_run(**SETTINGS, lr_warmup_fraction=1.0)
+    scheduler = build(run, pg_collection, train_iters=10).scheduler
+    size = run.training.global_batch_size
+    assert (scheduler.lr_warmup_steps, scheduler.lr_decay_steps) == (9 * size, 10 * size)
+    short = build(run, pg_collection, train_iters=1).scheduler
+    assert (short.lr_warmup_steps, short.lr_decay_steps) == (0, size)
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6, 0.0])
+def test_every_part_is_clipped_by_the_norm_of_all(pg_collection, clip):
+    """Two optimizers under one, as for several model chunks: the whole gradient is scaled alike."""
+    from megatron.core.optimizer import ChainedOptimizer
+
+    from megatron_croc.training.optimizer import measure_gradients, update_weights
+
+    run = tiny_run(**SETTINGS, clip_grad=clip, lr_warmup_fraction=0.0)
+    trainings = [build(run, pg_collection) for _ in range(2)]
+    for number, training in enumerate(trainings):
+        batches = make_step(run, number, dp_rank=0, dp_size=1, images=(1, 0, 2, 1))
+        training.train_step.forward_backward(batches)
+    both = ChainedOptimizer([training.optimizer.chained_optimizers[0] for training in trainings])
+    norm = measure_gradients(both)
+    gradients = [p.grad for part in both.chained_optimizers for p in part.get_parameters()]
+    before = [gradient.clone() for gradient in gradients]
+    assert norm == pytest.approx(torch.stack([g.norm() for g in before]).norm().item(), rel=1e-5)
+    assert norm > 1.0
+    update_weights(both, norm)
+    scale = min(1.0, clip / (norm + 1e-6)) if clip > 0.0 else 1.0
+    for gradient, old in zip(gradients, before, strict=True):
+        torch.testing.assert_close(gradient, scale * old, rtol=1e-5, atol=0)
+
+
 def test_a_run_can_be_saved_before_its_first_step(pg_collection, tmp_path: Path):
     from tests.support.checkpoints import save_checkpoint
 
@@ -133,8 +166,10 @@ def test_a_run_can_be_saved_before_its_first_step(pg_collection, tmp_path: Path)
         assert torch.equal(a, b)
 
 
-def test_rates_are_transformers_cosine_with_warm_up(pg_collection):
-    run = tiny_run(**SETTINGS, lr_warmup_fraction=0.2, lr_decay_style="cosine", min_lr=0.0)
+@pytest.mark.parametrize("fraction", [0.2, 0.16, 0.24])
+def test_rates_are_transformers_cosine_with_warm_up(pg_collection, fraction):
+    """Two steps of warm-up of ten: a fraction is rounded to the nearest step."""
+    run = tiny_run(**SETTINGS, lr_warmup_fraction=fraction, lr_decay_style="cosine", min_lr=0.0)
     training = build(run, pg_collection)
     theirs = torch.optim.SGD(
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in RATES.values()]

@@ -1,6 +1,5 @@
 """The lengths in the index are those of training, and another tokenizer's are refused."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -61,7 +60,7 @@ def test_several_tokenizers_and_templates_live_side_by_side(
     SampleLengths([folder], build_tokenizer(SPM, str(other)), "v1")  # the content counts
     with pytest.raises(DataError, match=r"has no sample lengths .*it has tokenizer.model with pl"):
         SampleLengths([folder], build_tokenizer(SPM, str(other), legacy=False), "v1")
-    with pytest.raises(DataError, match=r"index_lengths.py .*set --tokenizer-model .* qwen_1_5"):
+    with pytest.raises(DataError, match=r"data lengths .*set --tokenizer-model .* qwen_1_5"):
         SampleLengths([folder], build_tokenizer(SPM, str(other)), "qwen_1_5")
     with pytest.raises(DataError, match="none at all"):
         SampleLengths([make_dataset(2, name="new")], build_tokenizer(SPM, str(other)), "v1")
@@ -88,13 +87,29 @@ def test_the_commands_measure(make_dataset, tokenizer_model, tmp_path):
     folder = make_dataset(6)
     command = [sys.executable, "-m", "megatron_croc", "data", "lengths", folder]
     subprocess.run([*command, "--tokenizer-model", tokenizer_model], check=True)
-    record = {
-        "conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "a"}]
-    }
-    (tmp_path / "in.json").write_text(json.dumps([record] * 3))
+    answers = ["a", "a cat", "two cats and a dog"]
+    records = [
+        {"conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": answer}]}
+        for answer in answers
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(records))
     command = [sys.executable, "-m", "megatron_croc", "data", "preprocess"]
     command += ["--input", str(tmp_path / "in.json"), "--image-folder", str(tmp_path)]
     command += ["--output", str(tmp_path / "out"), "--tokenizer-model", tokenizer_model]
     subprocess.run([*command, "--conversation-template", "plain"], check=True)
-    for made, template in itertools.zip_longest((folder, tmp_path / "out"), ("v1", "plain")):
-        SampleLengths([str(made)], build_tokenizer(SPM, tokenizer_model), template)
+    tokenizer = build_tokenizer(SPM, tokenizer_model)
+    for made, template, number in ((folder, "v1", 6), (tmp_path / "out", "plain", 3)):
+        text, images = SampleLengths([str(made)], tokenizer, template)(np.arange(number))
+        dataset = ShardedDataset([str(made)])
+        for index in range(number):
+            raw = dataset.read(index)
+            ids = tokenize_conversation(
+                tokenizer,
+                template,
+                raw.conversations,
+                num_images=len(raw.image_bytes),
+                sample_id="",
+            ).input_ids
+            assert text[index] == (ids != IMAGE_TOKEN_INDEX).sum()
+            assert images[index] == len(raw.image_bytes)
+    assert len(set(text)) == 3  # the answers are of different lengths

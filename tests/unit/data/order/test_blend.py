@@ -108,6 +108,15 @@ def test_epochs_are_passes_over_each_source(folders):
     assert np.bincount(blend.draw([0, 0], 14)).tolist() == [12, 2]
 
 
+def test_part_of_a_sample_counts_as_one_in_the_length_of_an_epoch(folders):
+    text = "- {path: captions, epochs: 1}\n- {path: chat, epochs: 0.3}\n"
+    blend = read_blend(written(folders, text))
+    assert blend.epoch_length == 8  # 6 + 1.2
+    assert np.bincount(blend.draw([0, 0], 8)).tolist() == [7, 1]
+    text = "- {path: captions, weight: 0.3}\n- {path: chat, weight: 0.3}\n"
+    assert read_blend(written(folders, text)).epoch_length == 10  # weights change no length
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

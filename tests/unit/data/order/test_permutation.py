@@ -37,6 +37,15 @@ def test_keys_give_different_orders():
         assert (a == b).sum() < 12  # Poisson of mean 1
 
 
+def test_orders_are_those_recorded():
+    """A checkpoint keeps counts alone: another order would repeat and leave out samples."""
+    assert Permutation(10, (0, 1234, 0))(np.arange(10)).tolist() == [4, 9, 2, 8, 7, 6, 5, 0, 1, 3]
+    places = np.array([0, 1, 10**9])
+    recorded = [1395636973, 1260615846, 1128051474]
+    assert Permutation(1_500_000_007, (0, 1234, 0, 7))(places).tolist() == recorded
+    assert Permutation(1, (0,))(np.zeros(3)).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_all_orders_of_few_elements_are_equally_likely(n):
     seen = Counter(tuple(Permutation(n, (3, seed))(np.arange(n)).tolist()) for seed in range(1200))

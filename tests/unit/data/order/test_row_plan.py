@@ -161,6 +161,13 @@ def test_counted_rows_are_the_rows_of_the_epochs():
     assert plan.num_rows(10) == 0 and plan.num_rows(0) == 0
 
 
+@pytest.mark.parametrize("kind", ["separate", "grouped"])
+def test_a_sample_is_a_row_without_packing(kind):
+    """Also in the middle of a window: a run may end there."""
+    plan = plan_of(kind, [150], [1])
+    assert [plan.num_rows(n) for n in (0, 1, 7, 150, 301)] == [0, 1, 7, 150, 301]
+
+
 def test_steps_that_cross_an_epoch_stay_grouped():
     plan = plan_of("grouped", [1000], [1])
     stream = RowStream(plan)
@@ -170,6 +177,63 @@ def test_steps_that_cross_an_epoch_stay_grouped():
     ]
     # Three steps a window here: one may be mixed, and one is shared with the next window.
     assert kinds.count(1) > 40
+
+
+RECORDED = {
+    "separate": [(11,), (14,), (40,), (12,), (6,), (36,)],
+    "grouped": [(44,), (31,), (5,), (49,), (23,), (10,)],
+    "packed": [(47, 28), (12, 6), (14, 4), (5,), (40, 35), (29, 46)],
+}
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_rows_are_those_recorded(kind):
+    """Seeds and keys are part of the checkpoint format: a resumed run counts on the same rows."""
+    rows = RowStream(plan_of(kind, [30, 20], [2, 1])).take(6)
+    assert [tuple(slot.index for slot in row) for row in rows] == RECORDED[kind]
+
+
+def orders_of(plan: RowPlan, sizes: list[int], epochs: int) -> list[tuple[int, ...]]:
+    """Order of each source in each epoch, as numbers within the source."""
+    rows = RowStream(plan).take(sum(sizes) * epochs)
+    orders = {}
+    for (slot,) in rows:
+        source = int(np.searchsorted(np.cumsum(sizes), slot.index, side="right"))
+        number = slot.index - sum(sizes[:source])
+        orders.setdefault((source, slot.epoch), []).append(number)
+    return [tuple(order) for _, order in sorted(orders.items()) if len(order) == sizes[0]]
+
+
+def test_every_source_and_epoch_and_seed_has_an_order_of_its_own():
+    sizes = [40, 40]
+    orders = [
+        order
+        for seed in (1, 2)
+        for order in orders_of(plan_of("separate", sizes, [1, 1], seed), sizes, 3)
+    ]
+    assert len(orders) == len(set(orders)) == 2 * 2 * 3
+    for a, b in itertools.combinations(orders, 2):
+        assert sum(x == y for x, y in zip(a, b, strict=True)) < 9  # Poisson of mean 1
+    again = plan_of("separate", sizes, [1, 1], 1)
+    assert orders_of(again, sizes, 3) == orders[:6]
+
+
+@pytest.mark.parametrize("kind", ["grouped", "packed"])
+def test_windows_and_seeds_have_an_order_of_their_own(kind):
+    """The same samples, without the shuffle before: only the order of rows in a window is left."""
+
+    def rows_of(seed: int, number: int) -> tuple:
+        arranged = {
+            "grouped": lambda: grouped(tokens_of, global_batch_size=2, seed=seed),
+            "packed": lambda: packed(
+                tokens_of, packing_length=CAPACITY, packing_buffer_size=96, measured="", seed=seed
+            ),
+        }[kind]().arrange(np.arange(96), number)[0]
+        return tuple(tuple(int(i) for i in row) for row in arranged)
+
+    drawn = [rows_of(seed, number) for seed in (1, 2) for number in (0, 96)]
+    assert len(set(drawn)) == 4
+    assert len({tuple(sorted(rows)) for rows in drawn}) == 1  # the rows themselves are the same
 
 
 def test_as_stored():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_croc.planning.flops import Work, count_flops
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import make_batch, make_sample, tiny_run
 
@@ -26,8 +27,9 @@ def reduce_known_numbers(changes: dict) -> dict:
         samples = [make_sample(run, 4 * dp + 2 * number + i, i) for i in range(2)]
         totals.count_batch(make_batch(run, samples))
     if is_last:
-        # Shares of the global means: rank 0 brings 1 + 2, rank 1 brings 10 + 20.
-        scale = 10.0**dp
+        # Shares of the global means: replica 0 brings 1 + 2, replica 1 brings 10 + 20; of them
+        # each context-parallel rank holds its own part.
+        scale = 10.0**dp * ((1 / 4, 3 / 4)[pg.cp.rank()] if pg.cp.size() > 1 else 1.0)
         totals.count_losses(
             [
                 {"text": torch.tensor(k * scale), "reconstruction": torch.tensor(k * scale / 100)}
@@ -61,12 +63,20 @@ def reduce_known_numbers(changes: dict) -> dict:
         (2, {}, 2),
         (2, dict(tensor_model_parallel_size=2), 1),
         (2, dict(pipeline_model_parallel_size=2), 1),
+        (2, dict(context_parallel_size=2), 1),
     ],
-    ids=["one", "dp2", "tp2", "pp2"],
+    ids=["one", "dp2", "tp2", "pp2", "cp2"],
 )
 def test_every_number_is_counted_once(world_size, changes, dp_size):
     run = tiny_run()
     lengths = [len(make_sample(run, n, n % 2).tokens.input_ids) for n in range(4 * dp_size)]
+    spans = [run.model.vision_tower.num_visual_tokens] * (2 * dp_size)
+    work = Work.from_lengths(
+        lengths,
+        num_images=2 * dp_size,
+        span_lengths=spans if run.model.attention_mask_type == "visual" else (),
+    )
+    flops = sum(count_flops(run, work).values())
     text = {1: 3.0, 2: 33.0}[dp_size]
     for result in run_distributed(reduce_known_numbers, world_size, changes):
         assert result["text_loss"] == pytest.approx(text)
@@ -84,7 +94,7 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["matching_hidden_seconds"] == pytest.approx(2.0)
         assert result["grad_norm"] == 1.5
         assert result["microbatches"] == 2 * dp_size
-        assert result["flops"] > 0
+        assert result["flops"] == pytest.approx(flops, rel=1e-12)
 
 
 def test_sums_keep_their_names_in_the_packed_vector():
@@ -321,14 +331,6 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch):
     reporter.add_step(1, make_metrics(1), waited=0.0)
     reporter.close()
     assert not (tmp_path / "log").exists()
-
-
-def test_peaks_are_known_by_the_devices_name():
-    from megatron_croc.training.reporting.reporting import peak_flops
-
-    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("cpu") is None
 
 
 def test_validation_averages_losses_and_adds_counts():
