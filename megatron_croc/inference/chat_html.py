@@ -1,4 +1,7 @@
-"""The HTML of `croc chat --web`, with its style and script; it loads nothing else."""
+"""The HTML of `croc chat --web`, with its style and script; it loads nothing else.
+
+MAX_UPLOAD_MIB stands for the limit of a request.
+"""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -62,7 +65,13 @@ function picture(file) {
   return image;
 }
 function choose(files) {
-  images.push(...[...files].filter((file) => file.type.startsWith("image/")));
+  const more = [...files].filter((file) => file.type.startsWith("image/"));
+  const size = [...images, ...more].reduce((sum, file) => sum + file.size, 0);
+  if (size > (MAX_UPLOAD_MIB - 1) * 2 ** 20) {
+    add("note error", "the images of a question may have MAX_UPLOAD_MIB MiB: choose smaller ones");
+    return;
+  }
+  images.push(...more);
   show();
 }
 function show() {

@@ -36,6 +36,9 @@ LOOPBACK = "127.0.0.1"
 MAX_UPLOAD_BYTES = 32 * 2**20
 """Largest request, images and all."""
 
+WAIT_SECONDS = 30
+"""Longest wait for another answer to end; a stopped one ends at its next piece of text."""
+
 MAX_CONVERSATIONS = 16
 """Open pages that are remembered; the one that was used longest ago is forgotten."""
 
@@ -94,7 +97,7 @@ def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
 
     @app.get("/")
     def page() -> str:
-        return PAGE
+        return PAGE.replace("MAX_UPLOAD_MIB", str(MAX_UPLOAD_BYTES >> 20))
 
     @app.post("/new")
     def new() -> dict:
@@ -113,7 +116,7 @@ def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
             if conversation is None:
                 flask.abort(404, "this conversation is no longer known: reset it")
             conversations.move_to_end(request.form["id"])
-        if not computing.acquire(blocking=False):
+        if not computing.acquire(timeout=WAIT_SECONDS):
             flask.abort(409, "another answer is being computed: wait for its end, or stop it")
         try:
             conversation.waiting = []
