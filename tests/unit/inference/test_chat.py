@@ -99,13 +99,21 @@ def test_a_true_replacement_character_and_an_unfinished_end():
     assert shown == "a\ufffdb" and pieces.end() == "\ufffd"  # as `Answer.text` has it
 
 
-def test_closing_stops_the_model_and_keeps_what_was_said(chat_generator):
+def test_closing_stops_the_model_and_keeps_what_was_said(chat_generator, monkeypatch):
     chat = start(chat_generator, max_new_tokens=100)
+    (whole,) = chat_generator.answer([chat.question("What is it?")], chat.sampling)
+    computed = []
+
+    def answer_one(*arguments: object, **options: object):
+        computed.append(type(chat_generator).answer_one(chat_generator, *arguments, **options))
+        return computed[0]
+
+    monkeypatch.setattr(chat_generator, "answer_one", answer_one)
     with closing(chat.ask("What is it?")) as pieces:
         first = next(pieces)
-    ((question, answer),) = chat.history
-    assert question == "What is it?" and answer == first and not chat.is_finished
-    assert not [t for t in threading.enumerate() if t.daemon and "compute" in t.name]
+    assert len(computed[0].ids) < len(whole.ids)
+    assert chat.history == [("What is it?", first)] and not chat.is_finished
+    assert "croc-chat-compute" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_faults_have_one_line_and_change_nothing(chat_generator, chat_image):
