@@ -43,6 +43,10 @@ MAX_CONVERSATIONS = 16
 """Open pages that are remembered; the one that was used longest ago is forgotten."""
 
 
+ENDING = "croc_ending"
+"""Key in app.extensions of the event that stops running answers when the server ends."""
+
+
 class _Request(flask.Request):
     """A request whose uploads stay in memory; the default writes large ones to a temporary file."""
 
@@ -64,6 +68,7 @@ def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
     app.config.update(MAX_CONTENT_LENGTH=MAX_UPLOAD_BYTES, TRUSTED_HOSTS=[LOOPBACK, "localhost"])
     conversations: OrderedDict[str, Conversation] = OrderedDict()
     changing, computing = threading.Lock(), threading.Lock()
+    ending = app.extensions[ENDING] = threading.Event()
 
     @app.before_request
     def refuse_other_sites() -> None:
@@ -132,6 +137,8 @@ def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
                 with closing(pieces):
                     for piece in pieces:
                         yield json.dumps({"piece": piece}) + "\n"
+                        if ending.is_set():
+                            break
                 yield json.dumps({"end": True, "is_finished": conversation.is_finished}) + "\n"
             except CrocError as error:
                 yield json.dumps({"error": str(error)}) + "\n"
@@ -174,11 +181,14 @@ def serve(app: flask.Flask, listening: socket.socket) -> None:
         request_handler=_QuietHandler,
         fd=listening.fileno(),
     )
+    # A daemon thread that computes while the interpreter ends aborts the process.
+    server.daemon_threads = False
     print(f"http://{LOOPBACK}:{port}/ (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         print()
     finally:
-        server.server_close()
+        app.extensions[ENDING].set()
+        server.server_close()  # waits for the threads of running requests
         listening.close()
