@@ -26,7 +26,7 @@ from megatron_croc.inference.generation import Generator, Sampling
 try:
     import flask
     from werkzeug.exceptions import HTTPException
-    from werkzeug.serving import WSGIRequestHandler, make_server
+    from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 except ImportError as error:
     raise ConfigError(
         "croc chat --web needs flask: pip install 'megatron-croc[chat]', or leave --web out"
@@ -60,6 +60,10 @@ class _App(flask.Flask):
 
 class _QuietHandler(WSGIRequestHandler):
     def log_request(self, *_: Any, **__: Any) -> None: ...
+
+
+class _Server(ThreadedWSGIServer):
+    daemon_threads = False  # one that computes while the interpreter ends aborts the process
 
 
 def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
@@ -173,16 +177,7 @@ def listen(port: int) -> socket.socket:
 def serve(app: flask.Flask, listening: socket.socket) -> None:
     """Serve the page until Ctrl-C."""
     port = listening.getsockname()[1]
-    server = make_server(
-        LOOPBACK,
-        port,
-        app,
-        threaded=True,
-        request_handler=_QuietHandler,
-        fd=listening.fileno(),
-    )
-    # A daemon thread that computes while the interpreter ends aborts the process.
-    server.daemon_threads = False
+    server = _Server(LOOPBACK, port, app, handler=_QuietHandler, fd=listening.fileno())
     print(f"http://{LOOPBACK}:{port}/ (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
