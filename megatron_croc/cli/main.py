@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("plan:main", "the fastest layouts for a number of GPUs"),
     "convert": ("convert:main", "weights from and to Hugging Face: import, export, verify"),
     "generate": ("generate:main", "answers to questions about images"),
+    "chat": ("chat:main", "a conversation with a model, in the terminal or a local page"),
     "data preprocess": ("data.preprocess:main", "images and texts to shards for training"),
     "data index": ("data.preprocess:index_main", "WebDataset tars for training, left in place"),
     "data lengths": ("data.lengths:main", "sample lengths, for packing and grouping"),

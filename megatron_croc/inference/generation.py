@@ -32,7 +32,7 @@ from megatron_croc.data.sample.tokenization import (
     tokenize_prompt,
 )
 from megatron_croc.errors import CheckpointError, ConfigError, DataError
-from megatron_croc.inference.questions import Question
+from megatron_croc.inference.questions import ImageSource, Question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,21 @@ class Generator:
         for first in range(0, len(questions), batch_size):
             yield from self._batch(questions[first : first + batch_size], sampling, first)
 
+    def answer_one(self, question: Question, sampling: Sampling, **options: Any) -> Answer:
+        """Answer one question as `answer` does; `options` go to transformers' `generate`."""
+        return self._batch([question], sampling, 0, **options)[0]
+
     @torch.no_grad()
-    def _batch(self, questions: Sequence[Question], sampling: Sampling, first: int) -> list[Answer]:
+    def _batch(
+        self, questions: Sequence[Question], sampling: Sampling, first: int, **options: Any
+    ) -> list[Answer]:
         inputs = self.inputs(questions)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(sampling.seed + first)
-            rows = self.model.generate(**inputs, generation_config=self._config(sampling))
+            rows = self.model.generate(
+                **inputs, generation_config=self._config(sampling), **options
+            )
         new = rows[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._answer(q, row) for q, row in zip(questions, new, strict=True)]
 
@@ -183,7 +191,7 @@ class Generator:
             inputs["pixel_values"] = normal.to(self.device, self.model.dtype)
         return inputs
 
-    def _decode(self, question: Question, path: Path) -> Tensor:
+    def _decode(self, question: Question, path: ImageSource) -> Tensor:
         try:
             return self.transform.decode_with_pil(path.read_bytes())
         except (OSError, ImageError) as error:

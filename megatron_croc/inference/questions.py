@@ -12,12 +12,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.sample.conversation import IMAGE_MARK, check_conversation
 from megatron_croc.data.sample.image_transform import ImageError, read_header
 from megatron_croc.errors import DataError
+
+
+class ImageSource(Protocol):
+    """An encoded image: the path of a file, or its bytes in memory. `str` gives its name."""
+
+    def read_bytes(self) -> bytes:
+        """The encoded image."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +36,7 @@ class Question:
     text: str
     """With one IMAGE_MARK per image that no earlier round has."""
 
-    images: tuple[Path, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     """Of the whole conversation, in the order of their marks."""
 
     history: tuple[tuple[str, str], ...] = ()
@@ -157,7 +165,7 @@ def _rounds(record: dict, images: list[Path], name: str | int) -> Iterator[Quest
         )
 
 
-def _check_image(image: Path, name: str | int) -> None:
+def _check_image(image: ImageSource, name: str | int) -> None:
     try:
         read_header(image.read_bytes())
     except OSError as error:
