@@ -55,7 +55,7 @@ def answer_sections(stages: Sequence[StageRun]) -> list[Section]:
                 "Right is an exact match, always taking the most likely token, with its binomial "
                 "standard error. Chance is what the type's most common answer would get, which "
                 f"needs no look at the image. {MARK} marks a type that is above chance by more "
-                "than two standard errors of the difference; luck alone marks about one type in 40.",
+                "than two standard errors of the difference; luck marks about one type in 40.",
             ],
             tables=[accuracy_table(rows)],
         )
