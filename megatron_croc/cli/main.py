@@ -27,6 +27,7 @@ COMMANDS = {
     "data index": ("data.preprocess:index_main", "WebDataset tars for training, left in place"),
     "data lengths": ("data.lengths:main", "sample lengths, for packing and grouping"),
     "data inspect": ("data.inspect:main", "samples as the model will see them"),
+    "data tokenizer": ("data.tokenizer:main", "a small tokenizer from your texts, for trials"),
     "data demo": ("data.demo:main", "a small made-up data set and tokenizer"),
     "parity golden": ("parity:golden", "a training step against a recorded run of released code"),
     "parity layouts": ("parity:layouts", "parallel layouts against one process"),

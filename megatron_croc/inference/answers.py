@@ -6,6 +6,7 @@ answer is counted in the training data where it is given, else in the questions 
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,13 @@ TOTAL = "all"
 
 UNTYPED = "untyped"
 """Name of the questions without a type."""
+
+
+NUM_ERRORS = 2
+"""Standard errors by which a type must be above chance to be marked."""
+
+MIN_QUESTIONS = 10
+"""Questions of one type below which it is never marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,24 @@ class Accuracy:
     def chance(self) -> float:
         """Share the most common answer would get."""
         return self.num_by_chance / self.num_questions
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `accuracy`: binomial."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_questions)
+
+    @property
+    def is_above_chance(self) -> bool:
+        """True when accuracy is above chance by more than two standard errors of the difference.
+
+        Accuracy p and chance q are both shares of the n questions: the difference has the error
+        sqrt((p (1 - p) + q (1 - q)) / n). Fewer than MIN_QUESTIONS show nothing.
+        """
+        variance = self.accuracy * (1 - self.accuracy) + self.chance * (1 - self.chance)
+        error = math.sqrt(variance / self.num_questions)
+        return (
+            self.num_questions >= MIN_QUESTIONS and self.accuracy - self.chance > NUM_ERRORS * error
+        )
 
 
 def normalise(text: str) -> str:
@@ -101,12 +127,14 @@ def accuracy_by_type(
 
 
 def as_table(rows: Sequence[Accuracy]) -> Iterator[str]:
-    """For people."""
+    """Lines for the terminal."""
     width = max(len("type"), *(len(row.kind) for row in rows))
-    yield f"{'type':<{width}}  questions   right  chance  most common answer"
+    yield f"{'type':<{width}}  questions   right  +-s.e.  chance    most common answer"
     for row in rows:
+        mark = "*" if row.is_above_chance else " "
         yield (
-            f"{row.kind:<{width}}  {row.num_questions:>9}  {row.accuracy:>6.1%}  {row.chance:>6.1%}"
+            f"{row.kind:<{width}}  {row.num_questions:>9}  {row.accuracy:>6.1%}"
+            f"  {row.standard_error:>6.1%}  {row.chance:>6.1%} {mark}"
             f"  {row.most_common or ''}"
         ).rstrip()
     where = {
@@ -114,10 +142,13 @@ def as_table(rows: Sequence[Accuracy]) -> Iterator[str]:
         "questions": "in these very questions",
         "both": "in the training data where it has the type, else in these very questions",
     }[rows[-1].counted_in]
-    yield f"right: exact match. chance: always the type's most common answer, counted {where}"
+    yield "right: exact match. +-s.e.: its binomial standard error"
+    yield f"*: above chance by more than {NUM_ERRORS} standard errors of the difference"
+    yield f"chance: always the type's most common answer, counted {where}"
 
 
 def write_report(path: Path, rows: Sequence[Accuracy]) -> None:
     """A JSON list, a row each."""
-    records = [asdict(row) | {"accuracy": row.accuracy, "chance": row.chance} for row in rows]
+    derived = ("accuracy", "standard_error", "chance", "is_above_chance")
+    records = [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
     write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())

@@ -7,7 +7,6 @@ finetune.json            valid_finetune.json          questions; text-only and t
 tokenizer.model                                       SentencePiece, made like LLaMA's
 """
 
-import io
 import json
 import multiprocessing
 import random
@@ -19,7 +18,7 @@ from pathlib import Path
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.demo import text as demo_text
 from megatron_croc.data.demo.scenes import Scene, render_scene, sample_scene
-from megatron_croc.data.sample.conversation import VICUNA_SYSTEM
+from megatron_croc.data.sample.tokenizer_training import PROMPT, train_sentencepiece
 from megatron_croc.errors import DataError
 
 HELD_OUT_SHARE = 0.05
@@ -80,31 +79,12 @@ def write_annotations(folder: Path, num_images: int, *, seed: int) -> dict[str, 
 
 
 def train_tokenizer(*, seed: int) -> bytes:
-    """A small SentencePiece model with LLaMA's settings: bos 1, eos 2, bytes for the unknown."""
-    import sentencepiece
-
-    # The system prompt stands in every sample: as often as words of the captions, so that it
-    # is cut into words and does not fill the sequence with letters.
-    texts = [f"{VICUNA_SYSTEM} USER: ASSISTANT:"] * TOKENIZER_SCENES
+    """A small SentencePiece model of the demo's texts."""
+    texts = [PROMPT] * TOKENIZER_SCENES
     for build in STAGES.values():
         for record in build(range(TOKENIZER_SCENES), seed):
-            texts += [line for m in record["conversations"] for line in m["value"].split("\n")]
-    model = io.BytesIO()
-    # An iterator and a buffer: a model trained from files remembers their paths.
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        character_coverage=1.0,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+            texts += [message["value"] for message in record["conversations"]]
+    return train_sentencepiece(texts, VOCAB_SIZE)
 
 
 def _caption_records(

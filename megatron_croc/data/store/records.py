@@ -65,6 +65,21 @@ def conversation_of(record: dict[str, Any], num_images: int, sample_id: str) -> 
     )
 
 
+def texts_of(record: object) -> list[str]:
+    """Questions, answers or caption of a record, without image marks; empty without any."""
+    if not isinstance(record, dict):
+        return []
+    try:
+        messages = conversation_of(record, 0, "")
+    except BadSampleError:
+        return []
+    if not isinstance(messages, list):
+        return []
+    values = (message.get("value") for message in messages if isinstance(message, dict))
+    texts = (value.replace(IMAGE_MARK, "").strip() for value in values if isinstance(value, str))
+    return [text for text in texts if text]
+
+
 def _as_llava(message: object) -> object:
     if not isinstance(message, dict):
         return message

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.monitoring.run_report.accuracy import answer_sections
 from megatron_croc.monitoring.run_report.page import Section, write_page
 from megatron_croc.monitoring.run_report.stages import (
     StageRun,
-    accuracy_table,
     loss_table,
     optimizer_table,
 )
@@ -16,7 +16,7 @@ def write_report(run_dir: Path, stages: Sequence[StageRun], *, num_images: int) 
     """Draw everything into RUN_DIR/report; returns the page's path."""
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    sections = [curve_section(stages, folder), *answer_sections(stages)]
+    sections = [*answer_sections(stages), curve_section(stages, folder)]
     sections.append(mask_section(stages, folder))
     sections += pool_sections(stages, folder, num_images)
     page = folder / "report.html"
@@ -53,23 +53,6 @@ def curve_section(stages: Sequence[StageRun], folder: Path) -> Section:
         tables=[loss_table(stages), optimizer_table(stages)],
         pictures=[picture for picture in pictures if picture is not None],
     )
-
-
-def answer_sections(stages: Sequence[StageRun]) -> list[Section]:
-    """Accuracy on held-out questions; nothing for stages where none were asked."""
-    found = [(stage.name, table) for stage in stages if (table := accuracy_table(stage))]
-    return [
-        Section(
-            title=f"Answers to held-out questions, after {name}",
-            paragraphs=[
-                "Exact matches, always taking the most likely token. Chance is what the type's "
-                "most common answer would get, which needs no look at the image: a type that is "
-                "not above it has not been learned yet.",
-            ],
-            tables=[table],
-        )
-        for name, table in found
-    ]
 
 
 def mask_section(stages: Sequence[StageRun], folder: Path) -> Section:

@@ -207,31 +207,6 @@ def optimizer_table(stages: Sequence[StageRun]) -> Table:
     ]
 
 
-def accuracy_table(stage: StageRun) -> Table | None:
-    """Accuracy by type of question as croc generate --report wrote it, if it did.
-
-    Raises:
-        DataError: the file is not such a report.
-    """
-    path = stage.checkpoint.parent / "accuracy.json"
-    if not path.exists():
-        return None
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [["type of question", "questions", "right", "chance", "most common answer"]] + [
-            [
-                row["kind"],
-                f"{row['num_questions']}",
-                f"{row['accuracy']:.1%}",
-                f"{row['chance']:.1%}",
-                row["most_common"] or _ABSENT,
-            ]
-            for row in rows
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no report of accuracy: write it again, or remove it") from error
-
-
 def first_and_last(rows: Sequence[Row], name: str, form: str) -> str:
     """`3.498 -> 0.463`."""
     values = [value for _, value in series(rows, name)]

@@ -11,8 +11,9 @@ from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_fo
 from megatron_croc.cli.main import main
 from megatron_croc.config.base import to_yaml
 from megatron_croc.errors import DataError
-from megatron_croc.monitoring.run_report.page import write_page
-from megatron_croc.monitoring.run_report.report import answer_sections, curve_section
+from megatron_croc.monitoring.run_report.accuracy import answer_sections
+from megatron_croc.monitoring.run_report.page import Section, write_page
+from megatron_croc.monitoring.run_report.report import curve_section
 from megatron_croc.monitoring.run_report.stages import (
     as_text,
     check_files,
@@ -99,17 +100,53 @@ def test_curves_are_drawn_and_the_page_stands_on_its_own(tmp_path: Path):
     assert "http" not in content.replace("data:image/png;base64", "").split("<img")[0]
 
 
+def accuracy_row(kind: str, accuracy: float, *, is_above_chance: bool) -> dict:
+    row = {"kind": kind, "num_questions": 40, "accuracy": accuracy, "chance": 0.25}
+    row |= {"standard_error": 0.0625, "is_above_chance": is_above_chance}
+    return row | {"most_common": None if kind == "all" else "red"}
+
+
 def test_accuracy_is_shown_where_questions_were_asked(tmp_path: Path):
     folder = write_stage(tmp_path, "finetune")
     stage = load_stage(tmp_path, "finetune")
     assert answer_sections([stage]) == []
-    row = {"kind": "colour", "num_questions": 4, "accuracy": 0.5, "chance": 0.25}
-    (folder / "accuracy.json").write_text(json.dumps([row | {"most_common": "red"}]))
+    rows = [
+        accuracy_row("colour", 0.5, is_above_chance=True),
+        accuracy_row("place", 0.25, is_above_chance=False),
+        accuracy_row("count", 0.75, is_above_chance=True),
+        accuracy_row("all", 0.5, is_above_chance=True),
+    ]
+    (folder / "accuracy.json").write_text(json.dumps(rows))
     (section,) = answer_sections([stage])
-    assert section.tables[0][1] == ["colour", "4", "50.0%", "25.0%", "red"]
+    assert section.tables[0][1:3] == [
+        ["colour", "40", "50.0% \u00b1 6.2%", "25.0%", "+25.0% *", "red"],
+        ["place", "40", "25.0% \u00b1 6.2%", "25.0%", "+0.0%", "red"],
+    ]
+    assert section.paragraphs[0] == (
+        "Clearly above chance: count (75.0% right, 25.0% by chance), colour (50.0% right, 25.0% "
+        "by chance). Not yet clearly above it: the other 1."
+    )
+    (folder / "accuracy.json").write_text(json.dumps(rows[1:2] + rows[-1:]))
+    (section,) = answer_sections([stage])
+    assert section.paragraphs[0].startswith("No type of question is clearly above chance (of 1)")
     (folder / "accuracy.json").write_text("[{}]")
     with pytest.raises(DataError, match="no report of accuracy"):
         answer_sections([stage])
+
+
+def test_the_report_opens_with_what_was_learned(tmp_path: Path, monkeypatch):
+    folder = write_stage(tmp_path, "pretrain_mlp")
+    report = import_module("megatron_croc.monitoring.run_report.report")
+    monkeypatch.setattr(report, "mask_section", lambda *_: Section(title="Attention masks"))
+    rows = [accuracy_row("colour", 0.5, is_above_chance=True)]
+    (folder / "accuracy.json").write_text(json.dumps(rows))
+    page = report.write_report(tmp_path, [load_stage(tmp_path, "pretrain_mlp")], num_images=1)
+    content = page.read_text()
+    places = [content.index(w) for w in ("<h2>", "What the model has learned", "<h2>Training")]
+    assert places == sorted(places)
+    assert (
+        content.split("</h2>", 1)[1].lstrip().startswith("<p>Clearly above chance: colour (50.0%")
+    )
 
 
 def test_parts_with_one_learning_rate_share_a_line(tmp_path: Path):
