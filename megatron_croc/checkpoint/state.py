@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.order.row_plan import OrderState
 from megatron_croc.errors import CheckpointError
 
@@ -66,8 +67,9 @@ class TrainState:
         return counters
 
     def save(self, folder: Path) -> None:
-        """Write the state to a checkpoint folder."""
-        (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write the state to a checkpoint folder, and flush it to disk."""
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_atomically(folder / STATE_FILE, text.encode())
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
