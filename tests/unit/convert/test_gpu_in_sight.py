@@ -56,7 +56,7 @@ def test_a_process_that_computes_on_a_gpu_is_told_how_to_convert(monkeypatch):
 
     monkeypatch.setattr(importing, "has_cuda", lambda: True)
     with (
-        pytest.raises(CheckpointError, match=r"on the CPU.*cli\.convert.*compute_on_cpu\(\)"),
+        pytest.raises(CheckpointError, match=r"on the CPU.*croc convert.*compute_on_cpu\(\)"),
         importing.one_process(tiny_run()),
     ):
         pass

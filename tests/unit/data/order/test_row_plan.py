@@ -263,6 +263,6 @@ def test_a_checkpoint_keeps_the_state(tmp_path):
     loaded = TrainState.load(tmp_path)
     assert loaded.order == loaded.resume_point() == stream.state
     assert (tmp_path / "train_state.json").stat().st_size < 1000
-    with pytest.raises(CheckpointError, match=r"iteration 3 does not say .*--pretrained-checkpo"):
+    with pytest.raises(CheckpointError, match=r"iteration 3 does not name .*--pretrained-checkpo"):
         TrainState(iteration=3).resume_point()
     assert TrainState().resume_point() is None

@@ -129,7 +129,7 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
 
 
 def test_unfinished_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"none is missing.*preprocess_data"):
+    with pytest.raises(DataError, match=r"none is missing.*croc data preprocess"):
         ShardedDataset(tmp_path / "none")
     folder = write(tmp_path / "a")
     (folder / "manifest.json").unlink()

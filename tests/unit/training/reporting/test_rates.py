@@ -36,11 +36,12 @@ def test_an_unknown_device_has_no_peak():
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_rates_are_of_all_ranks_and_mfu_of_one(world_size, tmp_path: Path, monkeypatch):
     """Metrics are those of the whole job already: only what is said per device is divided."""
+    from megatron_croc.training.build import build_reporter
     from megatron_croc.training.reporting import reporting
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
     monkeypatch.setattr(reporting, "device_name", lambda: "NVIDIA H100 80GB HBM3")
-    reporter = reporting.Reporter(run, train_iters=2, world_size=world_size)
+    reporter = build_reporter(run, train_iters=2, world_size=world_size)
     clock = iter([10.0])
     reporter.started = 0.0
     monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
@@ -56,10 +57,11 @@ def test_rates_are_of_all_ranks_and_mfu_of_one(world_size, tmp_path: Path, monke
 
 
 def test_a_refused_step_is_not_counted_as_work(tmp_path: Path, monkeypatch):
+    from megatron_croc.training.build import build_reporter
     from megatron_croc.training.reporting import reporting
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False)
-    reporter = reporting.Reporter(run, train_iters=2, world_size=2)
+    reporter = build_reporter(run, train_iters=2, world_size=2)
     clock = iter([10.0])
     reporter.started = 0.0
     monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
@@ -74,10 +76,10 @@ def test_a_refused_step_is_not_counted_as_work(tmp_path: Path, monkeypatch):
 
 
 def test_packing_fill_is_a_share_of_all_packs(tmp_path: Path):
-    from megatron_croc.training.reporting.reporting import Reporter
+    from megatron_croc.training.build import build_reporter
 
     run = tiny_run(log_dir=str(tmp_path / "log"), log_interval=2, tensorboard=False, packing=True)
-    reporter = Reporter(run, train_iters=2, world_size=2)
+    reporter = build_reporter(run, train_iters=2, world_size=2)
     for number in (1, 2):
         reporter.add_step(number, make_metrics(number), waited=0.0)
     (row,) = rows_of(tmp_path)
