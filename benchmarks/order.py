@@ -96,10 +96,10 @@ def make_folder(folder: Path) -> None:
 def resume(folder: Path, kind: str) -> dict[str, float]:
     """In this process: from a state at POSITION to a planned and located global batch."""
     started = time.perf_counter()
-    from megatron_croc.data.build.lengths import look_up
     from megatron_croc.data.order.batching import grouped, packed, separate
     from megatron_croc.data.order.blend import read_blend
     from megatron_croc.data.order.row_plan import OrderState, RowPlan, RowStream
+    from megatron_croc.data.store.sample_lengths import look_up
     from megatron_croc.data.store.shards import ShardedDataset
     from megatron_croc.data.store.stored_array import open_array
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_croc.data.build.lengths import index_lengths
+from megatron_croc.data.prepare.lengths import index_lengths
 from megatron_croc.data.sample.conversation import TEMPLATES
 from megatron_croc.data.store.manifest import read_manifest
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_croc.cli.data.lengths import add_tokenizer_arguments, measure
-from megatron_croc.data.build.inputs import FORMATS
-from megatron_croc.data.build.preprocess import Preprocessor
-from megatron_croc.data.build.shard_job import Report
-from megatron_croc.data.build.tar_index import TarIndexer
+from megatron_croc.data.prepare.inputs import FORMATS
+from megatron_croc.data.prepare.preprocess import Preprocessor
+from megatron_croc.data.prepare.shard_job import Report
+from megatron_croc.data.prepare.tar_index import TarIndexer
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.data.build.preprocess import Preprocessor
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
+from megatron_croc.data.prepare.preprocess import Preprocessor
 
 
 def write_demo(folder: Path, names: Sequence[str], *, num_images: int = 40) -> Path:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.build.lengths import SampleLengths
 from megatron_croc.data.order.blend import Blend
 from megatron_croc.data.order.grouping import group_by_modality_length
 from megatron_croc.data.order.packing import pack
 from megatron_croc.data.order.permutation import ARRANGE, Permutation
 from megatron_croc.data.sample.tokenization import build_tokenizer
+from megatron_croc.data.store.sample_lengths import SampleLengths
 
 SEPARATE_WINDOW = 1024
 """Samples of a window without packing or grouping; changes nothing but the work done at once."""

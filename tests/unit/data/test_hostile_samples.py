@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from megatron_croc.data.batch_builder import BatchBuilder
-from megatron_croc.data.build.preprocess import Preprocessor
-from megatron_croc.data.build.tar_index import TarIndexer
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.data.order.row_plan import Slot
+from megatron_croc.data.prepare.preprocess import Preprocessor
+from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.sample.decode import ImageDecoder
 from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
 from megatron_croc.data.store.shards import ShardedDataset

@@ -12,11 +12,11 @@ import torch
 from megatron_croc.data import bad_samples, batch_builder, loader
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
 from megatron_croc.data.batch_builder import row_multiple
-from megatron_croc.data.build.lengths import index_lengths
 from megatron_croc.data.loader import build_train_loader, build_valid_loader
 from megatron_croc.data.order.row_plan import RowStream, build_row_plan
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError, DataError
+from tests.unit.data.small_samples import measure_lengths
 
 NUM_SAMPLES = 22
 
@@ -303,13 +303,7 @@ def test_the_state_of_any_step_leads_to_the_next(dataset, make_run, packing):
 def measured(folder, make_run):
     """The dataset, with its lengths."""
     data = make_run(folder).data
-    for _ in index_lengths(
-        Path(folder),
-        tokenizer_type=data.tokenizer_type,
-        tokenizer_model=data.tokenizer_model,
-        template=data.conversation_template,
-    ):
-        pass
+    measure_lengths(folder, data.tokenizer_model, data.conversation_template)
     return folder
 
 

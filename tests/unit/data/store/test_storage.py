@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.data.build.tar_index import TarIndexer
+from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.store import storage, storage_cache
 from megatron_croc.data.store.manifest import verify_shards
 from megatron_croc.data.store.shards import ShardedDataset

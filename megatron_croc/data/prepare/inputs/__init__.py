@@ -6,7 +6,7 @@ parquet    files with image bytes, as datasets on the Hugging Face hub have them
 webdataset tars of jpg/png/.. beside json/txt
 """
 
-from megatron_croc.data.build.inputs.base import InputFormat, InputRecord, InputSlice, RecordInput
-from megatron_croc.data.build.inputs.choose import FORMATS, open_input
+from megatron_croc.data.prepare.inputs.base import InputFormat, InputRecord, InputSlice, RecordInput
+from megatron_croc.data.prepare.inputs.choose import FORMATS, open_input
 
 __all__ = ["FORMATS", "InputFormat", "InputRecord", "InputSlice", "RecordInput", "open_input"]

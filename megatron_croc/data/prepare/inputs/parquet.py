@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_croc.data.build.inputs.base import InputRecord
+from megatron_croc.data.prepare.inputs.base import InputRecord
 from megatron_croc.data.store.records import CAPTION_KEYS
 from megatron_croc.errors import DataError, first_line
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_croc.data.build.inputs.base import InputRecord, bad_record
+from megatron_croc.data.prepare.inputs.base import InputRecord, bad_record
 from megatron_croc.data.store.records import parse_text
 from megatron_croc.errors import DataError, first_line
 

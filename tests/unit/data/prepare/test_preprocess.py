@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.data.build import preprocess
-from megatron_croc.data.build.inputs import open_input, text_files
-from megatron_croc.data.build.preprocess import Preprocessor
+from megatron_croc.data.prepare import preprocess
+from megatron_croc.data.prepare.inputs import open_input, text_files
+from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.store.manifest import verify_shards
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError

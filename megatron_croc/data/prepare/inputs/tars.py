@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_croc.data.bad_samples import BadKind, BadSampleError
-from megatron_croc.data.build.inputs.base import InputRecord
-from megatron_croc.data.build.tar_scan import TarSample, TarScan, place_of_text, scan_tar
+from megatron_croc.data.prepare.inputs.base import InputRecord
+from megatron_croc.data.prepare.tar_scan import TarSample, TarScan, place_of_text, scan_tar
 from megatron_croc.data.store.records import parse_text
 from megatron_croc.data.store.shard_writer import TextFormat
 from megatron_croc.data.store.storage import open_storage, retry

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megatron_croc.data.build.inputs.base import InputFormat, RecordInput
-from megatron_croc.data.build.inputs.parquet import ParquetInput
-from megatron_croc.data.build.inputs.tars import TarInput
-from megatron_croc.data.build.inputs.text_files import JsonInput, JsonlInput
+from megatron_croc.data.prepare.inputs.base import InputFormat, RecordInput
+from megatron_croc.data.prepare.inputs.parquet import ParquetInput
+from megatron_croc.data.prepare.inputs.tars import TarInput
+from megatron_croc.data.prepare.inputs.text_files import JsonInput, JsonlInput
 from megatron_croc.data.store.storage import is_remote
 from megatron_croc.errors import DataError
 

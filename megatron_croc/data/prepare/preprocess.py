@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from megatron_croc.data.bad_samples import BadSampleError
-from megatron_croc.data.build.inputs import InputFormat, InputRecord, InputSlice, open_input
-from megatron_croc.data.build.shard_job import Report, ShardJob, ShardResult, Skipped
+from megatron_croc.data.prepare.inputs import InputFormat, InputRecord, InputSlice, open_input
+from megatron_croc.data.prepare.shard_job import Report, ShardJob, ShardResult, Skipped
 from megatron_croc.data.sample.conversation import check_conversation, is_unicode
 from megatron_croc.data.sample.image_transform import ImageError, read_header
 from megatron_croc.data.store.records import conversation_of

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_croc.data.build.inputs.choose import expand_folders
-from megatron_croc.data.build.inputs.tars import with_damage
-from megatron_croc.data.build.shard_job import Report, ShardJob, ShardResult, Skipped
-from megatron_croc.data.build.tar_scan import place_of_text, scan_tar
+from megatron_croc.data.prepare.inputs.choose import expand_folders
+from megatron_croc.data.prepare.inputs.tars import with_damage
+from megatron_croc.data.prepare.shard_job import Report, ShardJob, ShardResult, Skipped
+from megatron_croc.data.prepare.tar_scan import place_of_text, scan_tar
 from megatron_croc.data.store.shard_writer import ShardInfo, sha256_of, shard_name, write_index
 from megatron_croc.data.store.storage import is_remote, open_storage, retry
 from megatron_croc.errors import DataError
