@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     start = run.checkpoint.pretrained_checkpoint
     try:
-        weights = open_weights(start, run) if start and is_huggingface(start) else None
+        weights = None
+        if start and is_huggingface(start):
+            weights = open_weights(start, run.model, reconstructs=run.reconstructs)
         train(run, weights)
     except CrocError as error:
         print(f"error on rank {rank()}: {error}", file=sys.stderr)

@@ -147,7 +147,7 @@ def _precision_faults(run: RunConfig) -> Iterator[str]:
             "Engine's; set transformer_impl to te, or unset fp8_format"
         )
     tp = run.parallel.tensor_model_parallel_size
-    unit, gathered = fp8_unit(run), fp8_gathered_unit(run)
+    unit, gathered = fp8_unit(training), fp8_gathered_unit(training, run.parallel)
     for name, size in {
         "hidden_size": llm.hidden_size,
         "ffn_hidden_size": llm.ffn_hidden_size,

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from megatron_croc.config.base import to_tree
+from megatron_croc.config.data import DataConfig
 from megatron_croc.config.model import CrocModelConfig, LanguageModelConfig, VisionTowerConfig
-from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.configs import CONVERSATION, EXPORT, SETTINGS
 
 IMAGE_TOKEN = "<image>"
@@ -24,12 +24,14 @@ def table_rows(model: CrocModelConfig, image_token_id: int) -> int:
     return rows if image_token_id < rows else -(-(image_token_id + 1) // _ROWS) * _ROWS
 
 
-def croc_config(run: RunConfig, dtype: torch.dtype, image_token_id: int) -> dict[str, Any]:
+def croc_config(
+    model: CrocModelConfig, data: DataConfig, dtype: torch.dtype, image_token_id: int
+) -> dict[str, Any]:
     """config.json of the default export: remote code, L2 norm included.
 
     The tower ends at the selected layer, so `vision_feature_layer` is the last one.
     """
-    model, vision = run.model, run.model.vision_tower
+    vision = model.vision_tower
     text = {
         **language_model_config(model.language_model),
         "vocab_size": table_rows(model, image_token_id),
@@ -53,7 +55,7 @@ def croc_config(run: RunConfig, dtype: torch.dtype, image_token_id: int) -> dict
         "tie_word_embeddings": text["tie_word_embeddings"],
         "torch_dtype": _name(dtype),
         SETTINGS: to_tree(model),
-        CONVERSATION: {name: getattr(run.data, name) for name in _CONVERSATION_FIELDS},
+        CONVERSATION: {name: getattr(data, name) for name in _CONVERSATION_FIELDS},
     }
 
 
@@ -137,14 +139,13 @@ def vision_config(vision: VisionTowerConfig, num_layers: int) -> dict[str, Any]:
     return config if is_clip else {**config, "vision_use_head": False}
 
 
-def processor_configs(run: RunConfig) -> dict[str, dict[str, Any]]:
+def processor_configs(vision: VisionTowerConfig, data: DataConfig) -> dict[str, dict[str, Any]]:
     """File name -> content: LLaVA's processor; it pads to a square if training did."""
-    vision = run.model.vision_tower
     size = vision.img_size
     image = {
         "image_processor_type": "LlavaImageProcessor",
         "processor_class": "LlavaProcessor",
-        "do_pad": run.data.image_aspect_ratio == "pad",
+        "do_pad": data.image_aspect_ratio == "pad",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size},

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_croc.checkpoint.manifest import find_damage
 from megatron_croc.checkpoint.state import TrainState, latest_checkpoint
 from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults, read_yaml
+from megatron_croc.config.model import CrocModelConfig, VisionTowerConfig
 from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.checkpoint_reader import CheckpointReader
 from megatron_croc.convert.export_config import (
@@ -109,28 +110,29 @@ def export_huggingface(
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(damage[:3])}")
     run, state = read_run(checkpoint), TrainState.load(checkpoint)
     reader = CheckpointReader(checkpoint)
-    names = _names(run, layout)
+    names = _names(run.model, layout)
     rules = build_rules(run.model, names)
-    keys, left_out = _keys(reader, run, rules, training_parts=training_parts)
+    keys, left_out = _keys(reader, run.model, rules, training_parts=training_parts)
     with staged_directory(out) as staged:
-        image = ImageToken(id=run.model.language_model.vocab_size)
+        vocab_size = run.model.language_model.vocab_size
+        image = ImageToken(id=vocab_size)
         if tokenizer is not None:
             image = write_tokenizer(
                 tokenizer, staged, template=run.data.conversation_template, add=layout == "croc"
             )
         rows = table_rows(run.model, image.id) if layout == "croc" else None
-        groups = list(_groups(reader, run, [rules[key] for key in keys], dtype, rows))
+        groups = list(_groups(reader, [rules[key] for key in keys], dtype, rows))
         written = groups[0].dtype
         if layout == "croc":
-            groups.append(_identity_norm(run, written))
+            groups.append(_identity_norm(run.model.vision_tower.vision_hidden_size, written))
             _write_code(staged)
-            config = croc_config(run, written, image.id)
-            for file, content in processor_configs(run).items():
+            config = croc_config(run.model, run.data, written, image.id)
+            for file, content in processor_configs(run.model.vision_tower, run.data).items():
                 _write_json(staged / file, content)
         else:
-            config = release_config(run.model, written, _tower_name(run))
+            config = release_config(run.model, written, _tower_name(run.model.vision_tower))
         _write_json(staged / "config.json", config)
-        _write_json(staged / "generation_config.json", _generation_config(run, image, rows))
+        _write_json(staged / "generation_config.json", _generation_config(vocab_size, image, rows))
         total = sum(group.num_bytes for group in groups)
         with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as progress:
             digests = write_sharded(
@@ -146,27 +148,30 @@ def export_huggingface(
     )
 
 
-def _names(run: RunConfig, layout: ExportLayout) -> Layout:
+def _names(model: CrocModelConfig, layout: ExportLayout) -> Layout:
     if layout == "croc":
         return EXPORT
-    return VICTOR if run.model.language_model.add_qkv_bias else CROC
+    return VICTOR if model.language_model.add_qkv_bias else CROC
 
 
-def _tower_name(run: RunConfig) -> str:
+def _tower_name(vision: VisionTowerConfig) -> str:
     """The published tower that a release names; its sizes stand beside it."""
-    vision = run.model.vision_tower
     if vision.vision_model_type == "clip":
         return f"openai/clip-vit-large-patch{vision.patch_dim}-{vision.img_size}"
     return f"google/siglip2-so400m-patch{vision.patch_dim}-{vision.img_size}"
 
 
 def _keys(
-    reader: CheckpointReader, run: RunConfig, rules: dict[str, Rule], *, training_parts: bool
+    reader: CheckpointReader,
+    model: CrocModelConfig,
+    rules: dict[str, Rule],
+    *,
+    training_parts: bool,
 ) -> tuple[list[str], tuple[str, ...]]:
     """Keys to write, and those left out; every key of the weights has a rule and vice versa."""
     stored = {key for key in reader.tensors if not key.startswith("optimizer.")}
     wanted = set(rules)
-    if not run.model.language_model.untie_embeddings_and_output_weights:
+    if not model.language_model.untie_embeddings_and_output_weights:
         wanted.discard(_OUTPUT)  # it is the embedding table
         stored.discard(_OUTPUT)
     for key in sorted(stored - wanted):
@@ -180,7 +185,6 @@ def _keys(
 
 def _groups(
     reader: CheckpointReader,
-    run: RunConfig,
     rules: Sequence[Rule],
     dtype: torch.dtype | None,
     rows: int | None,
@@ -229,9 +233,8 @@ class _Unpack:
         return [torch.cat([table, new.expand(self.rows - table.shape[0], -1)])]
 
 
-def _identity_norm(run: RunConfig, dtype: torch.dtype) -> Group:
+def _identity_norm(width: int, dtype: torch.dtype) -> Group:
     """transformers' towers end in a norm; behind the selected layer it must do nothing."""
-    width = run.model.vision_tower.vision_hidden_size
     prefix = EXPORT.vision_tower + "post_layernorm."
     return Group(
         names=(prefix + "weight", prefix + "bias"),
@@ -247,12 +250,11 @@ def _write_code(folder: Path) -> None:
         (folder / name).write_text((code / name).read_text(encoding="utf-8"))
 
 
-def _generation_config(run: RunConfig, image: ImageToken, rows: int | None) -> dict[str, Any]:
+def _generation_config(vocab_size: int, image: ImageToken, rows: int | None) -> dict[str, Any]:
     config: dict[str, Any] = {"do_sample": False, "max_new_tokens": 512}
     config |= {f"{name}_token_id": value for name, value in image.specials.items()}
-    first = run.model.language_model.vocab_size
-    if rows is not None and rows > first:
-        config["suppress_tokens"] = list(range(first, rows))  # they are no words
+    if rows is not None and rows > vocab_size:
+        config["suppress_tokens"] = list(range(vocab_size, rows))  # they are no words
     return config
 
 

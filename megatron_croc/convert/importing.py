@@ -22,6 +22,7 @@ from megatron_croc.atomic_files import write_atomically
 from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState
 from megatron_croc.config.base import to_yaml
+from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.checkpoint_writer import Piece, write_checkpoint
 from megatron_croc.convert.names import build_rules, is_ignored
@@ -79,7 +80,7 @@ def import_huggingface(
     run = _run_of(source, seed)
     shards, objects = _whole_model(run)
     wanted = [s for s in shards if not (source.is_whole and s.key.startswith(source.fresh))]
-    ignored = _check(source, run, wanted)
+    ignored = _check(source, wanted)
     pieces = _pieces(source, run, wanted)
     kept = {key: [None] for key in objects if not key.startswith(_left_out(source))}
     total = sum(piece.num_bytes for piece in pieces)
@@ -119,7 +120,7 @@ def _run_of(source: Source, seed: int) -> RunConfig:
 
 
 @contextmanager
-def one_process(run: RunConfig) -> Iterator[object]:
+def one_process(*, seed: int) -> Iterator[object]:
     """Process groups of a world of one on the CPU, left again at the end.
 
     Raises:
@@ -134,14 +135,14 @@ def one_process(run: RunConfig) -> Iterator[object]:
             "megatron_croc.parallel.device.compute_on_cpu() before importing anything else of it"
         )
     try:
-        yield start_distributed(type(run.parallel)(), seed=run.training.seed)
+        yield start_distributed(ParallelConfig(), seed=seed)
     finally:
         stop_distributed()
 
 
 def _whole_model(run: RunConfig) -> tuple[list[Shard], list[str]]:
     """Every tensor of the model (one shard each, without numbers), and megatron's extra states."""
-    with one_process(run) as pg, torch.device("meta"):
+    with one_process(seed=run.training.seed) as pg, torch.device("meta"):
         model = CrocModel(
             run,
             language_model_config(run),
@@ -158,7 +159,7 @@ def _whole_model(run: RunConfig) -> tuple[list[Shard], list[str]]:
     return list(unique.values()), objects
 
 
-def _check(source: Source, run: RunConfig, shards: list[Shard]) -> tuple[str, ...]:
+def _check(source: Source, shards: list[Shard]) -> tuple[str, ...]:
     """Compare every name and shape; the names that may be left unused.
 
     Raises:
@@ -169,7 +170,7 @@ def _check(source: Source, run: RunConfig, shards: list[Shard]) -> tuple[str, ..
         name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         for name, stored in source.tensors.items()
     }
-    whole = weight_source(empty, build_rules(run.model, source.layout), used)
+    whole = weight_source(empty, build_rules(source.model, source.layout), used)
     faults: list[str] = []
     for shard in shards:
         if shard.key.startswith(source.fresh):
@@ -181,7 +182,7 @@ def _check(source: Source, run: RunConfig, shards: list[Shard]) -> tuple[str, ..
             if str(error) not in faults:
                 faults.append(str(error))
     unused = sorted(source.tensors.keys() - used)
-    unknown = [name for name in unused if not is_ignored(name, run.model, source.layout)]
+    unknown = [name for name in unused if not is_ignored(name, source.model, source.layout)]
     if not faults:  # a missing tensor also leaves others unused
         faults = [f"tensor {name} belongs to no part of this model" for name in unknown]
     if faults:
@@ -192,7 +193,7 @@ def _check(source: Source, run: RunConfig, shards: list[Shard]) -> tuple[str, ..
 
 def _pieces(source: Source, run: RunConfig, shards: list[Shard]) -> list[Piece]:
     """The checkpoint's tensors, each made when it is written."""
-    weights, rules = source.weights(), build_rules(run.model, source.layout)
+    weights, rules = source.weights(), build_rules(source.model, source.layout)
     num_layers = {shard.key: 0 for shard in shards}
     for shard in shards:
         num_layers[shard.key] += 1

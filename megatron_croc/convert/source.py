@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from megatron_croc.config.model import CrocModelConfig
-from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.configs import (
     EXPORT,
     LANGUAGE_MODELS,
@@ -100,7 +99,7 @@ def open_source(folder: Path, vision_folder: Path | None = None) -> Source:
     return Source(model=model, layout=layout, tensors=tensors, fresh=fresh, is_whole=True)
 
 
-def open_weights(folder: str | Path, run: RunConfig) -> WeightSource:
+def open_weights(folder: str | Path, model: CrocModelConfig, *, reconstructs: bool) -> WeightSource:
     """Weights of a whole model for a run to start from, in its own names and layout.
 
     Raises:
@@ -111,11 +110,11 @@ def open_weights(folder: str | Path, run: RunConfig) -> WeightSource:
     differences = [
         f"{name}={ours}: {folder} has {theirs}"
         for part in ("language_model", "vision_tower")
-        for name, ours, theirs in _differences(run.model, source.model, part)
+        for name, ours, theirs in _differences(model, source.model, part)
     ]
-    head, theirs = run.model.reconstruction.reconstruction_head, source.model.reconstruction
+    head, theirs = model.reconstruction.reconstruction_head, source.model.reconstruction
     has_head = "reconstruction_head." not in source.fresh
-    if run.reconstructs and has_head and head != theirs.reconstruction_head:
+    if reconstructs and has_head and head != theirs.reconstruction_head:
         differences.append(f"reconstruction_head={head}: {folder} has {theirs.reconstruction_head}")
     if differences:
         raise ConfigError("\n".join(differences))

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from megatron_croc.config.data import DataConfig
 from megatron_croc.config.fp8 import fp8_gathered_unit
-from megatron_croc.config.model import MaskType
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.model import CrocModelConfig, MaskType
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.training import TrainingConfig
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.order.row_plan import Slot
@@ -50,20 +52,19 @@ FIRST_RETRY_SECONDS = 0.2
 logger = get_logger(__name__)
 
 
-def row_multiple(run: RunConfig) -> int:
+def pack_multiple(parallel: ParallelConfig, training: TrainingConfig) -> int:
     """What a packed row's length must be divisible by.
 
     Context parallelism cuts it into 2 * CP chunks (each rank takes two, for balance); sequence
     parallelism cuts each rank's share into TP pieces; fp8 products take 16 rows or more at a
     time, on every rank.
     """
-    parallel = run.parallel
     cp = parallel.context_parallel_size
     tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     cut = math.lcm(tp * cp, 2 * cp if cp > 1 else 1)
-    if run.training.fp8_format is None:
+    if training.fp8_format is None:
         return cut
-    return math.lcm(cut, tp * cp * fp8_gathered_unit(run))
+    return math.lcm(cut, tp * cp * fp8_gathered_unit(training, parallel))
 
 
 class BatchBuilder:
@@ -72,31 +73,41 @@ class BatchBuilder:
     def __init__(
         self,
         *,
-        run: RunConfig,
+        data: DataConfig,
+        model: CrocModelConfig,
+        reconstructs: bool,
         folders: Sequence[str],
         seed: int,
         pad_to_multiple_of: int,
     ) -> None:
         """Open the folders of shards and the tokenizer.
 
+        Args:
+            data: tokenizer, template, image handling and cache.
+            model: vocabulary, image size, visual tokens, mask and replace ratio.
+            reconstructs: True in the stage that replaces and reconstructs visual tokens.
+            folders: folders of shards; slots number their samples one folder after the other.
+            seed: of the sets of replaced tokens.
+            pad_to_multiple_of: lengths of packs are padded to a multiple of it.
+
         Raises:
             DataError: data or tokenizer missing, damaged or unfit for the model.
         """
-        vision = run.model.vision_tower
-        self._data = run.data
+        vision = model.vision_tower
+        self._data = data
         self._vision = vision
         self._seed = seed
         self._pad_to_multiple_of = pad_to_multiple_of
-        self._mask_type: MaskType = run.model.attention_mask_type
-        self._replace_ratio = run.model.prompt_pool.replace_ratio if run.reconstructs else None
-        cache = build_cache(run.data.data_cache_dir, run.data.data_cache_gb)
+        self._mask_type: MaskType = model.attention_mask_type
+        self._replace_ratio = model.prompt_pool.replace_ratio if reconstructs else None
+        cache = build_cache(data.data_cache_dir, data.data_cache_gb)
         self._dataset = ShardedDataset(folders, cache=cache)
-        self._tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
+        self._tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
         check_tokenizer(
-            self._tokenizer, run.data.conversation_template, run.model.language_model.vocab_size
+            self._tokenizer, data.conversation_template, model.language_model.vocab_size
         )
-        self._transform = ImageTransform.build(vision, run.data.image_aspect_ratio)
-        self._decoder_name: DecoderName = resolve_decoder(run.data.image_decoder)
+        self._transform = ImageTransform.build(vision, data.image_aspect_ratio)
+        self._decoder_name: DecoderName = resolve_decoder(data.image_decoder)
         self._device = current_device()  # threads do not inherit it
         self._per_thread = threading.local()
 

@@ -17,11 +17,20 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from megatron_croc.config.data import DataConfig
 from megatron_croc.config.run import RunConfig
+from megatron_croc.config.training import TrainingConfig
 from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
 from megatron_croc.data.batch import Batch
-from megatron_croc.data.batch_builder import BatchBuilder, row_multiple
-from megatron_croc.data.order.row_plan import OrderState, RowPlan, RowStream, Slot, build_row_plan
+from megatron_croc.data.batch_builder import BatchBuilder, pack_multiple
+from megatron_croc.data.order.row_plan import (
+    OrderState,
+    RowPlan,
+    RowStream,
+    Slot,
+    build_row_plan,
+    build_stored_order_plan,
+)
 from megatron_croc.errors import ConfigError, DataError
 from megatron_croc.log import rank
 
@@ -48,32 +57,31 @@ class MicroBatchLoader(Iterator[Batch]):
     def __init__(
         self,
         *,
-        run: RunConfig,
+        builder: BatchBuilder,
         plan: RowPlan,
+        data: DataConfig,
+        training: TrainingConfig,
         state: OrderState | None,
         dp_rank: int,
         dp_size: int,
-        pad_to_multiple_of: int,
-        seed: int,
     ) -> None:
-        """Open the data and start building.
+        """Start building.
 
         Args:
-            run: batch sizes, data, model sizes.
-            plan: the rows of the run and the folders they come from.
-            state: where to go on; None: at the start.
-            dp_rank: this rank among the copies of the model.
-            dp_size: copies of the model.
-            pad_to_multiple_of: micro-batches are padded to a multiple of it.
-            seed: of the replaced sets.
+            builder: makes batches from slots of the plan's folders.
+            plan: packs of the run and the folders of their samples.
+            data: threads, prefetching and the limit on bad samples.
+            training: micro-batch size and global batch size.
+            state: position to continue from; None: the start.
+            dp_rank: this rank among the replicas.
+            dp_size: number of replicas.
 
         Raises:
             ConfigError: the global batch does not divide among ranks and micro-batches.
-            DataError: data or tokenizer missing, damaged or unfit for the model; a state of
-                another order.
+            DataError: the state belongs to another order.
         """
-        self._micro = run.training.micro_batch_size
-        self._global = run.training.global_batch_size
+        self._micro = training.micro_batch_size
+        self._global = training.global_batch_size
         if not 0 <= dp_rank < dp_size:
             raise ConfigError(f"dp_rank = {dp_rank} is not below dp_size = {dp_size}")
         if self._global % (self._micro * dp_size):
@@ -84,25 +92,20 @@ class MicroBatchLoader(Iterator[Batch]):
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._stream = RowStream(plan, state)
         self._state = self._stream.state
-        self._builder = BatchBuilder(
-            run=run,
-            folders=plan.blend.folders,
-            seed=seed,
-            pad_to_multiple_of=pad_to_multiple_of,
-        )
-        folder = run.data.bad_sample_report
+        self._builder = builder
+        folder = data.bad_sample_report
         self._budget = BadSampleBudget(
-            run.data.max_bad_fraction,
+            data.max_bad_fraction,
             report=None if folder is None else Path(folder) / f"bad_samples-{rank()}.jsonl",
         )
         self._planned: deque[_Job] = deque()
         self._pending: deque[tuple[_Job, Future[Built]]] = deque()
         # Training takes a whole step's micro-batches at once, so they are kept ready together.
         per_step = self._global // (self._micro * dp_size)
-        workers = run.data.num_workers
-        self._depth = max(workers * run.data.prefetch_factor, per_step) if workers else 0
+        workers = data.num_workers
+        self._depth = max(workers * data.prefetch_factor, per_step) if workers else 0
         self._pool = (
-            ThreadPoolExecutor(run.data.num_workers, thread_name_prefix="loader")
+            ThreadPoolExecutor(data.num_workers, thread_name_prefix="loader")
             if self._depth
             else None
         )
@@ -193,55 +196,77 @@ class MicroBatchLoader(Iterator[Batch]):
         self.close()
 
 
-def check_data(run: RunConfig) -> None:
-    """Open everything a run will read, before anything expensive is built.
+def build_train_plan(run: RunConfig) -> RowPlan:
+    """Plan the packs of a run's training.
+
+    Raises:
+        DataError: data is missing, or lacks the sample lengths that packing and grouping need.
+    """
+    return build_row_plan(
+        run.data,
+        num_visual_tokens=run.model.vision_tower.num_visual_tokens,
+        global_batch_size=run.training.global_batch_size,
+        seed=run.training.seed,
+    )
+
+
+def build_batch_builder(run: RunConfig, folders: Sequence[str]) -> BatchBuilder:
+    """Open folders of shards and the tokenizer of a run.
 
     Raises:
         DataError: data or tokenizer missing, damaged or unfit for the model.
     """
-    seed = run.training.seed
-    plans = [build_row_plan(run, run.data.data_path, seed=seed)]
+    return BatchBuilder(
+        data=run.data,
+        model=run.model,
+        reconstructs=run.reconstructs,
+        folders=folders,
+        seed=run.training.seed,
+        pad_to_multiple_of=pack_multiple(run.parallel, run.training),
+    )
+
+
+def check_data(run: RunConfig) -> None:
+    """Open all data of a run before anything expensive is built.
+
+    Raises:
+        DataError: data or tokenizer missing, damaged or unfit for the model.
+    """
+    plans = [build_train_plan(run)]
     if run.training.eval_interval:
         for data_path in filter(None, (run.data.valid_data_path, run.data.eval_answers_data_path)):
-            plans.append(build_row_plan(run, data_path, seed=seed, is_training=False))
+            plans.append(build_stored_order_plan(data_path, seed=run.training.seed))
     for plan in plans:
-        BatchBuilder(
-            run=run,
-            folders=plan.blend.folders,
-            seed=seed,
-            pad_to_multiple_of=row_multiple(run),
-        )
+        build_batch_builder(run, plan.blend.folders)
 
 
 def build_train_loader(
     run: RunConfig, *, dp_rank: int, dp_size: int, state: OrderState | None
 ) -> MicroBatchLoader:
-    """The training stream of one data-parallel rank, from where `state` stands."""
-    return MicroBatchLoader(
-        run=run,
-        plan=build_row_plan(run, run.data.data_path, seed=run.training.seed),
-        state=state,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        pad_to_multiple_of=row_multiple(run),
-        seed=run.training.seed,
-    )
+    """Open the training stream of one data-parallel rank, at the position of `state`."""
+    return _build_loader(run, build_train_plan(run), state, dp_rank, dp_size)
 
 
 def build_valid_loader(
     run: RunConfig, *, dp_rank: int, dp_size: int, data_path: Sequence[str] = ()
 ) -> MicroBatchLoader:
-    """The validation stream, or that of another `data_path`.
+    """Open the validation stream, or the stream of another `data_path`.
 
-    It is always read from its first sample, in stored order, so it never changes.
+    It is always read from its first sample, in stored order.
     """
-    data_path, seed = data_path or run.data.valid_data_path, run.training.seed
+    plan = build_stored_order_plan(data_path or run.data.valid_data_path, seed=run.training.seed)
+    return _build_loader(run, plan, None, dp_rank, dp_size)
+
+
+def _build_loader(
+    run: RunConfig, plan: RowPlan, state: OrderState | None, dp_rank: int, dp_size: int
+) -> MicroBatchLoader:
     return MicroBatchLoader(
-        run=run,
-        plan=build_row_plan(run, data_path, seed=seed, is_training=False),
-        state=None,
+        builder=build_batch_builder(run, plan.blend.folders),
+        plan=plan,
+        data=run.data,
+        training=run.training,
+        state=state,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        pad_to_multiple_of=row_multiple(run),
-        seed=seed,
     )

@@ -196,7 +196,9 @@ def view_samples(run: RunConfig, samples: Sequence[str]) -> list[View]:
     """
     dataset = ShardedDataset(run.data.data_path)
     builder = BatchBuilder(
-        run=run,
+        data=run.data,
+        model=run.model,
+        reconstructs=run.reconstructs,
         folders=run.data.data_path,
         seed=run.training.seed,
         pad_to_multiple_of=1,

@@ -10,7 +10,7 @@ import torch
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
-from megatron_croc.data.batch_builder import row_multiple
+from megatron_croc.data.batch_builder import pack_multiple
 from megatron_croc.data.sample.collate import ReadySample, collate, expand_sample
 from megatron_croc.data.sample.tokenization import TokenizedSample
 
@@ -57,7 +57,7 @@ def make_batch(run: RunConfig, samples: Sequence[ReadySample]) -> Batch:
         samples,
         num_visual_tokens=run.model.vision_tower.num_visual_tokens,
         mask_type=run.model.attention_mask_type,
-        pad_to_multiple_of=row_multiple(run),
+        pad_to_multiple_of=pack_multiple(run.parallel, run.training),
         seed=run.training.seed,
         replace_ratio=run.model.prompt_pool.replace_ratio if run.reconstructs else None,
         image_shape=(3, size, size),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_croc.checkpoint.sharded import load_weights
+from megatron_croc.config.model import CrocModelConfig, VisionTowerConfig
 from megatron_croc.config.parallel import ParallelConfig
-from megatron_croc.config.run import RunConfig
 from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.exporting import read_run
 from megatron_croc.convert.importing import one_process
@@ -42,15 +42,14 @@ class Observation:
     """[n, N, h], as the language model sees them."""
 
 
-def build_prompt(run: RunConfig, ids: np.ndarray, images: list[bytes]) -> Prompt:
+def build_prompt(vision: VisionTowerConfig, ids: np.ndarray, images: list[bytes]) -> Prompt:
     """A prompt from ids with IMAGE_TOKEN_INDEX once per image, and encoded images.
 
     Raises:
         ImageError: an image does not decode.
     """
-    num_tokens = run.model.vision_tower.num_visual_tokens
-    repeats = np.where(ids == IMAGE_TOKEN_INDEX, num_tokens, 1)
-    transform = ImageTransform.build(run.model.vision_tower, "pad")
+    repeats = np.where(ids == IMAGE_TOKEN_INDEX, vision.num_visual_tokens, 1)
+    transform = ImageTransform.build(vision, "pad")
     return Prompt(
         input_ids=torch.from_numpy(np.repeat(ids, repeats)),
         pixel_values=torch.stack([transform.decode_with_pil(image) for image in images]),
@@ -64,7 +63,7 @@ def observe_megatron(checkpoint: Path, prompt: Prompt, dtype: torch.dtype) -> Ob
     run.stage, run.parallel = "finetune", ParallelConfig()
     run.model.attention_mask_type = "causal"
     run.training.bf16 = dtype == torch.bfloat16
-    with one_process(run) as pg:
+    with one_process(seed=run.training.seed) as pg:
         model = CrocModel(
             run,
             language_model_config(run),
@@ -98,9 +97,11 @@ def observe_megatron(checkpoint: Path, prompt: Prompt, dtype: torch.dtype) -> Ob
 
 
 @torch.no_grad()
-def observe_export(folder: Path, run: RunConfig, prompt: Prompt, dtype: torch.dtype) -> Observation:
+def observe_export(
+    folder: Path, config: CrocModelConfig, prompt: Prompt, dtype: torch.dtype
+) -> Observation:
     """Run an export in transformers."""
-    model, vision = load_export(folder, dtype), run.model.vision_tower
+    model, vision = load_export(folder, dtype), config.vision_tower
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in (vision.image_mean, vision.image_std))
     pixels = ((prompt.pixel_values.float() / 255.0 - mean) / std).to(dtype)
     ids = prompt.input_ids.clone()
@@ -109,6 +110,6 @@ def observe_export(folder: Path, run: RunConfig, prompt: Prompt, dtype: torch.dt
     model.model.multi_modal_projector.register_forward_hook(lambda *call: seen.append(call[-1]))
     logits = model(input_ids=ids[None], pixel_values=pixels).logits[0]
     return Observation(
-        logits=logits[:, : run.model.language_model.vocab_size].float(),
+        logits=logits[:, : config.language_model.vocab_size].float(),
         visual_embeddings=seen[0].float(),
     )

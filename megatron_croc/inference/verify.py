@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.data import TemplateName
 from megatron_croc.convert.exporting import find_checkpoint, read_run
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.conversation import IMAGE_MARK
@@ -92,9 +92,13 @@ def verify_export(
     checkpoint = find_checkpoint(checkpoint)
     run = read_run(checkpoint)
     encoded = _made_up_image() if image is None else image.read_bytes()
-    row = build_prompt(run, _ids(run, prompt, tokenizer), [encoded])
-    ours = observe_megatron(checkpoint, row, dtype)
-    theirs = observe_export(export, run, row, dtype)
+    if tokenizer is None:
+        ids = _made_up_ids(run.model.language_model.vocab_size)
+    else:
+        ids = _prompt_ids(prompt, tokenizer, run.data.conversation_template)
+    made = build_prompt(run.model.vision_tower, ids, [encoded])
+    ours = observe_megatron(checkpoint, made, dtype)
+    theirs = observe_export(export, run.model, made, dtype)
     if ours.logits.shape != theirs.logits.shape:
         raise CheckpointError(
             f"{export}: logits {tuple(theirs.logits.shape)}, {checkpoint}: "
@@ -116,18 +120,19 @@ def verify_export(
     )
 
 
-def _ids(run: RunConfig, prompt: str, tokenizer: Path | None) -> np.ndarray:
-    """Ids of a prompt, with IMAGE_TOKEN_INDEX once; made up without a tokenizer."""
-    if tokenizer is None:
-        drawn = np.random.default_rng(0).integers(0, run.model.language_model.vocab_size, 32)
-        drawn[4] = IMAGE_TOKEN_INDEX
-        return drawn
+def _prompt_ids(prompt: str, tokenizer: Path, template: TemplateName) -> np.ndarray:
+    """Token ids of a prompt, int64 [T], with IMAGE_TOKEN_INDEX once."""
     kind: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
     kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "SentencePieceTokenizer"
     question = prompt if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n{prompt}"
-    return tokenize_prompt(
-        build_tokenizer(kind, str(tokenizer)), run.data.conversation_template, question
-    )
+    return tokenize_prompt(build_tokenizer(kind, str(tokenizer)), template, question)
+
+
+def _made_up_ids(vocab_size: int) -> np.ndarray:
+    """Random token ids, int64 [32], with IMAGE_TOKEN_INDEX once."""
+    drawn = np.random.default_rng(0).integers(0, vocab_size, 32)
+    drawn[4] = IMAGE_TOKEN_INDEX
+    return drawn
 
 
 def _made_up_image() -> bytes:

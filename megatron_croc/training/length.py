@@ -1,7 +1,7 @@
 """Number of optimizer steps of a run."""
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.order.row_plan import build_row_plan
+from megatron_croc.data.loader import build_train_plan
 from megatron_croc.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def resolve_train_iters(run: RunConfig) -> int:
     training = run.training
     if training.train_iters is not None:
         return training.train_iters
-    plan = build_row_plan(run, run.data.data_path, seed=training.seed)
+    plan = build_train_plan(run)
     samples = int(plan.blend.epoch_length * training.train_epochs)
     num_packs = plan.num_rows(samples)
     if num_packs < training.global_batch_size:

@@ -259,7 +259,7 @@ def accepted_lengths(run, tried):
 
 
 def test_rows_are_padded_to_what_fp8_takes(version):
-    from megatron_croc.data.batch_builder import row_multiple
+    from megatron_croc.data.batch_builder import pack_multiple
 
     run = tiny_run(bf16=True, fp8_format="hybrid", hidden_size=256)
     least = {"tensorwise": 8, "blockwise": 128, "mxfp8": 32}
@@ -267,7 +267,7 @@ def test_rows_are_padded_to_what_fp8_takes(version):
     tried = {}
     for name, rows in least.items():
         run.training.fp8_recipe = name
-        tried[name] = [row_multiple(run) // 2, rows, rows // 2]
+        tried[name] = [pack_multiple(run.parallel, run.training) // 2, rows, rows // 2]
     run.parallel.sequence_parallel, run.parallel.tensor_model_parallel_size = False, 1
     (found,) = run_with_te(version, accepted_lengths, run, tried)
     assert found == {

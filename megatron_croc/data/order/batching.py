@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.data import DataConfig
 from megatron_croc.data.order.blend import Blend
 from megatron_croc.data.order.grouping import group_by_modality_length
 from megatron_croc.data.order.packing import pack
@@ -99,18 +99,30 @@ def packed(
     )
 
 
-def build_arrangement(run: RunConfig, blend: Blend, *, seed: int) -> Arrangement:
-    """The arrangement a run's training asks for.
+def build_arrangement(
+    data: DataConfig,
+    blend: Blend,
+    *,
+    num_visual_tokens: int,
+    global_batch_size: int,
+    seed: int,
+) -> Arrangement:
+    """Choose the arrangement that the settings ask for: separate, packed or grouped samples.
+
+    Args:
+        data: packing, grouping, tokenizer and template.
+        blend: sources of the samples.
+        num_visual_tokens: N, visual tokens per image.
+        global_batch_size: packs of one optimizer step.
+        seed: of the order of packs and batches in a window.
 
     Raises:
         DataError: data without the sample lengths that packing and grouping need.
     """
-    data = run.data
     if not (data.packing or data.group_by_modality_length):
         return separate()
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
     lengths = SampleLengths(blend.folders, tokenizer, data.conversation_template)
-    num_visual_tokens = run.model.vision_tower.num_visual_tokens
 
     def tokens_of(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         text, images = lengths(index)
@@ -124,4 +136,4 @@ def build_arrangement(run: RunConfig, blend: Blend, *, seed: int) -> Arrangement
             measured=f"at most {data.seq_length} tokens each, {num_visual_tokens} for an image",
             seed=seed,
         )
-    return grouped(tokens_of, global_batch_size=run.training.global_batch_size, seed=seed)
+    return grouped(tokens_of, global_batch_size=global_batch_size, seed=seed)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.data import DataConfig
 from megatron_croc.data.order.batching import Arrangement, Rows, build_arrangement, separate
 from megatron_croc.data.order.blend import Blend, read_blend
 from megatron_croc.data.order.permutation import SHUFFLE, Permutation
@@ -230,13 +230,34 @@ class RowStream:
 
 
 def build_row_plan(
-    run: RunConfig, data_path: Sequence[str], *, seed: int, is_training: bool = True
+    data: DataConfig, *, num_visual_tokens: int, global_batch_size: int, seed: int
 ) -> RowPlan:
-    """The plan a run asks for; validation is never shuffled, packed or grouped.
+    """Plan the packs of training: shuffled, and packed or grouped as the settings ask.
+
+    Args:
+        data: data_path, packing, grouping, tokenizer and template.
+        num_visual_tokens: N, visual tokens per image.
+        global_batch_size: packs of one optimizer step.
+        seed: of the run.
 
     Raises:
-        DataError: data missing, or without the sample lengths that packing and grouping need.
+        DataError: data is missing, or lacks the sample lengths that packing and grouping need.
     """
-    blend = read_blend(data_path)
-    arrangement = build_arrangement(run, blend, seed=seed) if is_training else separate()
-    return RowPlan(blend, arrangement, seed=seed, shuffle=is_training)
+    blend = read_blend(data.data_path)
+    arrangement = build_arrangement(
+        data,
+        blend,
+        num_visual_tokens=num_visual_tokens,
+        global_batch_size=global_batch_size,
+        seed=seed,
+    )
+    return RowPlan(blend, arrangement, seed=seed)
+
+
+def build_stored_order_plan(data_path: Sequence[str], *, seed: int) -> RowPlan:
+    """Plan one sample per pack in stored order, never shuffled, packed or grouped: validation.
+
+    Raises:
+        DataError: data is missing or damaged.
+    """
+    return RowPlan(read_blend(data_path), separate(), seed=seed, shuffle=False)

@@ -77,7 +77,9 @@ def _builder(run: RunConfig, mask_type: MaskType) -> BatchBuilder:
     run = copy.deepcopy(run)
     run.model.attention_mask_type = mask_type
     return BatchBuilder(
-        run=run,
+        data=run.data,
+        model=run.model,
+        reconstructs=run.reconstructs,
         folders=read_blend(run.data.valid_data_path).folders,
         seed=run.training.seed,
         pad_to_multiple_of=ROW_MULTIPLE,

@@ -211,9 +211,9 @@ def test_the_trainer_refuses_a_model_that_computes_something_else(start, tmp_pat
 
     export_huggingface(start, tmp_path / "hf")
     run = read_run(start / "release")
-    open_weights(tmp_path / "hf", run)
+    open_weights(tmp_path / "hf", run.model, reconstructs=run.reconstructs)
     run.model.language_model.rotary_base = 5e5
     run.model.vision_tower.vision_activation = "gelu_tanh"
     with pytest.raises(ConfigError) as error:
-        open_weights(tmp_path / "hf", run)
+        open_weights(tmp_path / "hf", run.model, reconstructs=run.reconstructs)
     assert "rotary_base=500000.0" in str(error.value) and "vision_activation" in str(error.value)

@@ -102,7 +102,7 @@ def save_at(layout: dict, start: str, save: str) -> None:
         open_source(Path(start)).model if from_hf else read_run(find_checkpoint(Path(start))).model
     )
     pg = start_distributed(run.parallel, seed=1)
-    weights = open_weights(start, run) if from_hf else None
+    weights = open_weights(start, run.model, reconstructs=True) if from_hf else None
     training = build_training_state(run, pg, train_iters=10, weights=weights)
     save_checkpoint(run, training.state, training.chunks, training.optimizer, pg)
 

@@ -130,7 +130,7 @@ def test_a_run_that_crops_exports_a_processor_that_crops(size, tmp_path):
     run = RunConfig()
     run.data.image_aspect_ratio = "square"
     run.model.vision_tower.img_size = 56
-    for file, content in processor_configs(run).items():
+    for file, content in processor_configs(run.model.vision_tower, run.data).items():
         (tmp_path / file).write_text(json.dumps(content))
     picture = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     check_pixels(

@@ -286,7 +286,12 @@ def test_fuzzed_tars(tmp_path, make_run, decoder):
             run = make_run(str(folder / "set"))
             run.data.image_decoder = decoder
             builder = BatchBuilder(
-                run=run, folders=run.data.data_path, seed=0, pad_to_multiple_of=1
+                data=run.data,
+                model=run.model,
+                reconstructs=run.reconstructs,
+                folders=run.data.data_path,
+                seed=0,
+                pad_to_multiple_of=1,
             )
         except DataError:
             continue

@@ -11,9 +11,9 @@ import torch
 
 from megatron_croc.data import bad_samples, batch_builder, loader
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
-from megatron_croc.data.batch_builder import row_multiple
-from megatron_croc.data.loader import build_train_loader, build_valid_loader
-from megatron_croc.data.order.row_plan import RowStream, build_row_plan
+from megatron_croc.data.batch_builder import pack_multiple
+from megatron_croc.data.loader import build_train_loader, build_train_plan, build_valid_loader
+from megatron_croc.data.order.row_plan import RowStream
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import ConfigError, DataError
 from tests.unit.data.small_samples import measure_lengths
@@ -34,7 +34,7 @@ def read_batches(run, count, *, dp_rank=0, dp_size=1, skip=0) -> list[Batch]:
 
 
 def state_after(run, rows: int):
-    stream = RowStream(build_row_plan(run, run.data.data_path, seed=run.training.seed))
+    stream = RowStream(build_train_plan(run))
     stream.take(rows)
     return stream.state
 
@@ -250,24 +250,24 @@ def test_reading_ahead_is_bounded_and_close_ends_the_threads(dataset, make_run):
 
 def test_rows_are_padded_for_the_layout(dataset, make_run):
     run = make_run(dataset)
-    assert row_multiple(run) == 1
+    assert pack_multiple(run.parallel, run.training) == 1
     run.parallel.tensor_model_parallel_size = 3
-    assert row_multiple(run) == 1
+    assert pack_multiple(run.parallel, run.training) == 1
     run.parallel.context_parallel_size = 2
     run.parallel.sequence_parallel = True
-    assert row_multiple(run) == 12
+    assert pack_multiple(run.parallel, run.training) == 12
     for batch in read_batches(run, 4):
         assert len(batch.input_ids) % 12 == 0
         assert len(batch.input_ids) - int(batch.mixed_mask.cu_seqlens[-1]) < 12
         assert batch.pixel_values.dtype == torch.uint8
     run.training.fp8_format = "hybrid"  # 16 rows on each of 3 x 2 ranks, also a multiple of 12
-    assert row_multiple(run) == 96
+    assert pack_multiple(run.parallel, run.training) == 96
     run.training.fp8_recipe = "mxfp8"
-    assert row_multiple(run) == 192
+    assert pack_multiple(run.parallel, run.training) == 192
     run.training.fp8_recipe = "blockwise"  # sequence parallelism gathers blocks of 128 rows a rank
-    assert row_multiple(run) == 768
+    assert pack_multiple(run.parallel, run.training) == 768
     run.parallel.sequence_parallel = False
-    assert row_multiple(run) == 32
+    assert pack_multiple(run.parallel, run.training) == 32
 
 
 def test_impossible_layouts_are_refused(dataset, make_run):
@@ -311,7 +311,7 @@ def test_packed_rows_hold_whole_samples_up_to_the_capacity(dataset, make_run):
     run = make_run(measured(dataset, make_run), micro_batch_size=1, global_batch_size=1)
     separate = samples_of(read_batches(run, NUM_SAMPLES))
     run.data.packing, run.data.packing_length = True, 700
-    plan = build_row_plan(run, run.data.data_path, seed=run.training.seed)
+    plan = build_train_plan(run)
     packs = read_batches(run, plan.num_rows(NUM_SAMPLES))
     assert len(packs) < NUM_SAMPLES / 2
     assert samples_of(packs) == separate

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_croc.checkpoint.state import TrainState
-from megatron_croc.config.run import RunConfig
-from megatron_croc.data import loader
+from megatron_croc.config.data import DataConfig
+from megatron_croc.config.training import TrainingConfig
 from megatron_croc.data.loader import MicroBatchLoader
 from megatron_croc.data.order import batching
 from megatron_croc.data.order.batching import grouped, packed, separate
@@ -57,9 +57,6 @@ def small_windows(monkeypatch):
 class FakeBuilder:
     """Stands in for reading and decoding: hands the slots through."""
 
-    def __init__(self, **_):
-        pass
-
     def build(self, slots):
         return FakeBatch(slots), []
 
@@ -71,14 +68,13 @@ class FakeBatch:
 
 def read_step(plan, state, *, dp_size, micro_batch_size, workers):
     """The samples of the next global batch, by micro-batch in global order; the state after it."""
-    run = RunConfig()
-    run.training.micro_batch_size, run.training.global_batch_size = micro_batch_size, GLOBAL
-    run.data.num_workers = workers
+    data = DataConfig(num_workers=workers)
+    training = TrainingConfig(micro_batch_size=micro_batch_size, global_batch_size=GLOBAL)
     per_rank, states = [], []
     for rank in range(dp_size):
         batches = MicroBatchLoader(
-            run=run, plan=plan, state=state, dp_rank=rank, dp_size=dp_size,
-            pad_to_multiple_of=1, seed=1,
+            builder=FakeBuilder(), plan=plan, data=data, training=training, state=state,
+            dp_rank=rank, dp_size=dp_size,
         )  # fmt: skip
         with batches:
             count = GLOBAL // (micro_batch_size * dp_size)
@@ -108,17 +104,13 @@ layouts = st.lists(
 def test_any_schedule_of_layouts_reads_the_same_rows(kind, sources, schedule):
     """Each step on other ranks, micro-batches and threads, from the state saved before it."""
     plan = plan_of(kind, *zip(*sources, strict=True))
-    real, loader.BatchBuilder = loader.BatchBuilder, FakeBuilder
-    try:
-        state, steps = plan.start(), []
-        for (dp_size, micro_batch_size), workers in schedule:
-            slots, state = read_step(
-                plan, state, dp_size=dp_size, micro_batch_size=micro_batch_size, workers=workers
-            )
-            state = OrderState.from_tree(json.loads(json.dumps(asdict(state))))
-            steps += slots
-    finally:
-        loader.BatchBuilder = real
+    state, steps = plan.start(), []
+    for (dp_size, micro_batch_size), workers in schedule:
+        slots, state = read_step(
+            plan, state, dp_size=dp_size, micro_batch_size=micro_batch_size, workers=workers
+        )
+        state = OrderState.from_tree(json.loads(json.dumps(asdict(state))))
+        steps += slots
     whole = RowStream(plan)
     expected = [slot for row in whole.take(GLOBAL * len(schedule)) for slot in row]
     assert steps == expected
