@@ -1,1 +1,1 @@
-"""Hugging Face <-> megatron-core weights."""
+"""Conversion of weights between Hugging Face and megatron-core."""

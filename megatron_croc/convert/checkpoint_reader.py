@@ -1,6 +1,6 @@
-"""Read a megatron-core checkpoint (torch_dist) tensor by tensor, whatever layout wrote it.
+"""Read a megatron-core checkpoint (torch_dist) tensor by tensor, saved at any layout.
 
-No model, no process group, and nothing that a file could make run (checkpoint/safe_reading.py).
+Needs no model and no process group, and runs no code from the files (checkpoint/safe_reading.py).
 """
 
 import io
@@ -23,13 +23,13 @@ from megatron_croc.errors import CheckpointError, first_line
 
 
 class CheckpointReader:
-    """Tensors of one checkpoint folder, by megatron's global keys."""
+    """Tensors of one checkpoint folder, keyed by megatron's global keys."""
 
     def __init__(self, folder: Path) -> None:
         """Read the index.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: the index is missing or damaged.
         """
         self.folder = folder
         self._metadata = read_index(folder)
@@ -42,15 +42,15 @@ class CheckpointReader:
         }
 
     def dtype(self, key: str) -> torch.dtype:
-        """Dtype a tensor was saved in."""
+        """Return the dtype of a saved tensor."""
         return self.tensors[key].properties.dtype
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor, layers included."""
+        """Return the shape of the whole tensor, including the dimension of layers."""
         return tuple(self.tensors[key].size)
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
-        """One whole tensor, or one layer of it, put together from the pieces of all ranks.
+        """Read one whole tensor, or one layer of it, assembled from the pieces of all ranks.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the pieces leave a gap.
@@ -74,7 +74,7 @@ class CheckpointReader:
 
 
 class _Planner(LoadPlanner):
-    """Puts every piece read into its place in one tensor."""
+    """Load planner that copies every piece into its place in one tensor."""
 
     def __init__(self, whole: Tensor) -> None:
         self.whole = whole
@@ -82,28 +82,28 @@ class _Planner(LoadPlanner):
     def set_up_planner(
         self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
     ) -> None:
-        """Nothing to prepare."""
+        """Prepare nothing."""
 
     def create_local_plan(self) -> LoadPlan:
-        """Plans are handed in."""
+        """Not used: the plan is passed to the reader directly."""
         raise NotImplementedError
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Plans are handed in."""
+        """Not used: the plan is passed to the reader directly."""
         raise NotImplementedError
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Plans are handed in."""
+        """Not used: the plan is passed to the reader directly."""
         raise NotImplementedError
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Objects are never asked for."""
+        """Not supported: only tensors are read."""
         raise NotImplementedError
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the whole that a piece covers."""
+        """Return the part of the whole that a piece covers."""
         block = zip(read_item.dest_offsets, read_item.lengths, strict=True)
         return self.whole[tuple(slice(start, start + length) for start, length in block)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was copied into the whole itself."""
+        """Ignore the tensor: the piece was copied into the whole directly."""

@@ -1,7 +1,7 @@
-"""Write a megatron-core checkpoint (torch_dist) piece by piece, each made as it is written.
+"""Write a megatron-core checkpoint (torch_dist) piece by piece; each is made when it is written.
 
-torch's own writer keeps every tensor of a file until the file is closed, so files are closed after
-MAX_FILE_BYTES: memory is one file's pieces, whatever the model.
+torch's writer keeps all tensors of a file until the file is closed, so a file is closed after
+MAX_FILE_BYTES. Memory is bounded by the pieces of one file, for any model size.
 """
 
 import io
@@ -36,7 +36,7 @@ from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE
 from megatron_croc.errors import CheckpointError
 
 MAX_FILE_BYTES = 256 * 2**20
-"""A file is closed before it would grow beyond this; one larger tensor has a file of its own."""
+"""Largest size of a file; a larger tensor has a file of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,23 +45,23 @@ class Piece:
 
     key: str
     shape: tuple[int, ...]
-    """Of the piece; a stack's tensor is [num_layers, *shape]."""
+    """Shape of the piece; the tensor of a stack of layers is [num_layers, *shape]."""
 
     dtype: torch.dtype
     load: Callable[[], Tensor]
-    """Makes it."""
+    """Makes the tensor of the piece."""
 
     layer: int | None = None
     num_layers: int = 1
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the piece."""
+        """Size of the piece in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Where it lies in the tensor of its key."""
+        """Offset and size of the piece in the tensor of its key."""
         first = () if self.layer is None else (self.layer,)
         offsets = (*first, *(0 for _ in self.shape))
         sizes = (*(1 for _ in first), *self.shape)
@@ -69,7 +69,7 @@ class Piece:
 
     @property
     def item(self) -> WriteItem:
-        """The order to write it."""
+        """Write item of the piece, for torch's planner."""
         chunk = self.chunk
         stack = () if self.layer is None else (self.num_layers,)
         return WriteItem(
@@ -90,17 +90,17 @@ def write_checkpoint(
     *,
     on_piece: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
-    """Write the pieces, and small objects by key, as megatron-core would have.
+    """Write the pieces, and small objects by key, in megatron-core's format.
 
     Args:
-        folder: an existing, empty directory.
-        pieces: every key complete, in any order.
-        objects: megatron's extra states, [state] each; a strict load asks for them.
-        on_piece: called with the bytes of each piece as it is made.
+        folder: existing empty directory.
+        pieces: all pieces of every key, in any order.
+        objects: megatron's extra states, [state] each; a strict load needs them.
+        on_piece: called with the size of each piece when it is made.
 
     Raises:
-        OSError: the disk is full or the like.
-        CheckpointError: a piece cannot be made.
+        OSError: writing failed, for example because the disk is full.
+        CheckpointError: making a piece failed.
     """
     try:
         dcp.save(
@@ -119,7 +119,7 @@ def write_checkpoint(
 
 
 class _Planner(SavePlanner):
-    """Hands out the pieces' write orders, and makes each piece when it is to be written."""
+    """Save planner: lists the items of the pieces, and makes each piece when it is written."""
 
     def __init__(
         self, pieces: Sequence[Piece], objects: dict[str, Any], on_piece: Callable[[int], object]
@@ -132,24 +132,24 @@ class _Planner(SavePlanner):
     def set_up_planner(
         self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
     ) -> None:
-        """Nothing to prepare: there is no state dict."""
+        """Prepare nothing: there is no state dict."""
 
     def create_local_plan(self) -> SavePlan:
-        """Every piece and every object."""
+        """Plan every piece and every object."""
         items = [piece.item for piece in self.pieces.values()]
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
         return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The local plan is the whole plan."""
+        """Return the local plan: there is one process."""
         return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Keep it."""
+        """Return the plan unchanged."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Make one piece, [1, *shape] where it is a layer."""
+        """Make one piece; a layer has shape [1, *shape]."""
         index = write_item.index
         if write_item.type == WriteItemType.BYTE_IO:
             stream = io.BytesIO()
@@ -164,10 +164,10 @@ class _Planner(SavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, closing its file every MAX_FILE_BYTES."""
+    """torch's writer, which starts a new file after MAX_FILE_BYTES."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write group after group, each to a file of its own."""
+        """Write each group of items to its own file."""
         results: list[WriteResult] = []
         prefix = type(plan.storage_data)
         for number, group in enumerate(_groups(plan.items)):
@@ -179,7 +179,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _groups(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
-    """Items in order, cut where a file is full."""
+    """Split the items, in order, into groups of at most one file."""
     groups: list[list[WriteItem]] = [[]]
     filled = 0
     for item in items:

@@ -1,11 +1,11 @@
-"""config.json of a Hugging Face directory -> our model configuration.
+"""Convert the config.json of a Hugging Face directory to our model configuration.
 
 llama, qwen2                              a language model
 clip, clip_vision_model, siglip, ...      a vision tower
 croc_llama, llava_llama, llava_qwen       a release: the language model's sizes, mm_* for the rest
 croc                                      our own export
 
-Whatever would change the computation and is not supported is refused by name.
+Settings that change the computation and are not supported are refused by name.
 """
 
 from pathlib import Path
@@ -43,14 +43,14 @@ EXPORT = "croc"
 """model_type of our own export."""
 
 SETTINGS = "croc_settings"
-"""Key in an export's config.json under which our own model settings stand."""
+"""Key of our model settings in an export's config.json."""
 
 CONVERSATION = "croc_conversation"
-"""Key in an export's config.json: how prompts and images are made ready (fields of DataConfig)."""
+"""Key of the settings of prompts and images (fields of DataConfig) in an export's config.json."""
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-# What transformers' configurations leave out of config.json when it is their default.
+# Defaults that transformers leaves out of config.json.
 _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
     "siglip": dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
@@ -69,20 +69,24 @@ _KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": "croc_7b/finetune",
     "siglip2-so400m-patch14-384": "victor_7b/finetune",
 }
-"""Towers that releases name instead of describing, and a recipe that uses each."""
+"""Towers that releases only name, and a recipe that uses each."""
 
 
 def read_language_model(folder: Path) -> LanguageModelConfig:
-    """Sizes of a language model's directory; CheckpointError names what is not supported."""
+    """Read the configuration of a language model's directory.
+
+    Raises:
+        CheckpointError: another architecture, or a setting that is not supported.
+    """
     path = folder / "config.json"
     return parse_language_model(read_json(path), path)
 
 
 def parse_language_model(config: dict[str, Any], path: Path) -> LanguageModelConfig:
-    """Our configuration of a llama or qwen2 config.
+    """Convert a llama or qwen2 config.
 
     Raises:
-        CheckpointError: another architecture, or a setting this model cannot compute.
+        CheckpointError: another architecture, or a setting that is not supported.
     """
     family = _family(config, LANGUAGE_MODELS, path)
     _require(config, path, hidden_act=("silu", "silu"), mlp_bias=(False, False))
@@ -125,7 +129,7 @@ def parse_language_model(config: dict[str, Any], path: Path) -> LanguageModelCon
 
 
 def read_vision_tower(folder: Path) -> VisionTowerConfig:
-    """Sizes of a tower's directory, with the pixel statistics beside it."""
+    """Read the configuration of a tower's directory, with the pixel statistics beside it."""
     path = folder / "config.json"
     vision = parse_vision_tower(read_json(path), path)
     processor = folder / "preprocessor_config.json"
@@ -138,10 +142,10 @@ def read_vision_tower(folder: Path) -> VisionTowerConfig:
 
 
 def parse_vision_tower(config: dict[str, Any], path: Path) -> VisionTowerConfig:
-    """Our configuration of a CLIP or SigLIP config, of the tower alone or of the pair.
+    """Convert a CLIP or SigLIP config, of the tower alone or of tower and text model.
 
     Raises:
-        CheckpointError: another architecture, or a setting this model cannot compute.
+        CheckpointError: another architecture, or a setting that is not supported.
     """
     family = _family(config, VISION_TOWERS, path)
     config = {**_VISION_SIZES, **_VISION_DEFAULTS[family], **config.get("vision_config", config)}
@@ -168,12 +172,12 @@ def parse_vision_tower(config: dict[str, Any], path: Path) -> VisionTowerConfig:
 
 
 def read_release(folder: Path, vision_folder: Path | None) -> CrocModelConfig:
-    """A whole model in the layout of LLaVA's code.
+    """Read the configuration of a whole model in the layout of LLaVA's code.
 
     Args:
         folder: the release.
-        vision_folder: the vision tower's directory; releases only name it, so it is needed unless
-            the name is a known one or the configuration holds `vision_config`.
+        vision_folder: the vision tower's directory. A release only names its tower, so this is
+            needed unless the name is known or the configuration has `vision_config`.
 
     Raises:
         CheckpointError: names what is not supported or missing.
@@ -198,12 +202,12 @@ def read_release(folder: Path, vision_folder: Path | None) -> CrocModelConfig:
 
 
 def read_export(folder: Path) -> CrocModelConfig:
-    """A whole model that this program exported: our own settings stand in its config.json."""
+    """Read the model settings of our own export from its config.json."""
     return _read_settings(folder, SETTINGS, "model").model
 
 
 def read_conversation(folder: Path) -> DataConfig:
-    """Template, tokenizer type and image handling of an export; the rest is as by default."""
+    """Read template, tokenizer type and image handling of an export; other fields are defaults."""
     return _read_settings(folder, CONVERSATION, "data").data
 
 
@@ -237,7 +241,7 @@ def _number(config: dict[str, Any], key: str, path: Path) -> int:
 
 
 def _require(config: dict[str, Any], path: Path, **settings: tuple[Any, Any]) -> None:
-    """Each setting must have the first value; the second is what its absence means."""
+    """Check settings, given as (required value, value if absent)."""
     for key, (needed, default) in settings.items():
         value = config.get(key, default)
         if value is not None and value != needed:

@@ -1,4 +1,4 @@
-"""Our model configuration -> config.json and its companions, for transformers 4.57 and later."""
+"""Convert our configuration to config.json and processor configs, for transformers >= 4.57."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from megatron_croc.config.model import CrocModelConfig, LanguageModelConfig, Vis
 from megatron_croc.convert.configs import CONVERSATION, EXPORT, SETTINGS
 
 IMAGE_TOKEN = "<image>"
-"""Stands for the image in a prompt; the processor writes it once per visual token."""
+"""Mark of the image in a prompt; the processor repeats it once per visual token."""
 
 _CONVERSATION_FIELDS = ("tokenizer_type", "conversation_template", "image_aspect_ratio")
 
 _ROWS = 64
-"""Vocabularies that must grow for IMAGE_TOKEN grow to a multiple of this."""
+"""Divisor of the rows of a vocabulary table that grows for IMAGE_TOKEN."""
 
 
 def table_rows(model: CrocModelConfig, image_token_id: int) -> int:
-    """Rows of the exported embedding table: the model's, or enough for IMAGE_TOKEN too."""
+    """Compute the rows of the exported embedding table, which also needs a row for IMAGE_TOKEN."""
     rows = model.language_model.vocab_size
     return rows if image_token_id < rows else -(-(image_token_id + 1) // _ROWS) * _ROWS
 
@@ -27,9 +27,9 @@ def table_rows(model: CrocModelConfig, image_token_id: int) -> int:
 def croc_config(
     model: CrocModelConfig, data: DataConfig, dtype: torch.dtype, image_token_id: int
 ) -> dict[str, Any]:
-    """config.json of the default export: remote code, L2 norm included.
+    """Build the config.json of the default export, with remote code and L2 norm.
 
-    The tower ends at the selected layer, so `vision_feature_layer` is the last one.
+    The tower ends at the selected layer, so `vision_feature_layer` is -1, the last one.
     """
     vision = model.vision_tower
     text = {
@@ -60,7 +60,7 @@ def croc_config(
 
 
 def release_config(model: CrocModelConfig, dtype: torch.dtype, tower: str) -> dict[str, Any]:
-    """config.json in the layout of the released Croc (llama) and ViCToR (qwen2)."""
+    """Build the config.json in the layout of the released Croc (llama) and ViCToR (qwen2)."""
     llm = language_model_config(model.language_model)
     is_qwen, vision = llm["model_type"] == "qwen2", model.vision_tower
     return {
@@ -84,7 +84,7 @@ def release_config(model: CrocModelConfig, dtype: torch.dtype, tower: str) -> di
 
 
 def language_model_config(llm: LanguageModelConfig) -> dict[str, Any]:
-    """A llama or qwen2 configuration; `rope_theta` as transformers 4 and 5 both read it."""
+    """Build a llama or qwen2 config; transformers 4 and 5 both read its `rope_theta`."""
     scaling: dict[str, Any] | None = None
     if llm.rope_scaling_type != "none":
         scaling = {"rope_type": llm.rope_scaling_type, "factor": llm.rope_scaling_factor}
@@ -119,7 +119,7 @@ def language_model_config(llm: LanguageModelConfig) -> dict[str, Any]:
 
 
 def vision_config(vision: VisionTowerConfig, num_layers: int) -> dict[str, Any]:
-    """A clip_vision_model or siglip_vision_model configuration."""
+    """Build a clip_vision_model or siglip_vision_model config."""
     is_clip = vision.vision_model_type == "clip"
     config = {
         "model_type": "clip_vision_model" if is_clip else "siglip_vision_model",
@@ -140,7 +140,7 @@ def vision_config(vision: VisionTowerConfig, num_layers: int) -> dict[str, Any]:
 
 
 def processor_configs(vision: VisionTowerConfig, data: DataConfig) -> dict[str, dict[str, Any]]:
-    """File name -> content: LLaVA's processor; it pads to a square if training did."""
+    """Build the configs of LLaVA's processor, file name -> content; it pads if training did."""
     size = vision.img_size
     image = {
         "image_processor_type": "LlavaImageProcessor",
@@ -169,7 +169,7 @@ def processor_configs(vision: VisionTowerConfig, data: DataConfig) -> dict[str, 
 
 
 def _select_strategy(vision: VisionTowerConfig) -> str:
-    """CLIP's class token is dropped."""
+    """Return the feature selection: `default` drops CLIP's class token."""
     return "default" if vision.vision_model_type == "clip" else "full"
 
 

@@ -1,4 +1,4 @@
-"""An export as a transformers model, without running what lies beside the weights."""
+"""Load an export as a transformers model, without running the code beside the weights."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from megatron_croc.errors import CheckpointError, first_line
 def load_export(
     folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """Our export as a transformers model; the code beside the weights is compared, never run.
+    """Load our export as a transformers model.
+
+    The code beside the weights is compared with ours; our own copy is run.
 
     Args:
         folder: the export.
         dtype: of the weights; None: as stored.
-        trust_remote_code: where the code beside the weights is not ours, run it all the same.
+        trust_remote_code: run the code beside the weights even if it is not ours.
 
     Raises:
         CheckpointError: transformers is not installed, the code differs from ours, or weights are
@@ -41,7 +43,7 @@ def load_export(
             f"{foreign}: is not the code this program exports, and is not run; export again, or "
             "add --trust-remote-code if you know it"
         )
-    # The attention is named here, for a configuration may name one to fetch from elsewhere.
+    # The attention is set here because a configuration may name one to download.
     try:
         model, info = build.from_pretrained(
             folder,
@@ -61,7 +63,7 @@ def load_export(
 
 
 def _foreign_code(folder: Path) -> Path | None:
-    """The first code file beside the weights that is not ours, byte by byte."""
+    """Return the first code file beside the weights whose bytes differ from ours; None if none."""
     from megatron_croc.convert.remote_code import configuration_croc, modeling_croc
 
     for module in (configuration_croc, modeling_croc):

@@ -1,10 +1,10 @@
-"""A megatron-core checkpoint of any layout -> a Hugging Face directory, key by key.
+"""Export a megatron-core checkpoint of any layout as a Hugging Face directory, key by key.
 
     croc       CrocForConditionalGeneration: remote code, processor, model card (the default)
     release    the layout of the released Croc, ViCToR and LLaVA-1.5
 
-No model is built and no process group started; memory is one tensor. The directory is written
-under a temporary name and gets its own when it is complete.
+Builds no model and no process group; holds one tensor in memory. The directory is written under a
+temporary name and renamed when it is complete.
 """
 
 import json
@@ -48,21 +48,21 @@ _OUTPUT = "language_model.output_layer.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was exported."""
+    """Summary of an export."""
 
     folder: Path
     checkpoint: Path
     num_tensors: int
     num_bytes: int
     left_out: tuple[str, ...]
-    """megatron keys of training-only tensors that were not asked for."""
+    """megatron keys of training-only tensors that were not exported."""
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """A checkpoint's own folder, or the latest in a folder of checkpoints.
+    """Return a checkpoint's folder itself, or the latest in a folder of checkpoints.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no checkpoint was found.
     """
     if (found := latest_checkpoint(folder)) is None:
         raise CheckpointError(f"{folder}: no checkpoint there")
@@ -70,7 +70,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def read_run(checkpoint: Path) -> RunConfig:
-    """The run that wrote a checkpoint; ConfigError when its run.yaml is not readable."""
+    """Read the run that wrote a checkpoint; ConfigError if its run.yaml is not readable."""
     run, faults = RunConfig(), []
     path = checkpoint / "run.yaml"
     changes = changes_from_tree(RunConfig, read_yaml(path), faults, source=str(path))
@@ -89,21 +89,20 @@ def export_huggingface(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 2 * 10**9,
 ) -> ExportReport:
-    """Write a directory that `from_pretrained` takes.
+    """Write a directory that `from_pretrained` loads.
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the latest is taken).
         out: must not exist.
         layout: `croc` or `release`.
         training_parts: also write the prompt pool and the reconstruction head.
-        tokenizer: SentencePiece file or Hugging Face directory; without it the export has weights
-            and code only.
-        dtype: of every tensor written; None: as in the checkpoint.
+        tokenizer: SentencePiece file or Hugging Face directory; None: weights and code only.
+        dtype: of all written tensors; None: as in the checkpoint.
         max_shard_bytes: largest safetensors file.
 
     Raises:
-        CheckpointError: the checkpoint lacks a tensor or has one without a rule (named), `out`
-            exists, or the disk is full; nothing is left under the final name.
+        CheckpointError: a tensor is missing or has no rule, `out` exists, or the disk is full. Then
+            `out` is not created.
     """
     checkpoint = find_checkpoint(checkpoint)
     if damage := find_damage(checkpoint):
@@ -155,7 +154,7 @@ def _names(model: CrocModelConfig, layout: ExportLayout) -> Layout:
 
 
 def _tower_name(vision: VisionTowerConfig) -> str:
-    """The published tower that a release names; its sizes stand beside it."""
+    """Return the name of the published tower for a release's config.json."""
     if vision.vision_model_type == "clip":
         return f"openai/clip-vit-large-patch{vision.patch_dim}-{vision.img_size}"
     return f"google/siglip2-so400m-patch{vision.patch_dim}-{vision.img_size}"
@@ -168,11 +167,11 @@ def _keys(
     *,
     training_parts: bool,
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Keys to write, and those left out; every key of the weights has a rule and vice versa."""
+    """Return the keys to export and the keys left out; check that keys and rules match."""
     stored = {key for key in reader.tensors if not key.startswith("optimizer.")}
     wanted = set(rules)
     if not model.language_model.untie_embeddings_and_output_weights:
-        wanted.discard(_OUTPUT)  # it is the embedding table
+        wanted.discard(_OUTPUT)  # the embedding table is used instead
         stored.discard(_OUTPUT)
     for key in sorted(stored - wanted):
         raise CheckpointError(f"{reader.folder}: {key} has no name in Hugging Face's layout")
@@ -189,7 +188,7 @@ def _groups(
     dtype: torch.dtype | None,
     rows: int | None,
 ) -> Iterator[Group]:
-    """Tensors to write; shapes come from taking empty tensors apart."""
+    """Yield the tensors to write; shapes are found by unpacking tensors on the meta device."""
     pad_to = {_EMBEDDING: rows, _OUTPUT: rows}
     for rule in rules:
         shape = reader.shape(rule.megatron)
@@ -218,7 +217,7 @@ def _groups(
 
 @dataclass(frozen=True)
 class _Unpack:
-    """A rule's unpacking, with rows added to vocabulary tables."""
+    """Unpacking of a rule that also adds rows to vocabulary tables."""
 
     rule: Rule
     rows: int | None
@@ -228,13 +227,13 @@ class _Unpack:
         if self.rows is None or self.rows <= parts[0].shape[0]:
             return parts
         (table,) = parts
-        # New tokens start as the mean of all: a row of zeros would be as likely as a good guess.
+        # New rows are the mean of all rows: a zero row has logit 0, which may exceed good tokens.
         new = table.float().mean(dim=0, keepdim=True).to(table.dtype)
         return [torch.cat([table, new.expand(self.rows - table.shape[0], -1)])]
 
 
 def _identity_norm(width: int, dtype: torch.dtype) -> Group:
-    """transformers' towers end in a norm; behind the selected layer it must do nothing."""
+    """Make an identity for the norm at the end of transformers' towers."""
     prefix = EXPORT.vision_tower + "post_layernorm."
     return Group(
         names=(prefix + "weight", prefix + "bias"),
@@ -254,7 +253,7 @@ def _generation_config(vocab_size: int, image: ImageToken, rows: int | None) -> 
     config: dict[str, Any] = {"do_sample": False, "max_new_tokens": 512}
     config |= {f"{name}_token_id": value for name, value in image.specials.items()}
     if rows is not None and rows > vocab_size:
-        config["suppress_tokens"] = list(range(vocab_size, rows))  # they are no words
+        config["suppress_tokens"] = list(range(vocab_size, rows))  # rows without a word
     return config
 
 

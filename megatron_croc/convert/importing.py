@@ -1,11 +1,10 @@
-"""Hugging Face -> a megatron-core checkpoint, in one process, without a GPU.
+"""Import Hugging Face weights as a megatron-core checkpoint, in one process, without a GPU.
 
     <save>/release/        weights (torch_dist), run.yaml, train_state.json
-    <save>/latest_checkpointed_iteration.txt      says "release"
+    <save>/latest_checkpointed_iteration.txt      contains "release"
 
-The model is built on torch's meta device, without memory: it says which tensors there are. Every
-name and shape is compared before the first number is read; then each tensor is read, packed and
-written while nothing else is held.
+The model is built on torch's meta device, without memory, to list its tensors. All names and shapes
+are compared before any data is read. Then each tensor is read, packed and written, one at a time.
 """
 
 from collections.abc import Iterator
@@ -39,39 +38,39 @@ from megatron_croc.parallel.device import has_cuda
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 
 RELEASE = "release"
-"""Name of an imported checkpoint's folder, as megatron has it."""
+"""Name of an imported checkpoint's folder, as in megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
-    """What was imported."""
+    """Summary of an import."""
 
     folder: Path
     num_tensors: int
-    """Tensors written, layers counted one by one."""
+    """Number of written tensors, each layer counted separately."""
 
     num_bytes: int
     fresh: tuple[str, ...]
-    """Parts that were drawn fresh or, of a whole model, are left to the trainer."""
+    """Parts that were initialised here or, for a whole model, are left to the trainer."""
 
     ignored: tuple[str, ...]
-    """Hugging Face tensors that hold nothing this model computes with."""
+    """Hugging Face tensors that this model does not use."""
 
 
 def import_huggingface(
     folder: Path, save: Path, *, vision_folder: Path | None = None, seed: int = 1234
 ) -> ImportReport:
-    """Write a checkpoint that the trainer takes as --pretrained-checkpoint.
+    """Write a checkpoint for --pretrained-checkpoint of the trainer.
 
     Args:
-        folder: what `open_source` takes.
-        save: where `release/` is written; must not hold a checkpoint.
+        folder: Hugging Face directory, see `open_source`.
+        save: folder for `release/`; must not hold a checkpoint.
         vision_folder: the vision tower's directory.
-        seed: of the projector, pool and head, when a language model and a tower first meet.
+        seed: of projector, pool and head, for a separate language model and tower.
 
     Raises:
-        CheckpointError: anything missing, extra, of another shape, damaged or in the way; nothing
-            is left under the final name.
+        CheckpointError: a tensor is missing, extra, damaged or of another shape, or `save` is not
+            free. Then `release/` is not created.
     """
     tracker = save / LATEST_FILE
     if tracker.exists():
@@ -105,12 +104,12 @@ def import_huggingface(
 
 
 def _left_out(source: Source) -> tuple[str, ...]:
-    """Parts not written: the trainer draws them when the stage needs them."""
+    """Return the parts that are not written; the trainer initialises them if it needs them."""
     return source.fresh if source.is_whole else ()
 
 
 def _run_of(source: Source, seed: int) -> RunConfig:
-    run = RunConfig(stage="pretrain_croc", model=source.model)  # the stage that has every part
+    run = RunConfig(stage="pretrain_croc", model=source.model)  # the stage with all parts
     run.training.bf16 = source.dtype in (torch.bfloat16, torch.float16)
     run.training.seed = seed
     if source.model.language_model.add_qkv_bias:
@@ -121,10 +120,10 @@ def _run_of(source: Source, seed: int) -> RunConfig:
 
 @contextmanager
 def one_process(*, seed: int) -> Iterator[object]:
-    """Process groups of a world of one on the CPU, left again at the end.
+    """Start process groups for one process on the CPU; stop them at the end.
 
     Raises:
-        CheckpointError: started by a launcher with more processes, or for a GPU.
+        CheckpointError: there are several processes, or the process uses a GPU.
     """
     if world_size() != 1:
         raise CheckpointError("conversion runs in one process; start it without torchrun")
@@ -141,7 +140,7 @@ def one_process(*, seed: int) -> Iterator[object]:
 
 
 def _whole_model(run: RunConfig) -> tuple[list[Shard], list[str]]:
-    """Every tensor of the model (one shard each, without numbers), and megatron's extra states."""
+    """List all tensors of the model (one meta-device shard each) and megatron's extra states."""
     with one_process(seed=run.training.seed) as pg, torch.device("meta"):
         model = CrocModel(
             run,
@@ -160,10 +159,10 @@ def _whole_model(run: RunConfig) -> tuple[list[Shard], list[str]]:
 
 
 def _check(source: Source, shards: list[Shard]) -> tuple[str, ...]:
-    """Compare every name and shape; the names that may be left unused.
+    """Compare all names and shapes; return the names of unused tensors.
 
     Raises:
-        CheckpointError: with every fault, a line each.
+        CheckpointError: lists the faults, one per line.
     """
     used: set[str] = set()
     empty = {
@@ -183,7 +182,7 @@ def _check(source: Source, shards: list[Shard]) -> tuple[str, ...]:
                 faults.append(str(error))
     unused = sorted(source.tensors.keys() - used)
     unknown = [name for name in unused if not is_ignored(name, source.model, source.layout)]
-    if not faults:  # a missing tensor also leaves others unused
+    if not faults:  # a missing tensor also makes others unused
         faults = [f"tensor {name} belongs to no part of this model" for name in unknown]
     if faults:
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
@@ -192,7 +191,7 @@ def _check(source: Source, shards: list[Shard]) -> tuple[str, ...]:
 
 
 def _pieces(source: Source, run: RunConfig, shards: list[Shard]) -> list[Piece]:
-    """The checkpoint's tensors, each made when it is written."""
+    """List the pieces of the checkpoint; each is made when it is written."""
     weights, rules = source.weights(), build_rules(source.model, source.layout)
     num_layers = {shard.key: 0 for shard in shards}
     for shard in shards:

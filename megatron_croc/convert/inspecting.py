@@ -1,4 +1,4 @@
-"""What a folder holds: a checkpoint of ours or a Hugging Face directory. Reads no numbers."""
+"""Describe a checkpoint or a Hugging Face directory, without reading its tensors."""
 
 import math
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ _Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def inspect_folder(folder: Path) -> Iterator[str]:
-    """Lines about the model and every tensor.
+    """Yield lines about the model and each tensor.
 
     Raises:
-        CheckpointError: neither kind, or damaged.
+        CheckpointError: the folder is neither, or is damaged.
     """
     if is_huggingface(folder):
         yield from _inspect_huggingface(folder)

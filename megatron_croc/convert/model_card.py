@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, how it came to be, and the digests of its files."""
+"""Model card of an export (README.md): origin, settings and digests of its files."""
 
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def write_model_card(
     """Write README.md beside the weights.
 
     Args:
-        folder: the export.
+        folder: folder of the export.
         run: the run that wrote the checkpoint.
-        state: where that run stood.
+        state: training state of that run.
         digests: file name -> SHA-256.
         layout: `croc` or `release`.
     """

@@ -1,7 +1,7 @@
 """The name map between megatron-core and Hugging Face style checkpoints, as data.
 
-One table, read in both directions. `{}` stands for the layer. What differs between releases is
-only where each part hangs, see `Layout`.
+One table for both directions. `{}` is the layer. Releases differ only in the prefixes of the parts,
+see `Layout`.
 """
 
 import re
@@ -13,7 +13,7 @@ from megatron_croc.convert.tensors import Copy, GroupedQKV, Operation, Reshape, 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Prefixes under which a release keeps the parts."""
+    """Prefixes of the parts in a release."""
 
     language_model: str = "model."
     lm_head: str = "lm_head."
@@ -25,7 +25,7 @@ class Layout:
     bert_head: str = "transform_block."
     linear_head: str = "img_head."
     unused: tuple[str, ...] = ()
-    """Patterns (from the start) of tensors in the release that never take part in anything."""
+    """Patterns (matched from the start) of tensors in the release that are never used."""
 
 
 CROC = Layout(unused=(r"model\.cross_attention\.",))
@@ -49,7 +49,7 @@ SEPARATE = Layout(
     vision_tower="vision_model.",
     unused=(r"text_model\.", r"(text|visual)_projection\.", r"logit_(scale|bias)$"),
 )
-"""A language model beside a tower (or a whole CLIP or SigLIP, whose text half is left)."""
+"""A language model and a separate tower (or a whole CLIP or SigLIP; its text model is unused)."""
 
 _NEVER_RUN = (
     r".*rotary_emb\.inv_freq$",
@@ -57,11 +57,11 @@ _NEVER_RUN = (
     r".*vision_model\.post_layernorm\.",
     r".*vision_model\.head\.",  # SigLIP's pooling
 )
-"""Tensors of old or whole models that hold nothing this model computes with."""
+"""Patterns of tensors that this model does not use: old buffers, heads of whole models."""
 
 
 def is_ignored(name: str, model: CrocModelConfig, layout: Layout) -> bool:
-    """Whether a Hugging Face tensor may lie there unused; every other one must have a rule."""
+    """Return True if a Hugging Face tensor may be unused; all others must have a rule."""
     if any(re.match(pattern, name) for pattern in (*_NEVER_RUN, *layout.unused)):
         return True
     if name == layout.lm_head + "weight":
@@ -77,28 +77,28 @@ _COPY = Copy()
 
 @dataclass(frozen=True)
 class Rule:
-    """One megatron tensor and the Hugging Face tensors it is made of."""
+    """One megatron tensor and its Hugging Face tensors."""
 
     megatron: str
-    """Global key; the layer is not part of it."""
+    """Global key, without the layer."""
 
     huggingface: tuple[str, ...]
-    """Names in the order `operation` takes them."""
+    """Names in the order of the arguments of `operation`."""
 
     operation: Operation = _COPY
 
     @property
     def has_layers(self) -> bool:
-        """Whether the key is shared by the layers of a stack."""
+        """True if the layers of a stack share the key."""
         return "{}" in self.huggingface[0]
 
     def names(self, layer: int | None) -> tuple[str, ...]:
-        """Hugging Face names of one layer."""
+        """Return the Hugging Face names of one layer."""
         return tuple(name.format(layer) for name in self.huggingface)
 
 
 def build_rules(model: CrocModelConfig, layout: Layout) -> dict[str, Rule]:
-    """All rules of a model, by megatron key."""
+    """Build all rules of a model, keyed by megatron key."""
     rules = [
         *_language_model(model, layout),
         *_vision_tower(model, layout),
@@ -111,7 +111,7 @@ def build_rules(model: CrocModelConfig, layout: Layout) -> dict[str, Rule]:
 
 
 def _linear(megatron: str, huggingface: str) -> list[Rule]:
-    """Weight and bias of the same module."""
+    """Build the rules of weight and bias of a module."""
     return [Rule(f"{megatron}.{kind}", (f"{huggingface}.{kind}",)) for kind in ("weight", "bias")]
 
 

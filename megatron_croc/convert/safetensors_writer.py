@@ -1,7 +1,7 @@
-"""Sharded safetensors, written tensor by tensor: memory is one tensor, whatever the file.
+"""Write sharded safetensors files tensor by tensor, with one tensor in memory.
 
-What goes where is known from shapes before the first number is read; safetensors.torch.save_file
-would need a whole file's tensors at once, and copies them.
+Offsets are computed from shapes before any data is read. safetensors.torch.save_file needs all
+tensors of a file at once, and copies them.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors that are made together, and lie together in one file."""
+    """Tensors that are made together and stored in one file."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     load: Callable[[], list[Tensor]]
-    """Makes them, in the order of `names`, [shape] each, any float dtype."""
+    """Makes the tensors, in the order of `names`, of any float dtype."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file in bytes."""
         return sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
 
 
@@ -45,13 +45,13 @@ def write_sharded(
     """Write model-0000x-of-0000y.safetensors and their index.
 
     Args:
-        folder: an existing directory.
-        groups: in the order they are written.
-        max_shard_bytes: a file is closed before it would grow beyond this; a group is never cut.
-        on_group: called with the bytes of each group after it is written.
+        folder: existing directory.
+        groups: groups in the order of writing.
+        max_shard_bytes: largest size of a file; a group is never split.
+        on_group: called with the size of each group after it is written.
 
     Returns:
-        file name -> SHA-256 of its bytes.
+        File name -> SHA-256 of the file.
     """
     shards = list(_cut(groups, max_shard_bytes))
     digests: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What can be imported: a whole model, or a language model and a vision tower side by side."""
+"""Sources of an import: a whole model, or a language model and a separate vision tower."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Weights in Hugging Face names, and the model they make."""
+    """Weights under Hugging Face names, and the configuration of their model."""
 
     model: CrocModelConfig
     layout: Layout
@@ -38,7 +38,7 @@ class Source:
     """Parts (prefixes of megatron keys) that the source does not have."""
 
     is_whole: bool
-    """False: a language model and a tower that have never met."""
+    """False: a language model and a tower that were not trained together."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,27 +46,27 @@ class Source:
         return self.tensors[self.layout.language_model + "embed_tokens.weight"].dtype
 
     def weights(self, used: set[str] | None = None) -> WeightSource:
-        """Gives whole megatron tensors; None for parts that are not there."""
+        """Return a function shard -> whole megatron tensor; None for parts that are missing."""
         rules = build_rules(self.model, self.layout)
         whole = weight_source(LazyTensors(self.tensors), rules, set() if used is None else used)
         return lambda shard: None if shard.key.startswith(self.fresh) else whole(shard)
 
 
 def is_huggingface(folder: str | Path) -> bool:
-    """Whether a folder is a Hugging Face directory (it has a config.json)."""
+    """Return True if a folder is a Hugging Face directory (has a config.json)."""
     return (Path(folder) / "config.json").is_file()
 
 
 def open_source(folder: Path, vision_folder: Path | None = None) -> Source:
-    """Open a Hugging Face directory; reads sizes and names, no numbers.
+    """Open a Hugging Face directory; reads configuration and tensor headers, no data.
 
     Args:
         folder: a language model, a released Croc, ViCToR or LLaVA-1.5, or our own export.
-        vision_folder: the vision tower's directory; a language model needs it, a release whose
-            tower is neither in its files nor known by name too.
+        vision_folder: the vision tower's directory. Needed for a language model, and for a release
+            whose tower is neither in its files nor known by name.
 
     Raises:
-        CheckpointError: an unknown architecture, or files that are missing or damaged.
+        CheckpointError: the architecture is unknown, or files are missing or damaged.
     """
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
@@ -100,11 +100,16 @@ def open_source(folder: Path, vision_folder: Path | None = None) -> Source:
 
 
 def open_weights(folder: str | Path, model: CrocModelConfig, *, reconstructs: bool) -> WeightSource:
-    """Weights of a whole model for a run to start from, in its own names and layout.
+    """Open the weights of a whole model as start of a run.
+
+    Args:
+        folder: Hugging Face directory of a whole model.
+        model: configuration of the run's model.
+        reconstructs: True if the run's stage uses the reconstruction head.
 
     Raises:
         CheckpointError: not a whole model, or a damaged one.
-        ConfigError: the run's model computes something else; names every setting.
+        ConfigError: the run's model differs in settings that change the computation; lists them.
     """
     source = open_source(Path(folder))
     differences = [
@@ -129,11 +134,11 @@ _NOT_COMPUTED = ("init_method_std", "max_position_embeddings", "vision_num_layer
 def _differences(
     ours: CrocModelConfig, theirs: CrocModelConfig, part: str
 ) -> list[tuple[str, object, object]]:
-    """Settings of a part that would make the same weights compute something else."""
+    """List settings of a part that change its computation with the same weights."""
     mine, other = getattr(ours, part), getattr(theirs, part)
     names = [field.name for field in dataclasses.fields(mine)]
     if part == "vision_tower":
-        # Counted from either end, the same layer is meant when as many run.
+        # The layer may be counted from either end; the number of active layers is compared.
         names = [n for n in names if n != "vision_select_layer"] + ["num_active_layers"]
     else:
         names = [n for n in names if n != "kv_channels"] + ["head_dim"]
@@ -149,9 +154,9 @@ def _has_tower(tensors: dict[str, StoredTensor], layout: Layout) -> bool:
 
 
 def _open_tower(folder: Path, layout: Layout) -> dict[str, StoredTensor]:
-    """A tower's tensors under the layout's names.
+    """Open a tower's tensors under the layout's names.
 
-    Newer transformers save a tower alone without the `vision_model.` before its names.
+    Newer versions of transformers save a tower alone without the prefix `vision_model.`.
     """
     tensors = open_tensors(folder)
     whole = "vision_model."
@@ -169,11 +174,11 @@ def _open_tower(folder: Path, layout: Layout) -> dict[str, StoredTensor]:
 def _read_training_parts(
     model: CrocModelConfig, layout: Layout, tensors: dict[str, StoredTensor]
 ) -> tuple[str, ...]:
-    """Learn size and kind of pool and head from the tensors; returns the parts that lack."""
+    """Set size and kind of pool and head from the tensors; return the missing parts."""
     fresh: list[str] = []
     pool = tensors.get(layout.prompt_pool)
     if pool is not None and len(pool.shape) == 2 and pool.shape[0] < model.num_replaced_tokens:
-        tensors.pop(layout.prompt_pool)  # a stub of one row, as stage 2 of ViCToR leaves it
+        tensors.pop(layout.prompt_pool)  # a stub of one row, as written by stage 2 of ViCToR
         pool = None
     if pool is None:
         fresh.append("prompt_pool.")
@@ -191,10 +196,10 @@ def _read_training_parts(
 
 
 def check_vocabulary(source: Source, shard: Shard) -> None:
-    """Refuse tables whose rows are not the configured vocabulary; padding would hide them.
+    """Check that vocabulary tables have the configured number of rows; padding would hide a fault.
 
     Raises:
-        CheckpointError: names the table and both numbers.
+        CheckpointError: another number of rows.
     """
     llm, layout = source.model.language_model, source.layout
     if not shard.key.startswith("language_model.") or shard.layer is not None:

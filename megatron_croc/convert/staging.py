@@ -1,4 +1,4 @@
-"""A directory that is there complete or not at all."""
+"""Write a directory atomically: complete, or not at all."""
 
 import os
 import shutil
@@ -11,14 +11,14 @@ from megatron_croc.errors import CheckpointError
 
 @contextmanager
 def staged_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill under a temporary name; it gets its name when the block ends well.
+    """Create a directory under a temporary name; rename it when the block ends without error.
 
     Args:
-        final: must not exist.
+        final: final name; must not exist.
 
     Raises:
-        CheckpointError: `final` exists, or something in the block could not be written (disk
-            full, no permission); whatever was begun is removed.
+        CheckpointError: `final` exists, or writing in the block failed (disk full, no permission).
+            The temporary directory is then removed.
     """
     if final.exists():
         raise CheckpointError(f"{final}: exists already; remove it or name another")

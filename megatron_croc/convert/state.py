@@ -1,4 +1,4 @@
-"""Weights and gradients of a live model in Hugging Face names, at any parallel layout."""
+"""Weights and gradients of a model under Hugging Face names, at any parallel layout."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,13 +20,13 @@ _TABLES = (
 def load_state(
     chunk: nn.Module, tensors: Mapping[str, Tensor], rules: Mapping[str, Rule]
 ) -> set[str]:
-    """Fill a model chunk from tensors in Hugging Face names.
+    """Load tensors under Hugging Face names into a model chunk.
 
     Returns:
-        names that were used on this rank.
+        Names that were used on this rank.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape; names it.
+        CheckpointError: a tensor is missing or has another shape.
     """
     used: set[str] = set()
     fill_weights(chunk, weight_source(tensors, rules, used))
@@ -36,15 +36,15 @@ def load_state(
 def weight_source(
     tensors: Mapping[str, Tensor], rules: Mapping[str, Rule], used: set[str]
 ) -> WeightSource:
-    """Whole megatron tensors made of tensors in Hugging Face names, one at a time.
+    """Return a function that makes whole megatron tensors of Hugging Face tensors, one at a time.
 
     Args:
-        tensors: may be lazy: each is asked for when its whole is.
+        tensors: by Hugging Face name; may be lazy, as each is read when it is needed.
         rules: the name map.
-        used: names are added here as they are asked for.
+        used: set to which the names of read tensors are added.
 
     Raises:
-        CheckpointError: (the source) a tensor is missing or has another shape; names it.
+        CheckpointError: by the returned function: a tensor is missing or has another shape.
     """
 
     def whole(shard: Shard) -> Tensor:
@@ -68,7 +68,7 @@ def weight_source(
 
 
 def _fit_rows(packed: Tensor, shard: Shard, names: tuple[str, ...]) -> Tensor:
-    """Tables may be longer (positions never used) or shorter (vocabulary padding) than ours."""
+    """Cut or pad a table to our rows: unused positions are cut, vocabulary padding is added."""
     rows = shard.shape[0]
     if shard.key in _TABLES and packed.shape[1:] == shard.shape[1:] and packed.shape[0] != rows:
         padding = max(rows - packed.shape[0], 0)
@@ -86,12 +86,12 @@ def gather_state(
     rules: Mapping[str, Rule],
     pick: Callable[[nn.Parameter], Tensor | None],
 ) -> dict[str, Tensor]:
-    """Whole tensors in Hugging Face names, on every rank; for models that fit one process.
+    """Gather whole tensors under Hugging Face names on every rank; for small models only.
 
     Args:
         chunks: this rank's unwrapped model chunks.
         rules: the name map.
-        pick: which tensor of a parameter to take (itself, its gradient, ...); None skips it.
+        pick: parameter -> tensor to gather (itself, its gradient, ...); None skips it.
     """
     mine = [
         (shard.key, shard.layer, shard.shape, shard.block, shard.data.detach().float().cpu())
@@ -103,7 +103,7 @@ def gather_state(
     wholes: dict[tuple[str, int | None], Tensor] = {}
     for key, layer, shape, block, data in (piece for pieces in everyone for piece in pieces):
         whole = wholes.setdefault((key, layer), torch.zeros(shape))
-        whole[block] = data  # replicas hold the same numbers
+        whole[block] = data  # replicas have equal values
     state: dict[str, Tensor] = {}
     for (key, layer), whole in wholes.items():
         rule = rules[key]

@@ -1,8 +1,8 @@
-"""The tensors of a Hugging Face directory, read one at a time.
+"""Read the tensors of a Hugging Face directory, one at a time.
 
-model.safetensors or pytorch_model.bin, whole or cut into files that an index names. Headers are
-checked when the directory is opened; numbers are read when a tensor is asked for. Nothing read
-here can run code: safetensors is plain data, and .bin files go through torch's weights_only.
+Supports model.safetensors and pytorch_model.bin, as one file or as several with an index. Headers
+are checked when the directory is opened; data is read when a tensor is needed. No file can run
+code: safetensors is plain data, and .bin files are loaded with torch's weights_only.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_croc.errors import CheckpointError, first_line
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-"""safetensors' names of the dtypes that weights (and old position_ids) come in."""
+"""Dtypes of weights (and of old position_ids) by their safetensors names."""
 
 _MAX_HEADER = 100_000_000
 
@@ -33,14 +33,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
-    """Reads the numbers."""
+    """Reads the data."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Stored tensors as a mapping that reads each when it is asked for, and keeps none."""
+    """Mapping of stored tensors that reads a tensor at each access and keeps none."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        """Wrap tensors by name."""
+        """Args: stored: tensors by name."""
         self.stored = stored
 
     def __getitem__(self, name: str) -> Tensor:
@@ -48,23 +48,23 @@ class LazyTensors(Mapping[str, Tensor]):
         return self.stored[name].load()
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is one of this name; reads nothing."""
+        """Return True if there is a tensor of this name, without reading it."""
         return name in self.stored
 
     def __iter__(self) -> Iterator[str]:
-        """Names."""
+        """Iterate over the names."""
         return iter(self.stored)
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of tensors."""
         return len(self.stored)
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory, by name; no numbers are read yet.
+    """Open all tensors of a directory, by name, without reading data.
 
     Raises:
-        CheckpointError: no weights there, a file missing, damaged, or with more than tensors in it.
+        CheckpointError: no weights, or a file is missing, damaged, or holds more than tensors.
     """
     for stem, suffix, open_file in (
         ("model", "safetensors", _open_safetensors),
@@ -81,7 +81,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is not there or not one."""
+    """Read a JSON object from a file; CheckpointError if missing or not an object."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _open_indexed(
     index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    """Tensors of all files that an index names."""
+    """Open the tensors of all files of an index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: has no weight_map")
@@ -110,7 +110,7 @@ def _open_indexed(
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """8 bytes of header length, a JSON header, the numbers."""
+    """Open a safetensors file: 8 bytes of header length, a JSON header, the data."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -153,7 +153,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
-    """A .bin file: memory-mapped where its format allows; only tensors are accepted."""
+    """Open a .bin file, memory-mapped if its format allows; accepts tensors only."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

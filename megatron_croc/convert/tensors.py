@@ -1,6 +1,6 @@
-"""How one megatron-core tensor is made of Hugging Face tensors, and taken apart again.
+"""Operations that pack Hugging Face tensors into one megatron-core tensor, and unpack it.
 
-Every operation is exact in both directions.
+All are exact in both directions.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ class Operation(Protocol):
     """An exact, invertible change of representation."""
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Hugging Face tensors -> the whole megatron tensor."""
+        """Convert Hugging Face tensors to the whole megatron tensor."""
         ...
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
-        """The whole megatron tensor -> Hugging Face tensors, in the same order."""
+        """Convert the whole megatron tensor to Hugging Face tensors, in the same order."""
         ...
 
 
@@ -45,7 +45,7 @@ class Rows:
     """Rows of the Hugging Face tensor."""
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """[t] -> t; padding is added where the target shape is known."""
+        """[t] -> t, without padding (`state.py` adds it)."""
         (tensor,) = tensors
         return tensor
 
@@ -56,36 +56,36 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stack:
-    """Several tensors one below the other: gate above up."""
+    """Tensors stacked along rows: gate, then up."""
 
     num_parts: int = 2
-    """How many, all of the same number of rows."""
+    """Number of tensors, of equal numbers of rows."""
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate the rows."""
         return torch.cat(list(tensors), dim=0)
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
-        """Cut into equal parts."""
+        """Split into equal parts."""
         return list(tensor.chunk(self.num_parts, dim=0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedQKV:
-    """query, key, value -> for each query group its queries, its key, its value."""
+    """Interleaved query, key and value: for each query group its queries, key and value."""
 
     num_query_groups: int
     queries_per_group: int
     head_dim: int
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """[q, k, v], weights [rows, h] or biases [rows] -> the interleaved rows."""
+        """[q, k, v], weights [rows, D] or biases [rows] -> interleaved rows."""
         rest = tensors[0].shape[1:]
         grouped = [t.reshape(self.num_query_groups, -1, self.head_dim, *rest) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
-        """The interleaved rows -> [q, k, v]."""
+        """Interleaved rows -> [q, k, v]."""
         rest = tensor.shape[1:]
         heads = tensor.reshape(self.num_query_groups, -1, self.head_dim, *rest)
         parts = heads.split([self.queries_per_group, 1, 1], dim=1)
@@ -94,16 +94,16 @@ class GroupedQKV:
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same numbers in another shape."""
+    """The same data in another shape."""
 
     megatron: tuple[int, ...]
     huggingface: tuple[int, ...]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """To megatron's shape."""
+        """Reshape to megatron's shape."""
         (tensor,) = tensors
         return tensor.reshape(self.megatron)
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
-        """To Hugging Face's shape."""
+        """Reshape to Hugging Face's shape."""
         return [tensor.reshape(self.huggingface)]

@@ -1,6 +1,7 @@
-"""The tokenizer of an export: its files as they are, and one more token, `<image>`.
+"""Write the tokenizer of an export: copied files and one more token, `<image>`.
 
-Files are copied and two JSON files amended, so that no version of transformers rewrites them.
+Files are copied and two JSON files edited directly, as saving with transformers would change them
+depending on its version.
 """
 
 import json
@@ -25,7 +26,7 @@ _FILES = (
     "merges.txt",
 )
 
-# A message is a text, or a list of texts and images.
+# The content of a message is a text, or a list of texts and images.
 _CONTENT = (
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\\n' }}"
@@ -54,11 +55,11 @@ _CHAT: dict[TemplateName, str] = {
 
 @dataclass(frozen=True)
 class ImageToken:
-    """The id of IMAGE_TOKEN, and the ids generation starts and ends with."""
+    """Id of IMAGE_TOKEN, and ids of the special tokens of generation."""
 
     id: int
     specials: dict[str, int] = field(default_factory=dict)
-    """bos, eos, pad."""
+    """Ids of bos, eos and pad."""
 
 
 def write_tokenizer(
@@ -69,8 +70,8 @@ def write_tokenizer(
     Args:
         source: a SentencePiece file, or a Hugging Face directory.
         folder: the export.
-        template: conversation the model was trained with.
-        add: give it IMAGE_TOKEN, where it has none.
+        template: conversation template of training.
+        add: add IMAGE_TOKEN if the tokenizer lacks it.
 
     Raises:
         CheckpointError: not a tokenizer.
@@ -96,7 +97,7 @@ def write_tokenizer(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, or one that makes a SentencePiece file a Llama tokenizer."""
+    """Read tokenizer_config.json if it exists; fill in the defaults of a Llama tokenizer."""
     path = folder / "tokenizer_config.json"
     config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer"}
     if path.exists():
@@ -106,12 +107,12 @@ def _config(folder: Path) -> dict[str, Any]:
         for name, token in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>")):
             config.setdefault(f"{name}_token", token)
         config.setdefault("pad_token", config["unk_token"])
-    config["padding_side"] = "left"  # generation continues the right end
+    config["padding_side"] = "left"  # generation appends at the right end
     return config
 
 
 def _known_ids(folder: Path, config: dict[str, Any]) -> dict[str, int]:
-    """Every token's id; text tokens of SentencePiece by their piece."""
+    """Return the id of each token; for SentencePiece, the id of each piece."""
     ids: dict[str, int] = {}
     if (path := folder / "tokenizer.json").exists():
         content = read_json(path)
@@ -144,7 +145,7 @@ def _add_image_token(folder: Path, config: dict[str, Any], image_id: int) -> Non
         "special": True,
     }
     config.setdefault("added_tokens_decoder", {})[str(image_id)] = token
-    config.pop("chat_template", None)  # chat_template.jinja says it
+    config.pop("chat_template", None)  # replaced by chat_template.jinja
     config["processor_class"] = "LlavaProcessor"
     if (path := folder / "tokenizer.json").exists():
         content = read_json(path)

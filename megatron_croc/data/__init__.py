@@ -1,1 +1,1 @@
-"""Shards on disk -> Batch; nothing here knows the model."""
+"""Data: inputs to shards on disk, and shards to batches. Imports nothing of the model."""

@@ -1,8 +1,8 @@
-"""Samples that cannot be trained on: how they are named, counted, and when there are too many.
+"""Errors, counts and the limit of samples that cannot be trained on.
 
 A bad sample keeps its slot in the order (an empty placeholder takes its place), so one broken
-image neither ends a run nor shifts every sample after it. It is never silent: each is logged by
-name and kind, and past a small share of all samples the run stops and lists the first few.
+image neither ends a run nor shifts every sample after it. Each bad sample is logged by name and
+kind. When their share of all samples exceeds a limit, the run stops and lists the first few.
 """
 
 import json
@@ -28,20 +28,20 @@ BadKind = Literal[
 ]
 
 MIN_SAMPLES_TO_JUDGE = 100
-"""Samples that must have been seen before their bad share can end a run."""
+"""Number of samples seen below which bad samples never end a run."""
 
 NUM_LISTED = 5
-"""Bad samples quoted in the error that ends a run."""
+"""Number of bad samples quoted in the error that ends a run."""
 
 logger = get_logger(__name__)
 
 
 class BadSampleError(DataError):
-    """One sample is unusable; the others are not affected."""
+    """Error of one unusable sample; other samples are not affected."""
 
     def __init__(self, sample_id: str, kind: BadKind, reason: str) -> None:
-        """Args: sample_id: its name. kind: what it is counted as. reason: what is wrong."""
-        # A reason may quote what it complains of; half a surrogate could not be written to a log.
+        """Args: sample_id: name of the sample. kind: key of its count. reason: the fault."""
+        # A reason may quote text of the sample; half a surrogate pair cannot be written to a log.
         reason = reason.encode("utf-8", "backslashreplace").decode()
         super().__init__(f"sample {sample_id}: {reason}")
         self.sample_id = sample_id
@@ -50,11 +50,11 @@ class BadSampleError(DataError):
 
     @property
     def source(self) -> str:
-        """Dataset the sample belongs to: its name without the key."""
+        """Name of the dataset: the sample id without its key."""
         return self.sample_id.rpartition("/")[0]
 
     def __reduce__(self) -> tuple:
-        """Exceptions pickle their message only; this one travels between ranks whole."""
+        """Pickle all fields: by default an exception pickles its message only."""
         return BadSampleError, (self.sample_id, self.kind, self.reason)
 
 
@@ -65,7 +65,7 @@ class BadSampleBudget:
         """Start counting.
 
         Args:
-            max_bad_fraction: largest bad share of the samples seen that is put up with.
+            max_bad_fraction: largest allowed share of bad samples among the samples seen.
             report: file that gets a JSON line for each bad sample.
         """
         self.max_bad_fraction = max_bad_fraction
@@ -77,14 +77,14 @@ class BadSampleBudget:
 
     @property
     def num_bad(self) -> int:
-        """Bad samples so far."""
+        """Number of bad samples so far."""
         return sum(self.counts.values())
 
     def record(self, num_samples: int, bad: list[BadSampleError]) -> None:
-        """Account for `num_samples` more samples, `bad` among them.
+        """Count `num_samples` more samples, of which `bad` are unusable.
 
         Raises:
-            DataError: of at least MIN_SAMPLES_TO_JUDGE samples more than the share are bad.
+            DataError: the share of bad samples among at least MIN_SAMPLES_TO_JUDGE is too large.
         """
         self.num_seen += num_samples
         for error in bad:
@@ -109,12 +109,12 @@ class BadSampleBudget:
             raise DataError(
                 f"{self.num_bad} of {self.num_seen} samples are bad ({kinds}; {sources}), more "
                 f"than max_bad_fraction = {self.max_bad_fraction}. The first ones:\n{listed}\n"
-                "Mend or remove them and run croc data preprocess again, or raise "
+                "Fix or remove them and run croc data preprocess again, or raise "
                 "max_bad_fraction"
             )
 
     def _write(self, error: BadSampleError) -> None:
-        """One line in the report. Appended, so a resumed run adds to it."""
+        """Append one line to the report; a resumed run adds to the same file."""
         if self.report is None:
             return
         entry = {"sample": error.sample_id, "kind": error.kind, "reason": error.reason}

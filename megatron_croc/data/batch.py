@@ -1,4 +1,4 @@
-"""What the data layer hands to the step: one micro-batch, as one packed row of tokens.
+"""One micro-batch as one pack of tokens: the input of a training step.
 
 sample A: text . . [image 0: N tokens] . . text | sample B: text only | ... | padding
 input_ids   real ids; IMAGE_TOKEN_INDEX at visual positions; pad id in the padding
@@ -21,7 +21,7 @@ IMAGE_TOKEN_INDEX = -200
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch. T tokens in the row, n images of N visual tokens each (n may be 0)."""
+    """One micro-batch. T positions in the pack, n images of N visual tokens each (n may be 0)."""
 
     input_ids: Tensor
     """int64 [T]."""
@@ -48,20 +48,20 @@ class Batch:
     """uint8 [n, 3, height, width], or float already normalised; None on ranks without a tower."""
 
     sample_ids: tuple[str, ...]
-    """Where the samples came from, one name each, for error messages."""
+    """Name of each sample, for error messages."""
 
     @property
     def num_images(self) -> int:
-        """Images in the micro-batch."""
+        """Number of images in the micro-batch."""
         return self.image_starts.numel()
 
     @property
     def num_label_tokens(self) -> int:
-        """Positions that have a text loss (reads the tensor: call it on the CPU)."""
+        """Number of positions that have a text loss (reads the tensor: call it on the CPU)."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on `device`."""
+        """Copy the batch to `device`."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)

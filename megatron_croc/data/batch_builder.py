@@ -1,4 +1,4 @@
-"""Slots of the plan -> one Batch; a pure function, so it does not matter which thread runs it.
+"""Build one Batch from slots of the plan; a pure function, so any thread may run it.
 
     slot -> shards.read -> tokenise -> expand -----+
                  |                                 +--> collate -> Batch, bad samples
@@ -44,20 +44,20 @@ from megatron_croc.log import get_logger
 from megatron_croc.parallel.device import current_device
 
 READ_ATTEMPTS = 4
-"""Times a sample is read before an error of the file system is believed."""
+"""Number of attempts to read a sample when the file system fails."""
 
 FIRST_RETRY_SECONDS = 0.2
-"""Pause before the second attempt; it doubles from there."""
+"""Pause before the second attempt; each later pause is twice as long."""
 
 logger = get_logger(__name__)
 
 
 def pack_multiple(parallel: ParallelConfig, training: TrainingConfig) -> int:
-    """What a packed row's length must be divisible by.
+    """Compute the number that the length of a pack must be divisible by.
 
-    Context parallelism cuts it into 2 * CP chunks (each rank takes two, for balance); sequence
-    parallelism cuts each rank's share into TP pieces; fp8 products take 16 rows or more at a
-    time, on every rank.
+    Context parallelism cuts a pack into 2 * CP chunks (two per rank, for balance); sequence
+    parallelism cuts each rank's part into TP pieces; fp8 matrix products need a multiple of 16
+    rows or more on every rank.
     """
     cp = parallel.context_parallel_size
     tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
@@ -68,7 +68,7 @@ def pack_multiple(parallel: ParallelConfig, training: TrainingConfig) -> int:
 
 
 class BatchBuilder:
-    """Reads, tokenises, decodes and packs samples. Threads may share it."""
+    """Reads, tokenises, decodes and packs samples. Safe to share between threads."""
 
     def __init__(
         self,
@@ -108,20 +108,20 @@ class BatchBuilder:
         )
         self._transform = ImageTransform.build(vision, data.image_aspect_ratio)
         self._decoder_name: DecoderName = resolve_decoder(data.image_decoder)
-        self._device = current_device()  # threads do not inherit it
+        self._device = current_device()  # other threads do not inherit the current device
         self._per_thread = threading.local()
 
     @property
     def num_samples(self) -> int:
-        """Samples in all folders."""
+        """Number of samples in all folders."""
         return len(self._dataset)
 
     def build(self, slots: Sequence[Slot]) -> tuple[Batch, list[BadSampleError]]:
-        """The batch of some samples, and those of them that could not be used.
+        """Build the batch of some samples; also return the errors of unusable samples.
 
         Raises:
-            OSError: the file system failed again and again.
-            DataError: a shard is damaged, or the lengths the rows were packed by are wrong.
+            OSError: every attempt to read failed.
+            DataError: a shard is damaged, or the lengths used for packing are wrong.
         """
         bad: list[BadSampleError] = []
         prepared: list[tuple[TokenizedSample, list[bytes]]] = []
@@ -135,7 +135,7 @@ class BatchBuilder:
                 logger.error("sample number %d of data_path ended the loader", slot.index)
                 raise
 
-        # All images of the batch at once: DALI decodes them in parallel with one call.
+        # Decode all images of the batch in one call: DALI decodes them in parallel.
         decoded = iter(self._decoder.decode([data for _, images in prepared for data in images]))
         samples: list[ReadySample] = []
         for (tokens, images), slot in zip(prepared, slots, strict=True):
@@ -174,14 +174,14 @@ class BatchBuilder:
         )
         if slot.planned_tokens is not None and len(expanded.input_ids) > slot.planned_tokens:
             raise DataError(
-                f"sample {raw.sample_id} has {len(expanded.input_ids)} tokens, its row was packed "
-                f"for {slot.planned_tokens}: the lengths of its dataset folder are not those of "
-                "its shards; run croc data lengths again"
+                f"sample {raw.sample_id} has {len(expanded.input_ids)} tokens, its pack was "
+                f"planned for {slot.planned_tokens}: the lengths of its dataset folder are not "
+                "those of its shards; run croc data lengths again"
             )
         return expanded, raw.image_bytes
 
     def _read(self, index: int) -> RawSample:
-        """Read a sample; a failing file system gets a few chances, a bad sample none."""
+        """Read a sample; retry after an OSError, but not after a BadSampleError."""
         for attempt in itertools.count(1):
             try:
                 return self._dataset.read(index)
@@ -196,7 +196,7 @@ class BatchBuilder:
 
     @property
     def _decoder(self) -> ImageDecoder:
-        """This thread's own decoder: a DALI pipeline is not shared."""
+        """Decoder of this thread; threads must not share a DALI pipeline."""
         if not hasattr(self._per_thread, "decoder"):
             self._per_thread.decoder = ImageDecoder(
                 self._transform, self._decoder_name, self._device

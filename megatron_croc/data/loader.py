@@ -1,12 +1,12 @@
 """Micro-batches of one data-parallel rank, built ahead of training by a few threads.
 
-    global batch      the next GBS rows of the plan (a row is one sample, or a pack of several)
-      micro-batch m     | MBS rows of rank 0 | MBS rows of rank 1 | ...
+    global batch      the next GBS packs of the plan (each of one sample, or of several)
+      micro-batch m     | MBS packs of rank 0 | MBS packs of rank 1 | ...
                               |
-    rows --thread pool (bounded, in order)--> Batch, one packed row --> next(loader)
+    packs --thread pool (bounded, in order)--> Batch, one pack --> next(loader)
 
-Which rows make up a global batch follows from the plan and its state alone; the number of ranks
-and threads only decides who builds which part.
+The plan and its state alone determine the packs of a global batch. The number of ranks and threads
+only determines which rank and thread builds each part.
 """
 
 from collections import deque
@@ -35,7 +35,7 @@ from megatron_croc.errors import ConfigError, DataError
 from megatron_croc.log import rank
 
 STALL_SECONDS = 600.0
-"""Longest wait for one micro-batch before the loader gives up on a hanging file system."""
+"""Longest wait for one micro-batch; then the file system is taken to hang."""
 
 Built = tuple[Batch, list[BadSampleError]]
 
@@ -45,14 +45,14 @@ class _Job:
     """One micro-batch to build."""
 
     slots: list[Slot]
-    """Its samples."""
+    """Samples of the micro-batch."""
 
     state_after: OrderState | None
-    """For the last micro-batch of a global batch: where the run stands once it is done."""
+    """State of the order after the global batch; None except for its last micro-batch."""
 
 
 class MicroBatchLoader(Iterator[Batch]):
-    """Endless stream of this rank's micro-batches. Close it, or use it in a `with` statement."""
+    """Endless iterator over this rank's micro-batches. Close it, or use a `with` statement."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class MicroBatchLoader(Iterator[Batch]):
         dp_rank: int,
         dp_size: int,
     ) -> None:
-        """Start building.
+        """Start to build micro-batches in the threads.
 
         Args:
             builder: makes batches from slots of the plan's folders.
@@ -100,7 +100,7 @@ class MicroBatchLoader(Iterator[Batch]):
         )
         self._planned: deque[_Job] = deque()
         self._pending: deque[tuple[_Job, Future[Built]]] = deque()
-        # Training takes a whole step's micro-batches at once, so they are kept ready together.
+        # Training takes all micro-batches of a step at once, so at least as many are kept ready.
         per_step = self._global // (self._micro * dp_size)
         workers = data.num_workers
         self._depth = max(workers * data.prefetch_factor, per_step) if workers else 0
@@ -114,36 +114,36 @@ class MicroBatchLoader(Iterator[Batch]):
 
     @property
     def num_samples(self) -> int:
-        """Samples in all folders."""
+        """Number of samples in all folders."""
         return self._builder.num_samples
 
     @property
     def state(self) -> OrderState:
-        """Where the run stands after the last global batch that was handed out whole."""
+        """State of the order after the last global batch that was returned completely."""
         return self._state
 
     @property
     def bad_counts(self) -> dict[str, int]:
-        """Bad samples met by this rank since it was started, by kind."""
+        """Number of bad samples of each kind, on this rank since its start."""
         return dict(self._budget.counts)
 
     def _next_job(self) -> _Job:
-        """This rank's next micro-batch; plans another global batch when there is none left."""
+        """Return this rank's next micro-batch; plan another global batch when none is left."""
         if not self._planned:
-            rows = self._stream.take(self._global)
+            packs = self._stream.take(self._global)
             firsts = range(self._dp_rank * self._micro, self._global, self._micro * self._dp_size)
             for first in firsts:
-                slots = list(chain.from_iterable(rows[first : first + self._micro]))
+                slots = list(chain.from_iterable(packs[first : first + self._micro]))
                 state_after = self._stream.state if first == firsts[-1] else None
                 self._planned.append(_Job(slots=slots, state_after=state_after))
         return self._planned.popleft()
 
     def __next__(self) -> Batch:
-        """The next micro-batch.
+        """Return the next micro-batch.
 
         Raises:
-            DataError: too many bad samples, a damaged shard, or nothing came for a long time.
-            OSError: the file system failed again and again.
+            DataError: too many bad samples, a damaged shard, or no result in STALL_SECONDS.
+            OSError: every attempt to read failed.
         """
         if self._closed:
             raise RuntimeError("the loader is closed")
@@ -151,7 +151,7 @@ class MicroBatchLoader(Iterator[Batch]):
             job, (batch, bad) = self._take()
             self._budget.record(len(batch.sample_ids), bad)
         except BaseException:
-            self.close(wait=False)  # a thread that hangs must not keep the error back
+            self.close(wait=False)  # a thread that hangs must not delay the error
             raise
         self._state = job.state_after or self._state
         return batch
@@ -164,7 +164,7 @@ class MicroBatchLoader(Iterator[Batch]):
         try:
             built = future.result(timeout=STALL_SECONDS)
         except WaitTimeoutError as error:
-            if future.done():  # the thread's own error (an OSError too), not our patience
+            if future.done():  # an error of the thread, not of our wait
                 raise
             numbers = ", ".join(str(slot.index) for slot in job.slots)
             raise DataError(
@@ -175,24 +175,24 @@ class MicroBatchLoader(Iterator[Batch]):
         return job, built
 
     def _refill(self) -> None:
-        """Keep the threads busy, but no further ahead than prefetch_factor allows."""
+        """Submit jobs until prefetch_factor micro-batches per thread are pending."""
         while self._pool is not None and len(self._pending) < self._depth:
             job = self._next_job()
             self._pending.append((job, self._pool.submit(self._builder.build, job.slots)))
 
     def close(self, *, wait: bool = True) -> None:
-        """Stop the threads; what they had ready is dropped. Closing twice does no harm."""
+        """Stop the threads and drop finished micro-batches. May be called twice."""
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=wait, cancel_futures=True)
         self._pending.clear()
 
     def __enter__(self) -> "MicroBatchLoader":
-        """The loader itself."""
+        """Return the loader."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the loader."""
         self.close()
 
 

@@ -1,4 +1,4 @@
-"""Samples as the model will see them, as text and as a page: tokens, labels, pixels, mask.
+"""Views of samples as the model sees them, as text and as HTML: tokens, labels, pixels, mask.
 
 `croc data inspect` shows them.
 """
@@ -26,7 +26,7 @@ from megatron_croc.errors import DataError
 GREEN, GREY, IMAGE, RED, OFF = "\033[32m", "\033[90m", "\033[97;45m", "\033[31m", "\033[0m"
 HIDDEN, CAUSAL, BOTH_WAYS = (247, 247, 247), (68, 119, 170), (204, 102, 119)
 MASK_PIXELS = 512
-"""Size a short mask is drawn up to."""
+"""Width in pixels up to which a short mask is enlarged."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
@@ -59,7 +59,7 @@ class View:
     number: int
     sample_id: str
     fault: str | None
-    """Why it is unusable, then a placeholder is trained on; None: it is sound."""
+    """Fault of an unusable sample (training uses a placeholder for it); None: no fault."""
 
     pieces: list[Piece]
     summary: str
@@ -68,7 +68,7 @@ class View:
 
 
 def view_sample(builder: BatchBuilder, tokenizer: Tokenizer, number: int) -> View:
-    """Build a sample the way the loader does."""
+    """Build a sample as the loader builds it."""
     batch, bad = builder.build([Slot(epoch=0, index=number)])
     supervised = batch.num_label_tokens
     length = int(batch.mixed_mask.cu_seqlens[-1])
@@ -87,7 +87,7 @@ def view_sample(builder: BatchBuilder, tokenizer: Tokenizer, number: int) -> Vie
 
 
 def pieces_of(batch: Batch, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The row's tokens in order. A token is green when the one before has to predict it."""
+    """Yield the tokens of the pack; kind `label` if the previous position predicts it."""
     names = {i: f"<{name.strip('<>')}>" for name, i in tokenizer.special_ids.items()}
     ids = batch.input_ids.tolist()[: int(batch.mixed_mask.cu_seqlens[-1])]
     labels = [IGNORE_INDEX, *batch.labels.tolist()]
@@ -105,7 +105,7 @@ def pieces_of(batch: Batch, tokenizer: Tokenizer) -> Iterator[Piece]:
 
 
 def draw_mask(batch: Batch) -> Image.Image:
-    """Rows see columns: blue what came before, red what a query sees ahead of itself."""
+    """Draw the mask, one row per query: blue earlier visible keys, red later visible keys."""
     length = int(batch.mixed_mask.cu_seqlens[-1])
     visible = batch.mixed_mask.visible()[:length, :length].numpy()
     ahead = np.arange(length)[None, :] > np.arange(length)[:, None]
@@ -117,7 +117,7 @@ def draw_mask(batch: Batch) -> Image.Image:
 
 
 def as_text(view: View, *, colour: bool) -> str:
-    """For the terminal."""
+    """Format a view for the terminal."""
     codes = {"text": GREY, "label": GREEN, "image": IMAGE}
     plain = {"text": "{}", "label": "[{}]", "image": "<{}>"}
     parts = []
@@ -135,7 +135,7 @@ def as_text(view: View, *, colour: bool) -> str:
 
 
 def as_html(view: View) -> str:
-    """A section of the page."""
+    """Format a view as a section of the page."""
     spans = "".join(
         f'<span class="{piece.kind}">{html.escape(piece.text)}</span>'
         + ("<br>" if "\n" in piece.text else "")
@@ -149,7 +149,7 @@ def as_html(view: View) -> str:
                 (image, f"image {i}: {image.width} x {image.height}")
                 for i, image in enumerate(view.images)
             ),
-            (view.mask, "mask: a row sees the blue behind it and the red ahead of it"),
+            (view.mask, "mask: one row per query; blue: earlier visible keys, red: later ones"),
         ]
     )
     return (
@@ -160,19 +160,19 @@ def as_html(view: View) -> str:
 
 
 def as_url(picture: Image.Image) -> str:
-    """A picture inside the page itself."""
+    """Encode a picture as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as PNG."""
+    """Encode a picture as PNG."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_page(views: Sequence[View], folder: Path) -> Path:
-    """index.html and the pictures in it."""
+    """Write index.html and its pictures; return the path of index.html."""
     folder.mkdir(parents=True, exist_ok=True)
     for view in views:
         for i, image in enumerate(view.images):
@@ -182,14 +182,14 @@ def write_page(views: Sequence[View], folder: Path) -> Path:
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples</title>'
         f"<style>{STYLE}</style><h1>Samples as the model sees them</h1>"
-        f"<p>Green tokens are what the model learns to say.</p>{body}</html>\n"
+        f"<p>The model is trained to predict the green tokens.</p>{body}</html>\n"
     )
     write_atomically(folder / "index.html", page.encode())
     return folder / "index.html"
 
 
 def view_samples(run: RunConfig, samples: Sequence[str]) -> list[View]:
-    """The samples of a run's data_path, by number or by key.
+    """Build views of samples of a run's data_path, by number or by sample id.
 
     Raises:
         DataError: no such sample, or the data cannot be opened.

@@ -1,4 +1,4 @@
-"""Micro-batches made from numbers alone: parity runs, tests and benchmarks without any data.
+"""Micro-batches of random numbers, for parity runs, tests and benchmarks without data.
 
 Every sample is a pure function of (seed, number), so a global batch is the same at any layout.
 """
@@ -15,14 +15,14 @@ from megatron_croc.data.sample.collate import ReadySample, collate, expand_sampl
 from megatron_croc.data.sample.tokenization import TokenizedSample
 
 MIXED_IMAGES = (1, 0, 2, 1, 3, 0, 1, 1)
-"""Images per sample: one, several, none; cycled over a global batch."""
+"""Number of images of each sample, cycled over a global batch."""
 
 LONGEST_TEXT = 18
-"""Text tokens before an image and in an answer, at most."""
+"""Upper bound (excluded) of text tokens before an image and in an answer."""
 
 
 def make_sample(run: RunConfig, number: int, num_images: int) -> ReadySample:
-    """Sample `number`: text, image, text, image, ..., an answer of at least 4 tokens."""
+    """Make sample `number`: text, image, text, image, ..., an answer of at least 4 tokens."""
     rng = np.random.default_rng((run.training.seed, number))
     vocab_size = run.model.language_model.vocab_size
     size = run.model.vision_tower.img_size
@@ -51,7 +51,7 @@ def make_sample(run: RunConfig, number: int, num_images: int) -> ReadySample:
 
 
 def make_batch(run: RunConfig, samples: Sequence[ReadySample]) -> Batch:
-    """One packed row, as the loader would make it."""
+    """Collate samples to one pack, as the loader does."""
     size = run.model.vision_tower.img_size
     return collate(
         samples,
@@ -72,7 +72,7 @@ def make_step(
     dp_size: int,
     images: Sequence[int] = MIXED_IMAGES,
 ) -> list[Batch]:
-    """This replica's micro-batches of optimizer step `step`; the global batch ignores dp_size.
+    """Make this replica's micro-batches of one optimizer step; dp_size does not change the step.
 
     `images` gives the number of images of each sample, cycled over the global batch.
     """

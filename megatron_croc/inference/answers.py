@@ -1,8 +1,8 @@
-"""How many answers are right, by type of question, and how many a model would get without looking.
+"""Accuracy of answers by type of question, compared with chance: a model that sees no image.
 
-Right is an exact match, but for case, spaces and a full stop at the end. Chance is the best a model
-can do that only knows the type of the question: it always gives the type's most common answer. That
-answer is counted in the training data where it is given, else in the questions asked.
+A right answer matches exactly, except for case, spaces and a full stop at the end. Chance is the
+accuracy of a model that knows only the type of a question and always gives the type's most common
+answer. This answer is counted in the training data if given, else in the questions.
 """
 
 import json
@@ -17,34 +17,34 @@ from megatron_croc.inference.generation import Answer
 from megatron_croc.inference.questions import Question
 
 TOTAL = "all"
-"""Name of the last row: every question; its chance is that of knowing the type."""
+"""Name of the last row, of all questions; its chance also knows the types."""
 
 UNTYPED = "untyped"
 """Name of the questions without a type."""
 
 
 NUM_ERRORS = 2
-"""Standard errors by which a type must be above chance to be marked."""
+"""Number of standard errors above chance from which a type is marked."""
 
 MIN_QUESTIONS = 10
-"""Questions of one type below which it is never marked."""
+"""Number of questions below which a type is never marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """One type of question."""
+    """Accuracy on one type of question."""
 
     kind: str
     num_questions: int
     num_right: int
     num_by_chance: int
-    """Questions whose true answer is the most common one."""
+    """Number of questions whose true answer is the most common one."""
 
     most_common: str | None
-    """That answer; None in the row of all types."""
+    """Most common answer; None in the row of all types."""
 
     counted_in: str
-    """`training` or `questions`: where the most common answer was counted."""
+    """`training` or `questions`: data in which the most common answer was counted."""
 
     @property
     def accuracy(self) -> float:
@@ -53,7 +53,7 @@ class Accuracy:
 
     @property
     def chance(self) -> float:
-        """Share the most common answer would get."""
+        """Share of right answers if the answer is always the most common one."""
         return self.num_by_chance / self.num_questions
 
     @property
@@ -66,7 +66,7 @@ class Accuracy:
         """True when accuracy is above chance by more than two standard errors of the difference.
 
         Accuracy p and chance q are both shares of the n questions: the difference has the error
-        sqrt((p (1 - p) + q (1 - q)) / n). Fewer than MIN_QUESTIONS show nothing.
+        sqrt((p (1 - p) + q (1 - q)) / n). Always False below MIN_QUESTIONS.
         """
         variance = self.accuracy * (1 - self.accuracy) + self.chance * (1 - self.chance)
         error = math.sqrt(variance / self.num_questions)
@@ -76,18 +76,18 @@ class Accuracy:
 
 
 def normalise(text: str) -> str:
-    """What is compared."""
+    """Return the form of an answer that is compared."""
     return " ".join(text.lower().split()).removesuffix(".").strip()
 
 
 def accuracy_by_type(
     answers: Iterable[Answer], training: Sequence[Question] | None = None
 ) -> list[Accuracy]:
-    """One row per type in alphabetical order, then one for all.
+    """Compute one row per type in alphabetical order, then one for all.
 
     Args:
-        answers: those without a true answer are not counted.
-        training: questions with the answers that were trained on.
+        answers: answers; those without a true answer are not counted.
+        training: questions of the training data with their answers.
     """
     judged: dict[str, list[tuple[str, str]]] = {}
     for answer in answers:
@@ -127,7 +127,7 @@ def accuracy_by_type(
 
 
 def as_table(rows: Sequence[Accuracy]) -> Iterator[str]:
-    """Lines for the terminal."""
+    """Format the rows as a table for the terminal."""
     width = max(len("type"), *(len(row.kind) for row in rows))
     yield f"{'type':<{width}}  questions   right  +-s.e.  chance    most common answer"
     for row in rows:
@@ -148,7 +148,7 @@ def as_table(rows: Sequence[Accuracy]) -> Iterator[str]:
 
 
 def write_report(path: Path, rows: Sequence[Accuracy]) -> None:
-    """A JSON list, a row each."""
+    """Write the rows as a JSON list."""
     derived = ("accuracy", "standard_error", "chance", "is_above_chance")
     records = [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
     write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())

@@ -1,8 +1,8 @@
-"""A conversation with a model: turns and images, and answers that arrive piece by piece.
+"""Conversation with a model: turns, images, and streamed answers.
 
     text, images -> Conversation.ask -> Question -> generate, in a thread -> ids -> text pieces
 
-The prompt of each turn is that of `Generator.answer` for the same question and history, so its ids
+The prompt of a turn equals that of `Generator.answer` for the same question and history: its ids
 are the first ids of the training sample with the same turns.
 """
 
@@ -27,24 +27,24 @@ INCOMPLETE = "\ufffd"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBytes:
-    """An encoded image in memory; stands where a Question has the path of a file."""
+    """An encoded image in memory; a Question holds it in place of a path."""
 
     name: str
     content: bytes
 
     def read_bytes(self) -> bytes:
-        """The encoded image."""
+        """Return the encoded image."""
         return self.content
 
     def __str__(self) -> str:
-        """Its name, for messages."""
+        """Return the name, for messages."""
         return self.name
 
 
 class TextPieces:
-    """Turns ids that arrive one by one into text; joined, the pieces are the stripped answer.
+    """Converts ids that arrive one by one to pieces of text; joined, they are the stripped answer.
 
-    White space and an unfinished character at the end are held back until the next id.
+    White space and an incomplete character at the end are kept until the next id.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -52,15 +52,15 @@ class TextPieces:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self.text = ""
-        """All pieces so far, joined."""
+        """Text of all pieces so far."""
 
     def add(self, token: int) -> str:
-        """The text that this id completes; may be empty."""
+        """Return the text that this id completes; may be empty."""
         self._ids.append(token)
         return self._grow(self._decode().rstrip(INCOMPLETE).rstrip())
 
     def end(self) -> str:
-        """The text that was held back and belongs to the answer."""
+        """Return the rest of the answer's text."""
         return self._grow(self._decode().rstrip())
 
     def _decode(self) -> str:
@@ -75,7 +75,7 @@ class TextPieces:
 
 
 class Conversation:
-    """Turns with one model. One answer at a time; not safe to share between threads."""
+    """Turns with one model. One answer at a time; threads must not share it."""
 
     def __init__(self, generator: Generator, sampling: Sampling) -> None:
         """Args: generator: the model. sampling: used for each answer."""
@@ -83,7 +83,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns and images."""
+        """Drop all turns and images."""
         self.history: list[tuple[str, str]] = []
         """Finished turns: question with its image marks, answer."""
         self.images: list[ImageBytes] = []
@@ -94,14 +94,14 @@ class Conversation:
         """False: the last answer was cut off at max_new_tokens or stopped."""
 
     def add_image(self, name: str, content: bytes) -> None:
-        """Show an image with the next question.
+        """Add an image to the next question.
 
         Args:
             name: for messages.
             content: the encoded image.
 
         Raises:
-            DataError: it does not decode or is too large.
+            DataError: the image does not decode or is too large.
         """
         try:
             self.generator.transform.decode_with_pil(content)
@@ -110,10 +110,10 @@ class Conversation:
         self.waiting.append(ImageBytes(name=name, content=content))
 
     def question(self, text: str) -> Question:
-        """The next question, with the waiting images and all turns before it.
+        """Build the next question, with its images and all previous turns.
 
         Raises:
-            DataError: empty, another number of image marks than waiting images, or too long.
+            DataError: the question is empty, too long, or has the wrong number of image marks.
         """
         marks, images = text.count(IMAGE_MARK), len(self.waiting)
         if not text.replace(IMAGE_MARK, "").strip():
@@ -146,10 +146,10 @@ class Conversation:
         return question
 
     def ask(self, text: str) -> PythonGenerator[str, None, None]:
-        """Answer a question piece by piece; closing the iterator stops the answer.
+        """Yield the answer to a question in pieces; closing the iterator stops the answer.
 
-        The text that has arrived becomes part of the conversation. A turn without any text is
-        dropped; its images wait for the next question.
+        The text so far becomes part of the conversation. A turn without text is dropped, and its
+        images belong to the next question.
 
         Raises:
             DataError: see `question`; before the first piece.
@@ -180,10 +180,10 @@ class Conversation:
 def stream_ids(
     generator: Generator, question: Question, sampling: Sampling
 ) -> PythonGenerator[int, None, None]:
-    """Generate the ids of one answer as they are computed.
+    """Yield the ids of one answer as they are computed.
 
-    They are the ids of `Generator.answer`, the one that ends the answer included. The model runs in
-    a thread, which ends when the iterator is closed.
+    They equal the ids of `Generator.answer`, including the last one. The model runs in a thread,
+    which ends when the iterator is closed.
     """
     from transformers import StoppingCriteria, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer

@@ -1,6 +1,6 @@
-"""The HTML of `croc chat --web`, with its style and script; it loads nothing else.
+"""HTML page of `croc chat --web`, with style and script; it loads no other resource.
 
-MAX_UPLOAD_MIB stands for the limit of a request.
+MAX_UPLOAD_MIB is replaced by the size limit of a request.
 """
 
 PAGE = """<!doctype html>

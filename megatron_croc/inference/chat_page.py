@@ -1,4 +1,4 @@
-"""The page of `croc chat --web`: one HTML page and an HTTP interface for this machine only.
+"""Web server of `croc chat --web`: one HTML page and an HTTP interface for this machine only.
 
     GET /       the page
     POST /new   -> {"id"}: a new conversation
@@ -34,13 +34,13 @@ except ImportError as error:
 
 LOOPBACK = "127.0.0.1"
 MAX_UPLOAD_BYTES = 32 * 2**20
-"""Largest request, images and all."""
+"""Largest request, including images."""
 
 WAIT_SECONDS = 30
-"""Longest wait for another answer to end; a stopped one ends at its next piece of text."""
+"""Longest wait for a running answer; a stopped answer ends at its next piece of text."""
 
 MAX_CONVERSATIONS = 16
-"""Open pages that are remembered; the one that was used longest ago is forgotten."""
+"""Largest number of conversations; the least recently used one is dropped."""
 
 
 ENDING = "croc_ending"
@@ -63,11 +63,11 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class _Server(ThreadedWSGIServer):
-    daemon_threads = False  # one that computes while the interpreter ends aborts the process
+    daemon_threads = False  # a daemon thread that computes at interpreter exit aborts the process
 
 
 def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
-    """The page as a WSGI application. One answer is computed at a time."""
+    """Build the WSGI application. It computes one answer at a time."""
     app = _App(__name__)
     app.config.update(MAX_CONTENT_LENGTH=MAX_UPLOAD_BYTES, TRUSTED_HOSTS=[LOOPBACK, "localhost"])
     conversations: OrderedDict[str, Conversation] = OrderedDict()
@@ -156,7 +156,7 @@ def build_app(generator: Generator, sampling: Sampling) -> flask.Flask:
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback address.
+    """Open a listening socket on the loopback address.
 
     Raises:
         ConfigError: the port is taken or needs more rights.

@@ -1,10 +1,10 @@
-"""Answers from a trained model: an export in transformers, from an export or any checkpoint.
+"""Generate answers with a trained model: an export, or a checkpoint that is exported first.
 
     checkpoint --export--> temporary folder --+
     export ------------------------------------+--> Generator.answer(questions) -> Answer, ...
 
-Prompts are made by the code that makes training samples, so a prompt's ids are the first ids of the
-sample it would be in training. Rows of a batch are padded on the left and do not see each other.
+Prompts are made by the code of training samples: the ids of a prompt are the first ids of the
+training sample. Sequences of a batch are padded on the left and do not attend to each other.
 """
 
 import tempfile
@@ -37,24 +37,24 @@ from megatron_croc.inference.questions import ImageSource, Question
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen, and when to stop."""
+    """Settings of the choice of tokens and of the length of answers."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0: the most likely token."""
+    """Temperature of sampling; 0: always the most likely token."""
 
     top_p: float = 1.0
-    """Choose among the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens with this total probability."""
 
     top_k: int = 0
-    """Choose among this many tokens; 0: all."""
+    """Sample from this number of most likely tokens; 0: all."""
 
     seed: int = 1234
     use_cache: bool = True
-    """Keep keys and values of earlier tokens; without it every token is computed again."""
+    """Keep keys and values of earlier tokens; False: compute all tokens again for each new one."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the values."""
         faults = {
             f"max_new_tokens={self.max_new_tokens}: must be positive": self.max_new_tokens < 1,
             f"temperature={self.temperature}: must not be negative": not self.temperature >= 0,
@@ -70,15 +70,15 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said."""
+    """Answer of the model to one question."""
 
     question: Question
     text: str
     ids: tuple[int, ...]
-    """Generated ids, the one that ended the answer included."""
+    """Generated ids, including the one that ended the answer."""
 
     is_finished: bool
-    """False: cut off at max_new_tokens."""
+    """False: the answer was cut off at max_new_tokens."""
 
 
 class Generator:
@@ -87,7 +87,7 @@ class Generator:
     def __init__(
         self, model: Any, folder: Path, data: DataConfig, tokenizer: Tokenizer, device: torch.device
     ) -> None:
-        """Args: model: load_export(folder). data: how prompts are made. device: to compute on."""
+        """Args: model: from load_export. data: settings of prompts. device: of the computation."""
         from transformers import GenerationConfig
 
         self.model = model.to(device)
@@ -100,7 +100,7 @@ class Generator:
         check_tokenizer(tokenizer, self.template, self._num_rows())
         self.transform = ImageTransform.build(self.vision, data.image_aspect_ratio)
         self.stop_ids = stop_ids(tokenizer, self.template)
-        # Rows of the table that are no words, and the mark of an image, are never answers.
+        # Rows of the table without a word, and the image token, are never generated.
         no_words = range(min(tokenizer.size, llm.vocab_size), self._num_rows())
         self.no_words = sorted({*no_words, model.config.image_token_id})
 
@@ -108,10 +108,10 @@ class Generator:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def prompt_ids(self, question: Question) -> np.ndarray:
-        """int64 [L], IMAGE_TOKEN_INDEX at every visual token.
+        """Encode the prompt of a question, int64 [L], IMAGE_TOKEN_INDEX at every visual token.
 
         Raises:
-            DataError: longer than the model's context.
+            DataError: the prompt is longer than the model's context.
         """
         if self.template == "plain" and question.history:
             raise DataError(
@@ -125,10 +125,10 @@ class Generator:
         return np.repeat(ids, repeats)
 
     def check(self, questions: Sequence[Question], sampling: Sampling) -> None:
-        """Refuse questions that do not fit the model's context, before any is answered.
+        """Check that all questions fit the model's context, before any is answered.
 
         Raises:
-            DataError: names the first.
+            DataError: a question is too long; names the first one.
         """
         for question in questions:
             length = len(self.prompt_ids(question)) + sampling.max_new_tokens
@@ -142,9 +142,10 @@ class Generator:
     def answer(
         self, questions: Sequence[Question], sampling: Sampling, *, batch_size: int = 1
     ) -> Iterator[Answer]:
-        """Answer in order, a batch at a time.
+        """Answer questions in order, batch by batch.
 
-        Draws depend on seed and place of the batch alone; another batch size draws other tokens.
+        Random draws depend on the seed and on the number of the batch's first question: another
+        batch size samples other tokens.
 
         Raises:
             DataError: an image does not decode.
@@ -171,7 +172,7 @@ class Generator:
         return [self._answer(q, row) for q, row in zip(questions, new, strict=True)]
 
     def inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """input_ids and attention_mask int64 [B, L], padded on the left, and pixel_values."""
+        """Build input_ids and attention_mask (int64 [B, L], left-padded) and pixel_values."""
         prompts = [self.prompt_ids(question) for question in questions]
         length = max(map(len, prompts))
         ids = torch.full((len(prompts), length), self.stop_ids[0], dtype=torch.int64)
@@ -200,7 +201,7 @@ class Generator:
             ) from error
 
     def _config(self, sampling: Sampling) -> Any:
-        """All of it from `sampling`; the folder's own defaults were dropped in __init__."""
+        """Build the generation config from `sampling`; __init__ drops the folder's defaults."""
         from transformers import GenerationConfig
 
         chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
@@ -218,7 +219,7 @@ class Generator:
         )
 
     def _answer(self, question: Question, row: list[int]) -> Answer:
-        """Cut off what stands behind the end of the answer."""
+        """Build the answer from generated ids, cut after the id that ends it."""
         end = next((place for place, token in enumerate(row) if token in self.stop_ids), None)
         ids = row if end is None else row[: end + 1]
         said = row if end is None else row[:end]
@@ -239,19 +240,19 @@ def open_generator(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[Generator]:
-    """Load a model to ask.
+    """Load a model for generation.
 
     Args:
         folder: an export, a checkpoint, or a folder of checkpoints (the latest is taken).
         tokenizer: SentencePiece file or Hugging Face directory; None: the export's own, or the one
             the run was trained with.
-        dtype: to compute in; None: as stored.
-        device: None: the accelerator, where there is one.
-        trust_remote_code: run the code beside an export's weights although it is not ours.
+        dtype: of the computation; None: as stored.
+        device: None: the accelerator if there is one, else the CPU.
+        trust_remote_code: run the code beside an export's weights even if it is not ours.
 
     Raises:
-        CheckpointError: nothing that can be asked is there.
-        DataError: no tokenizer.
+        CheckpointError: the folder holds neither an export nor a checkpoint.
+        DataError: no tokenizer was found.
     """
     place = torch.device(device) if device is not None else _default_device()
     with _as_export(folder, tokenizer) as export:
@@ -269,7 +270,7 @@ def _default_device() -> torch.device:
 
 @contextmanager
 def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
-    """The folder itself, or an export of the checkpoint in it that is removed again."""
+    """Yield the folder itself, or a temporary export of the checkpoint in it."""
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("model_type")
         if kind == EXPORT:
@@ -298,7 +299,7 @@ def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
 
 
 def _open_tokenizer(export: Path, data: DataConfig, given: Path | None) -> Tokenizer:
-    """The tokenizer training used, from where it was given or from the export."""
+    """Open the given tokenizer, or the tokenizer of the export."""
     source = export if given is None else given
     if data.tokenizer_type == "SentencePieceTokenizer" and source.is_dir():
         source = source / "tokenizer.model"

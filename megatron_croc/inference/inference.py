@@ -1,4 +1,4 @@
-"""One prompt with one image through either side: megatron-core, and an export in transformers."""
+"""Run one prompt with images in megatron-core and, as an export, in transformers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,28 +22,28 @@ from megatron_croc.ops.mixed_mask import MixedMask
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What both sides are given."""
+    """Input of both models."""
 
     input_ids: Tensor
     """int64 [T], IMAGE_TOKEN_INDEX at visual positions."""
 
     pixel_values: Tensor
-    """uint8 [n, 3, H, W]."""
+    """uint8 [n, 3, height, width]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one side computed, float32."""
+    """Outputs of one model, float32."""
 
     logits: Tensor
-    """[T, vocabulary]."""
+    """[T, C]."""
 
     visual_embeddings: Tensor
-    """[n, N, h], as the language model sees them."""
+    """[n, N, D], the input of the language model."""
 
 
 def build_prompt(vision: VisionTowerConfig, ids: np.ndarray, images: list[bytes]) -> Prompt:
-    """A prompt from ids with IMAGE_TOKEN_INDEX once per image, and encoded images.
+    """Build a prompt from ids with IMAGE_TOKEN_INDEX once per image, and encoded images.
 
     Raises:
         ImageError: an image does not decode.
@@ -58,7 +58,7 @@ def build_prompt(vision: VisionTowerConfig, ids: np.ndarray, images: list[bytes]
 
 @torch.no_grad()
 def observe_megatron(checkpoint: Path, prompt: Prompt, dtype: torch.dtype) -> Observation:
-    """Run a checkpoint of any layout in this process, as a fine-tuned model: causal, no pool."""
+    """Run a checkpoint of any layout in this process, as in finetune: causal, without pool."""
     run = read_run(checkpoint)
     run.stage, run.parallel = "finetune", ParallelConfig()
     run.model.attention_mask_type = "causal"

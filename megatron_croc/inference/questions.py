@@ -1,11 +1,11 @@
-"""Questions to put to a model: from the command line, a questions file or LLaVA's training JSON.
+"""Questions for a model, from the command line, a questions file or LLaVA's training JSON.
 
     {"question_id": 7, "image": "a.jpg", "text": "What is this?"}                  a JSON line
     {"id": "a", "image": ["a.jpg", "b.jpg"], "conversations": [human, gpt, ...]}    LLaVA's record
 
-A record of several rounds becomes as many questions; each has the true answers before it as its
-history, as in training. "type" beside a text (or in the record) says what kind of question it is.
-Every fault is found before a model is loaded.
+A record of several rounds gives one question per round, with the previous rounds and their true
+answers as history, as in training. "type" beside a text (or in the record) is the type of question.
+All faults are found before a model is loaded.
 """
 
 import json
@@ -21,39 +21,39 @@ from megatron_croc.errors import DataError
 
 
 class ImageSource(Protocol):
-    """An encoded image: the path of a file, or its bytes in memory. `str` gives its name."""
+    """An encoded image: the path of a file, or bytes in memory. `str` returns its name."""
 
     def read_bytes(self) -> bytes:
-        """The encoded image."""
+        """Return the encoded image."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question, and what is known about it."""
+    """One question with its images, history and true answer."""
 
     question_id: str | int
     text: str
-    """With one IMAGE_MARK per image that no earlier round has."""
+    """Text with one IMAGE_MARK for each image that is new in this round."""
 
     images: tuple[ImageSource, ...] = ()
-    """Of the whole conversation, in the order of their marks."""
+    """Images of the whole conversation, in the order of their marks."""
 
     history: tuple[tuple[str, str], ...] = ()
-    """Questions and answers before it."""
+    """Previous questions and answers."""
 
     expected: str | None = None
-    """The true answer, where the input has one."""
+    """True answer; None if the input has none."""
 
     kind: str | None = None
-    """Its "type"."""
+    """Type of the question; None if the input has none."""
 
 
 def ask(text: str, images: list[Path], *, question_id: str | int = 0) -> Question:
-    """A question about some images; without marks in the text they stand before it.
+    """Build a question about images; if the text has no marks, they are put before it.
 
     Raises:
-        DataError: another number of marks than images, or an image that cannot be read.
+        DataError: the numbers of marks and images differ, or an image cannot be read.
     """
     for image in images:
         _check_image(image, question_id)
@@ -78,11 +78,11 @@ def read_questions(
 
     Args:
         path: JSON lines of questions, or a JSON list of records.
-        image_folder: where image names are looked up; None: beside the file.
-        opens_images: see that every image is there and is one; without it nothing is asked.
+        image_folder: folder of the images; None: folder of the file.
+        opens_images: also read the header of every image.
 
     Raises:
-        DataError: names the line or record that cannot be asked, and what is wrong with it.
+        DataError: a line or record is faulty; names it and its fault.
     """
     folder = path.parent if image_folder is None else image_folder
     questions: list[Question] = []
@@ -102,7 +102,7 @@ def read_questions(
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a JSON list or of JSON lines."""
+    """Yield (place, record) of a JSON list or of JSON lines."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +145,7 @@ def _questions(record: Any, folder: Path, place: str) -> Iterator[Question]:
 
 
 def _rounds(record: dict, images: list[Path], name: str | int) -> Iterator[Question]:
-    """One question per round, and the rounds before it."""
+    """Yield one question per round, with the previous rounds."""
     messages = record["conversations"]
     check_conversation(messages, num_images=len(images), sample_id=str(name))
     rounds = [

@@ -1,4 +1,4 @@
-"""Does an export compute what the checkpoint computes? Both are run on one image and prompt."""
+"""Comparison of an export with its checkpoint: logits of both on one image and prompt."""
 
 import io
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from megatron_croc.errors import CheckpointError
 from megatron_croc.inference.inference import build_prompt, observe_export, observe_megatron
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
-"""Largest difference of a logit taken for rounding, in standard deviations of the logits.
+"""Largest difference of a logit that rounding explains, in standard deviations of the logits.
 
 Measured on 25 random models, four small ones of each family in tests/unit/convert/families.py and
 one of 16 layers of 512: at most 5e-6 in float32, and 0.06 to 0.12 in bfloat16, where transformers'
@@ -29,32 +29,32 @@ own bfloat16 is 0.06 to 0.15 from its float32. The bound in bfloat16 is twice th
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """How far apart the two are."""
+    """Differences of checkpoint and export."""
 
     largest_difference: float
-    """Of any logit."""
+    """Largest difference of a logit."""
 
     mean_difference: float
     argmax_agreement: float
-    """Share of positions whose most likely token is the same."""
+    """Share of positions with the same most likely token."""
 
     embedding_difference: float
-    """Largest difference of any element of the visual tokens."""
+    """Largest difference of an element of the visual tokens."""
 
     visual_norms: tuple[float, float, float, float]
-    """Shortest and longest visual token: megatron-core's, transformers'."""
+    """Smallest and largest norm of a visual token: megatron-core's two, then transformers' two."""
 
     num_positions: int
     bound: float
-    """For largest_difference: that of BOUNDS times the logits' standard deviation."""
+    """Bound of largest_difference: BOUNDS times the standard deviation of the logits."""
 
     @property
     def passed(self) -> bool:
-        """Within the bound, and finite."""
+        """True when the difference is finite and within the bound."""
         return self.largest_difference <= self.bound
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Format the report for the terminal."""
         low, high, their_low, their_high = self.visual_norms
         yield f"positions                        {self.num_positions}"
         yield f"largest difference of a logit    {self.largest_difference:.3e}"
@@ -81,13 +81,13 @@ def verify_export(
     Args:
         checkpoint: a checkpoint, or a folder of them.
         export: the default export's directory.
-        image: an image file; None: one is made up.
+        image: image file; None: random pixels.
         prompt: question about the image; used with a tokenizer.
-        tokenizer: SentencePiece file or Hugging Face directory; None: ids are made up.
-        dtype: both compute in it.
+        tokenizer: SentencePiece file or Hugging Face directory; None: random ids.
+        dtype: of both computations.
 
     Raises:
-        CheckpointError: either side cannot be read.
+        CheckpointError: checkpoint or export cannot be read.
     """
     checkpoint = find_checkpoint(checkpoint)
     run = read_run(checkpoint)
@@ -102,7 +102,7 @@ def verify_export(
     if ours.logits.shape != theirs.logits.shape:
         raise CheckpointError(
             f"{export}: logits {tuple(theirs.logits.shape)}, {checkpoint}: "
-            f"{tuple(ours.logits.shape)}; another model"
+            f"{tuple(ours.logits.shape)}; they are different models"
         )
     difference = (ours.logits - theirs.logits).abs()
     norms = [side.visual_embeddings.norm(dim=-1) for side in (ours, theirs)]
@@ -136,7 +136,7 @@ def _made_up_ids(vocab_size: int) -> np.ndarray:
 
 
 def _made_up_image() -> bytes:
-    """Noise, wider than high so that it is padded."""
+    """Random pixels as PNG, wider than high, so that padding is tested."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")

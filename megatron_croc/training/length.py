@@ -19,7 +19,7 @@ def resolve_train_iters(run: RunConfig) -> int:
         return training.train_iters
     plan = build_train_plan(run)
     samples = int(plan.blend.epoch_length * training.train_epochs)
-    num_packs = plan.num_rows(samples)
+    num_packs = plan.num_packs(samples)
     if num_packs < training.global_batch_size:
         packs = f" in {num_packs} packs" if run.data.packing else ""
         raise ConfigError(

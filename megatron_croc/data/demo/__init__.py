@@ -1,1 +1,1 @@
-"""A made-up dataset of simple scenes: the quickstart and tests run on it, nothing depends on it."""
+"""Synthetic dataset of simple scenes, for the quickstart and for tests."""

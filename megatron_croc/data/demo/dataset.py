@@ -25,20 +25,20 @@ HELD_OUT_SHARE = 0.05
 TEXT_ONLY_SHARE = 0.08
 TWO_IMAGE_SHARE = 0.08
 MIN_IMAGES = 40
-"""Enough for two held-out images."""
+"""Fewest images; gives two held-out images."""
 
 VOCAB_SIZE = 512
 TOKENIZER_SCENES = 600
-"""Scenes whose texts train the tokenizer: always the same ones, however many images are made."""
+"""Number of scenes whose texts train the tokenizer; independent of the number of images."""
 
 
 def image_name(index: int) -> str:
-    """File name of an image, relative to the image folder."""
+    """Return the file name of an image, relative to the image folder."""
     return f"{index:06d}.jpg"
 
 
 def write_images(folder: Path, num_images: int, *, seed: int, num_workers: int) -> Iterator[int]:
-    """Draw all images; yields each index as its file is written."""
+    """Draw all images; yield the index of each when its file is written."""
     if num_images < MIN_IMAGES:
         raise DataError(f"num_images = {num_images}: make at least {MIN_IMAGES}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def write_annotations(folder: Path, num_images: int, *, seed: int) -> dict[str, 
     """Write the JSON of every stage, for training and for validation.
 
     Returns:
-        Records per file.
+        File name -> number of records.
     """
     num_held_out = round(num_images * HELD_OUT_SHARE)
     splits = {
@@ -79,7 +79,7 @@ def write_annotations(folder: Path, num_images: int, *, seed: int) -> dict[str, 
 
 
 def train_tokenizer(*, seed: int) -> bytes:
-    """A small SentencePiece model of the demo's texts."""
+    """Train a small SentencePiece model on the demo's texts."""
     texts = [PROMPT] * TOKENIZER_SCENES
     for build in STAGES.values():
         for record in build(range(TOKENIZER_SCENES), seed):
@@ -103,7 +103,7 @@ def _caption_records(
 
 
 def _finetune_records(indices: range, seed: int) -> list[dict]:
-    """One record per image; some of them without an image, some with the next one beside it."""
+    """Make one record per index: of one image, of two images, or of text only."""
     records = []
     for index in indices:
         rng = _rng(seed, "finetune", index)
@@ -131,4 +131,4 @@ STAGES = {
     "pretrain_croc": partial(_caption_records, demo_text.detailed_caption),
     "finetune": _finetune_records,
 }
-"""Stage -> records of some images: (indices, seed) -> list."""
+"""Training stage -> function (indices, seed) -> records of these images."""

@@ -1,9 +1,9 @@
-"""Scenes of the demo data: a few coloured shapes on a cluttered background, drawn with PIL.
+"""Scenes of the demo data: coloured shapes on a cluttered background, drawn with PIL.
 
     (seed, index) --sample_scene--> Scene --render_scene--> JPEG bytes
                                       +---text.py----> captions, questions and answers
 
-A scene is a pure function of seed and index, so any number of processes draws the same images.
+A scene is a pure function of seed and index, for any number of processes.
 """
 
 import io
@@ -59,7 +59,7 @@ class SceneObject:
 
     @property
     def position(self) -> str:
-        """Its cell in words: top left, center, bottom, ..."""
+        """Cell in words: top left, center, bottom, ..."""
         row, column = ROWS[self.row], COLUMNS[self.column]
         if row == "middle":
             return column
@@ -68,7 +68,7 @@ class SceneObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an image shows."""
+    """Content of an image."""
 
     size: tuple[int, int]
     """Width and height, pixels."""
@@ -78,11 +78,11 @@ class Scene:
     """Two to four, in reading order, in different cells."""
 
     clutter_seed: int
-    """Draws the lines and dots behind the objects, which no text mentions."""
+    """Seed of the lines and dots behind the objects, which no text mentions."""
 
 
 def sample_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the demo data with this seed."""
+    """Draw scene number `index` of the demo data with this seed."""
     rng = random.Random(f"scene/{seed}/{index}")
     count = rng.choice((2, 3, 3, 4))
     names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
@@ -108,7 +108,7 @@ def sample_scene(seed: int, index: int) -> Scene:
 
 
 def render_scene(scene: Scene) -> bytes:
-    """The scene as a JPEG; equal bytes for equal scenes and Pillow versions."""
+    """Render a scene as JPEG; equal bytes for equal scenes and Pillow versions."""
     width, height = (side * SUPERSAMPLING for side in scene.size)
     image = _draw_background(width, height, scene)
     draw = ImageDraw.Draw(image)
@@ -125,7 +125,7 @@ def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
 
 
 def _draw_background(width: int, height: int, scene: Scene) -> Image.Image:
-    """A gradient, faint lines and faint dots."""
+    """Draw a gradient with faint lines and dots."""
     rng = random.Random(scene.clutter_seed)
     colour = BACKGROUNDS[scene.background]
     light, dark = Image.new("RGB", (width, height), _shade(colour, 1.08)), _shade(colour, 0.86)
@@ -144,7 +144,7 @@ def _draw_background(width: int, height: int, scene: Scene) -> Image.Image:
 
 
 def _draw_object(draw: ImageDraw.ImageDraw, item: SceneObject, width: int, height: int) -> None:
-    """A shape with an outline and a soft drop shadow."""
+    """Draw a shape with an outline and a soft drop shadow."""
     radius = DIAMETERS[item.size] * min(width, height) / 2
     margin = 1.2 * radius  # no object is cut off by the border
     x = min(max((item.column + 0.5 + item.shift[0]) * width / 3, margin), width - margin)
@@ -156,7 +156,7 @@ def _draw_object(draw: ImageDraw.ImageDraw, item: SceneObject, width: int, heigh
 
 
 def _outline(item: SceneObject, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """Corners of a shape; areas are about equal, so a shape is not told by its size."""
+    """Compute the corners of a shape; all shapes have similar areas."""
     reach = {
         "circle": [1.0] * 48,
         "square": [1.2] * 4,

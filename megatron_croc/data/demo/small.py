@@ -1,4 +1,4 @@
-"""A demo data set of a few images as shards, made in seconds: for tests and for trials of a run."""
+"""Small demo dataset as shards, made in seconds, for tests and trial runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ from megatron_croc.data.prepare.preprocess import Preprocessor
 
 
 def write_demo(folder: Path, names: Sequence[str], *, num_images: int = 40) -> Path:
-    """Images, every JSON file, a tokenizer, and shards of the files named.
+    """Write images, every JSON file, a tokenizer, and shards of the named files.
 
     Args:
-        folder: where to; made if it is missing.
-        names: of JSON files without their ending, as in `data.demo.dataset`. The shards of each
-            go to a folder of that name.
+        folder: output folder; created if missing.
+        names: JSON files without suffix, as in `data.demo.dataset`. The shards of each go to a
+            folder of that name.
         num_images: at least `data.demo.dataset.MIN_IMAGES`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the demo data says about its scenes: captions, questions with answers, text without image.
+"""Texts of the demo data: captions, questions with answers, and text without image.
 
 One function per training stage returns LLaVA's messages. All are pure functions of the scene and
 the random generator handed in.
@@ -31,14 +31,14 @@ Round = tuple[str, str, str]
 
 
 def short_caption(scene: Scene, rng: random.Random) -> Messages:
-    """For pretrain_mlp: the objects by colour and shape."""
+    """Write a caption for pretrain_mlp: the objects by colour and shape."""
     names = [f"a {item.name}" for item in scene.objects]
     caption = f"{', '.join(names[:-1])} and {names[-1]}"
     return _as_messages([(_with_mark(rng.choice(SHORT_REQUESTS), rng), caption, "caption")])
 
 
 def detailed_caption(scene: Scene, rng: random.Random) -> Messages:
-    """For pretrain_croc: every object with size, colour, shape and position."""
+    """Write a caption for pretrain_croc: every object with size, colour, shape and position."""
     sentences = [f"The picture shows {NUMBERS[len(scene.objects)]} objects."]
     for item in scene.objects:
         sentences.append(f"A {item.size} {item.name} is {_where(item)}.")
@@ -48,7 +48,7 @@ def detailed_caption(scene: Scene, rng: random.Random) -> Messages:
 
 
 def questions(scene: Scene, rng: random.Random) -> Messages:
-    """For finetune: two to four questions about one image."""
+    """Write two to four questions about one image, for finetune."""
     kinds = rng.sample((_count_all, _count_shape, _colour, _position, _exists), rng.randint(2, 4))
     rounds = [kind(scene, rng) for kind in kinds]
     rounds[0] = (_with_mark(rounds[0][0], rng), *rounds[0][1:])
@@ -56,7 +56,7 @@ def questions(scene: Scene, rng: random.Random) -> Messages:
 
 
 def comparison(first: Scene, second: Scene, rng: random.Random) -> Messages:
-    """For finetune: a question about two images, then one about one of them."""
+    """Write a question about two images and one about one of them, for finetune."""
     marks = f"{IMAGE_MARK}\n{IMAGE_MARK}\n"
     counts = len(first.objects), len(second.objects)
     more = "both the same" if counts[0] == counts[1] else f"the {_which(counts[1] > counts[0])}"
@@ -75,7 +75,7 @@ def comparison(first: Scene, second: Scene, rng: random.Random) -> Messages:
 
 
 def text_only(rng: random.Random) -> Messages:
-    """For finetune: questions that need no image."""
+    """Write questions that need no image, for finetune."""
     rounds = []
     for kind in rng.sample(range(3), 2):
         if kind == 0:
@@ -102,7 +102,7 @@ def _which(is_second: bool) -> str:
 
 
 def _as_messages(rounds: Sequence[Round]) -> Messages:
-    """LLaVA's messages; the question's type stands beside it, for reports."""
+    """Format rounds as LLaVA's messages; each question also has its type, for reports."""
     return [
         message
         for question, answer, kind in rounds
@@ -114,7 +114,7 @@ def _as_messages(rounds: Sequence[Round]) -> Messages:
 
 
 def _with_mark(question: str, rng: random.Random) -> str:
-    """The mark before or after the question, as in LLaVA's data."""
+    """Put the image mark before or after the question, as in LLaVA's data."""
     if rng.random() < 0.5:
         return f"{IMAGE_MARK}\n{question}"
     return f"{question}\n{IMAGE_MARK}"

@@ -1,1 +1,1 @@
-"""Samples and tokens of every row of a run, computed from its number."""
+"""Order of samples: the packs of a run, computed from a few integers."""

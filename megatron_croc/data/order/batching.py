@@ -1,4 +1,4 @@
-"""How the samples of a window become rows: one in each, one modality a step, or packed."""
+"""Arrangements of the samples of a window in packs: separate, grouped by modality, or packed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,34 +14,34 @@ from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.store.sample_lengths import SampleLengths
 
 SEPARATE_WINDOW = 1024
-"""Samples of a window without packing or grouping; changes nothing but the work done at once."""
+"""Samples of a window without packing or grouping; does not change the order."""
 
 GROUPED_WINDOW = 64
-"""Optimizer steps of a window when samples are grouped: at most one of them mixes modalities."""
+"""Optimizer steps of a window when samples are grouped; at most one mixes modalities."""
 
-Rows = Sequence[Sequence[int]] | np.ndarray
-Arranged = tuple[Rows, np.ndarray | None]
-"""Rows, as places in the window, and the planned tokens of its samples if they are packed."""
+Packs = Sequence[Sequence[int]] | np.ndarray
+Arranged = tuple[Packs, np.ndarray | None]
+"""Packs as indices into the window, and tokens of each sample (None without packing)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """How the samples of a window become rows."""
+    """A way to arrange the samples of a window in packs."""
 
     kind: str
-    """In words, with all that it depends on; part of the order's identity."""
+    """Description with all parameters; part of the identity of the order."""
 
     window_size: int
-    """Samples of a window, at most."""
+    """Largest number of samples of a window."""
 
     arrange: Callable[[np.ndarray, int], Arranged]
-    """(sample numbers of a window, samples of the run before it) -> rows."""
+    """(sample numbers of a window, number of samples before the window) -> packs."""
 
-    one_sample_a_row: bool = True
+    one_sample_per_pack: bool = True
 
 
 def separate() -> Arrangement:
-    """One sample a row, in the order of the blend."""
+    """Arrange one sample per pack, in the order of the blend."""
     return Arrangement(
         kind="separate samples",
         window_size=SEPARATE_WINDOW,
@@ -55,7 +55,13 @@ def grouped(
     global_batch_size: int,
     seed: int,
 ) -> Arrangement:
-    """One sample a row; `tokens_of` gives tokens and number of images of samples."""
+    """Arrange one sample per pack, in steps of one modality, long samples first.
+
+    Args:
+        tokens_of: sample numbers -> (tokens, number of images), int64 [m] each.
+        global_batch_size: samples of one optimizer step.
+        seed: of the order of steps.
+    """
 
     def arrange(index: np.ndarray, begin: int) -> Arranged:
         tokens, images = tokens_of(index)
@@ -83,19 +89,27 @@ def packed(
     measured: str,
     seed: int,
 ) -> Arrangement:
-    """Samples share rows, which come in shuffled order; `measured` says what `tokens_of` counts."""
+    """Arrange several samples per pack, packs in shuffled order.
+
+    Args:
+        tokens_of: sample numbers -> (tokens, number of images), int64 [m] each.
+        packing_length: most tokens of a pack.
+        packing_buffer_size: samples of a window.
+        measured: description of the tokens that `tokens_of` counts.
+        seed: of the order of packs.
+    """
 
     def arrange(index: np.ndarray, begin: int) -> Arranged:
         tokens = tokens_of(index)[0]
-        rows = pack(tokens.tolist(), packing_length)
-        shuffled = Permutation(len(rows), (ARRANGE, seed, begin))(np.arange(len(rows)))
-        return [rows[i] for i in shuffled], tokens
+        packs = pack(tokens.tolist(), packing_length)
+        shuffled = Permutation(len(packs), (ARRANGE, seed, begin))(np.arange(len(packs)))
+        return [packs[i] for i in shuffled], tokens
 
     return Arrangement(
         kind=f"packs of {packing_length} tokens from {packing_buffer_size} samples ({measured})",
         window_size=packing_buffer_size,
         arrange=arrange,
-        one_sample_a_row=False,
+        one_sample_per_pack=False,
     )
 
 
@@ -117,7 +131,7 @@ def build_arrangement(
         seed: of the order of packs and batches in a window.
 
     Raises:
-        DataError: data without the sample lengths that packing and grouping need.
+        DataError: the data lacks the sample lengths that packing and grouping need.
     """
     if not (data.packing or data.group_by_modality_length):
         return separate()

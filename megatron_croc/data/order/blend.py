@@ -1,15 +1,15 @@
-r"""Sources of samples, and how they are mixed.
+r"""Sources of samples and their mixture by weight.
 
     blend.yaml   - {path: captions, weight: 0.7}        paths are relative to the file
                  - {path: [a, b], weight: 0.3, name: instructions}
 
-    samples drawn:  c c i c c i c c c i ...   after any number n: |drawn of s - share of s * n| < 1
+    samples drawn:  c c i c c i c c c i ...   after any n samples: |drawn of s - share of s * n| < 1
 
-Drawing a source's j-th sample is a job that may start at j / share and must be done by
-(j + 1) / share; taking the earliest deadline first meets every deadline (Baruah et al.,
-"Proportionate progress", 1996), which keeps each source within one sample of its share at every
-prefix. Taking the source that lags most, as is common, does not. Shares are exact fractions, and
-what comes next follows from the counts so far: one integer per source is the whole state.
+To draw the j-th sample of a source is a job that may start at j / share and must end by
+(j + 1) / share. Earliest deadline first meets every deadline (Baruah et al., "Proportionate
+progress", 1996), so each source stays within one sample of its share at every prefix. The common
+rule, to take the source that lags most, does not guarantee this. Shares are exact fractions. The
+next source depends on the counts so far only: the state is one integer per source.
 """
 
 import difflib
@@ -27,7 +27,7 @@ from megatron_croc.data.store.manifest import count_samples
 from megatron_croc.errors import DataError, first_line
 
 BLEND_SUFFIXES = (".yaml", ".yml")
-"""Endings that tell a blend from a folder of shards."""
+"""Suffixes of blend files; any other path is a folder of shards."""
 
 _KEYS = ("path", "weight", "epochs", "name")
 
@@ -37,16 +37,16 @@ class Source:
     """Folders of shards that are shuffled as one."""
 
     name: str
-    """What it is called in logs and checkpoints."""
+    """Name in logs and checkpoints."""
 
     folders: tuple[str, ...]
-    """Its folders of shards."""
+    """Folders of shards."""
 
     num_samples: int
-    """Samples in all of them."""
+    """Number of samples in all folders."""
 
     weight: Fraction
-    """Its share of the samples drawn, up to a factor common to all sources."""
+    """Share of the samples drawn, up to a factor common to all sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Blend:
     sources: tuple[Source, ...]
 
     epoch_length: int
-    """Samples that `train_epochs` counts as one epoch."""
+    """Number of samples that `train_epochs` counts as one epoch."""
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -64,14 +64,14 @@ class Blend:
         return tuple(folder for source in self.sources for folder in source.folders)
 
     def draw(self, counts: Sequence[int], number: int) -> np.ndarray:
-        """Which sources the next samples come from.
+        """Choose the sources of the next samples.
 
         Args:
-            counts: samples drawn of each source so far, as earlier calls left them.
+            counts: samples drawn of each source so far.
             number: samples to draw.
 
         Returns:
-            int64 [number], indices of sources.
+            int64 [number], index of the source of each sample.
         """
         if len(self.sources) == 1:
             return np.zeros(number, dtype=np.int64)
@@ -79,7 +79,7 @@ class Blend:
         total = sum(weights)
         begin = sum(counts)
         taken = list(counts)
-        # (first slot, source) of jobs that may not start yet; (last slot, source) of the others.
+        # waiting: (first slot, source) of jobs that may not start yet; ready: (deadline, source).
         waiting = [(n * total // w, s) for s, (n, w) in enumerate(zip(taken, weights, strict=True))]
         heapq.heapify(waiting)
         ready: list[tuple[int, int]] = []
@@ -101,7 +101,7 @@ class Blend:
 
 
 def read_blend(data_path: Sequence[str]) -> Blend:
-    """The blend that `data_path` names: one YAML file, or folders that make up a single source.
+    """Read the blend of `data_path`: one YAML file, or folders that form a single source.
 
     Raises:
         DataError: a folder or the file is missing or damaged; names the entry and the key.
@@ -115,7 +115,7 @@ def read_blend(data_path: Sequence[str]) -> Blend:
         return Blend(sources=(source,), epoch_length=num_samples)
     if len(data_path) > 1:
         raise DataError(
-            f"data_path {' '.join(data_path)}: a blend stands alone; name the folders inside "
+            f"data_path {' '.join(data_path)}: a blend must be the only path; name the folders in "
             f"{files[0]}"
         )
     return _read_file(Path(files[0]))
@@ -134,8 +134,8 @@ def _read_file(path: Path) -> Blend:
     by_epochs = [isinstance(entry, dict) and "epochs" in entry for entry in entries]
     if any(by_epochs) and not all(by_epochs):
         raise DataError(
-            f"blend {path}: entry {by_epochs.index(False) + 1} has no epochs, others have: give "
-            "every entry a weight, or every entry epochs"
+            f"blend {path}: entry {by_epochs.index(False) + 1} has no epochs, but others have: "
+            "give every entry a weight, or every entry epochs"
         )
     sources = [_read_entry(path, number, entry) for number, entry in enumerate(entries, start=1)]
     names = [source.name for source in sources]
@@ -174,7 +174,7 @@ def _read_entry(path: Path, number: int, entry: object) -> Source:
 
 
 def _positive(value: object, what: str) -> Fraction:
-    """A number as it is written: 0.1 is one tenth, not the float next to it."""
+    """Return a number exactly as written: 0.1 is one tenth, not the nearest float."""
     try:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError

@@ -1,9 +1,9 @@
-"""Global batches of one modality, long samples first: the order LLaVA and Croc train in.
+"""Group samples into global batches of one modality, long samples first, as LLaVA and Croc do.
 
 Their sampler (`get_modality_length_grouped_indices`) cuts the shuffled samples with images, and
-those without, into global batches, sorts each by length, shuffles the batches, and puts what is
-left over into a mixed one. Here this is done window by window, so it needs no pass over the data,
-and in whole optimizer steps wherever a window begins.
+those without, into global batches, sorts each by length, shuffles the batches, and collects the
+rest in a mixed batch. Here each window is grouped by itself, which needs no pass over the data, and
+batches are aligned with optimizer steps wherever a window begins.
 """
 
 import numpy as np
@@ -19,18 +19,18 @@ def group_by_modality_length(
     begin: int,
     key: tuple[int, ...],
 ) -> np.ndarray:
-    """A new order of the samples of one window.
+    """Compute the order of the samples of one window.
 
     Args:
         lengths: int [n], tokens of each sample.
         has_image: bool [n].
         global_batch_size: samples of one optimizer step.
-        begin: samples of the run before this window; says where in a step the window begins.
-        key: what the order of the batches is drawn from.
+        begin: number of samples before this window; gives its offset within a step.
+        key: of the random order of the batches.
 
     Returns:
-        int64 [n], a permutation: every whole step inside the window has one modality, but for at
-        most one mixed step and the steps that the window shares with its neighbours.
+        int64 [n], a permutation. Every whole step inside the window has one modality, except at
+        most one mixed step and the steps shared with the neighbouring windows.
     """
     size = global_batch_size
     batches, left_over = [], []
@@ -39,10 +39,10 @@ def group_by_modality_length(
         whole = samples.size // size * size
         batches += list(samples[:whole].reshape(-1, size))
         left_over.append(samples[whole:])
-    head = min(-begin % size, lengths.size)  # samples that complete the step before
+    head = min(-begin % size, lengths.size)  # samples that complete the previous step
     tail = (lengths.size - head) % size
     mixed = np.concatenate(left_over)
-    if mixed.size < head + tail:  # they cannot fill both ends: give up one batch
+    if mixed.size < head + tail:  # too few for both ends: split one batch
         mixed = np.concatenate([mixed, batches.pop()])
     middle = mixed[head : mixed.size - tail]
     if middle.size:

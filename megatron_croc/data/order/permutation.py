@@ -1,29 +1,29 @@
-"""A shuffled order of any length that is computed where it is asked for, and never held.
+"""A random permutation of any length, computed element by element and never stored.
 
-    place in the epoch --keyed bijection of [0, 2^bits)--> inside [0, n)?  yes: the sample
+    index in the epoch --keyed bijection of [0, 2^bits)--> inside [0, n)?  yes: the sample
                               ^                                  |
                               +------------- no: again ----------+
 
-The bijection is a Feistel network; walking its cycles until a value falls inside turns it into a
-permutation of n elements (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-Sample 10^9 of epoch 7 costs as much as the first one, and nothing depends on what came before.
+The bijection is a Feistel network. Cycle walking (apply it until the value is below n) makes it a
+permutation of n elements (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Every
+element takes the same time, and none depends on earlier ones.
 """
 
 import numpy as np
 
 SHUFFLE, ARRANGE = 0, 1
-"""First word of every key, so that the two share no random numbers: a source's order in an epoch,
-and that of a window's rows."""
+"""First word of every key, for independent random numbers: SHUFFLE for the order of a source in an
+epoch, ARRANGE for the order of packs in a window."""
 
 _ROUNDS = 10
-"""Rounds of the network; the shuffle tests pass from 6 on, for ranges as small as 3."""
+"""Rounds of the network; the shuffle tests pass with 6 or more, for ranges as small as 3."""
 
 
 class Permutation:
-    """A permutation of 0 .. n - 1, drawn from a key. Threads may share it."""
+    """A permutation of 0 .. n - 1, drawn from a key. Safe to share between threads."""
 
     def __init__(self, n: int, key: tuple[int, ...]) -> None:
-        """Args: n: its length. key: non-negative integers; other keys give other permutations."""
+        """Args: n: length. key: non-negative integers; another key gives another permutation."""
         self.n = n
         bits = max((n - 1).bit_length(), 2)
         self._right = np.uint64(bits // 2)  # width of the right part; the left has the rest
@@ -32,21 +32,21 @@ class Permutation:
         self._keys = list(zip(words[::2], words[1::2], strict=True))
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """The elements at some places, int64 of the same shape; places lie in [0, n)."""
+        """Return the elements at `places` in [0, n), int64 of the same shape."""
         values = np.asarray(places).astype(np.uint64).reshape(-1)
         if self.n > 1:
             outside = np.arange(values.size)
             while outside.size:
                 values[outside] = moved = self._mix(values[outside])
-                outside = outside[moved >= self.n]  # at most half of them, on average
+                outside = outside[moved >= self.n]  # on average at most half of them
         return values.astype(np.int64).reshape(np.shape(places))
 
     def _mix(self, values: np.ndarray) -> np.ndarray:
-        """One pass through the network: uint64 [m], each below 2^bits, one to one."""
+        """Apply the network once: uint64 [m] -> uint64 [m], a bijection of [0, 2^bits)."""
         left_bits, right_bits = self._left, self._right
         left, right = values >> right_bits, values & _mask(right_bits)
         for multiplier, offset in self._keys:
-            # splitmix64's finalizer under a round key; its low bits change the other half.
+            # splitmix64's finalizer with a round key; its low bits are XORed to the other half.
             mixed = (right + offset) * (multiplier | np.uint64(1))
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

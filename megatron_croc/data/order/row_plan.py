@@ -1,14 +1,14 @@
-"""Which samples make up which row of the run: computed window by window, from a few integers.
+"""The plan of a run's packs, computed window by window from a few integers.
 
     counts per source --blend--> source of each sample --permutation--> (epoch, sample)   a window
                                                                              |
-    separate:  one sample a row, in this order                               |
-    grouped:   one sample a row, whole steps of one modality     <-----------+
-    packed:    as many samples a row as fit
+    separate:  one sample per pack, in this order                            |
+    grouped:   one sample per pack, whole steps of one modality  <-----------+
+    packed:    as many samples per pack as fit
 
-A window is some consecutive samples of the blend; an epoch is cut into windows, so every sample
-stands in exactly one row of each epoch. Where a window begins and what it holds depends on the
-counts alone: not on ranks, micro-batches or workers.
+A window is a number of consecutive samples of the blend. An epoch is cut into windows, so every
+sample is in exactly one pack of each epoch. Begin and content of a window depend on the counts
+alone, not on ranks, micro-batches or workers. A checkpoint stores the counts (OrderState).
 """
 
 import math
@@ -19,59 +19,59 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_croc.config.data import DataConfig
-from megatron_croc.data.order.batching import Arrangement, Rows, build_arrangement, separate
+from megatron_croc.data.order.batching import Arrangement, Packs, build_arrangement, separate
 from megatron_croc.data.order.blend import Blend, read_blend
 from megatron_croc.data.order.permutation import SHUFFLE, Permutation
 from megatron_croc.errors import DataError
 
 
 class Slot(NamedTuple):
-    """One sample's place in a row."""
+    """One sample of a pack."""
 
     epoch: int
-    """Pass over the sample's source."""
+    """Epoch of the sample's source."""
 
     index: int
-    """Its number in the dataset of all folders."""
+    """Number of the sample in the dataset of all folders."""
 
     planned_tokens: int | None = None
-    """Tokens the row was planned with; None where rows are not packed."""
+    """Tokens of the sample that the pack was planned with; None without packing."""
 
 
-Row = tuple[Slot, ...]
+Pack = tuple[Slot, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderState:
-    """Where a run stands in its order of samples: all that a resumed run needs."""
+    """Position of a run in its order of samples; sufficient to resume."""
 
     identity: str
-    """What the order is a function of; a run with another one cannot go on from here."""
+    """All parameters of the order; a run with another identity cannot resume from this state."""
 
     sources: tuple[str, ...]
     """Names of the sources."""
 
     num_samples: tuple[int, ...]
-    """Samples of each source."""
+    """Number of samples of each source."""
 
     consumed: tuple[int, ...]
-    """Samples of each source done so far, over all its epochs."""
+    """Number of samples of each source used so far, over all epochs."""
 
     window_start: tuple[int, ...]
-    """Samples of each source before the current window."""
+    """Number of samples of each source before the current window."""
 
     rows_taken: int = 0
-    """Rows of the current window done."""
+    """Number of packs used of the current window."""
 
     @property
     def epochs(self) -> dict[str, float]:
-        """Passes over each source so far."""
+        """Epochs of each source so far, as a fraction."""
         pairs = zip(self.consumed, self.num_samples, strict=True)
         return dict(zip(self.sources, (n / size for n, size in pairs), strict=True))
 
     @classmethod
     def from_tree(cls, tree: dict) -> "OrderState":
-        """Back from JSON, which has lists for tuples."""
+        """Restore a state from JSON, which stores tuples as lists."""
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()
         }
@@ -80,48 +80,48 @@ class OrderState:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Consecutive samples of the run, arranged in rows."""
+    """Consecutive samples of the run, arranged in packs."""
 
     source: np.ndarray
-    """int64 [n]."""
+    """int64 [n], source of each sample."""
 
     epoch: np.ndarray
-    """int64 [n], pass over the source."""
+    """int64 [n], epoch of the source."""
 
     index: np.ndarray
     """int64 [n], number in the dataset of all folders."""
 
     planned_tokens: np.ndarray | None
-    """int64 [n]; None where rows are not packed."""
+    """int64 [n]; None without packing."""
 
-    rows: Rows
-    """For each row the places of its samples in the arrays above."""
+    packs: Packs
+    """Indices of the samples of each pack in the arrays above."""
 
-    def row(self, number: int) -> Row:
-        """One row's samples."""
+    def pack(self, number: int) -> Pack:
+        """Return the samples of one pack."""
         return tuple(
             Slot(
                 int(self.epoch[i]),
                 int(self.index[i]),
                 None if self.planned_tokens is None else int(self.planned_tokens[i]),
             )
-            for i in self.rows[number]
+            for i in self.packs[number]
         )
 
 
 class RowPlan:
-    """The rows of a run. Holds no state; threads may share it."""
+    """The packs of a run. Holds no state; safe to share between threads."""
 
     def __init__(
         self, blend: Blend, arrangement: Arrangement, *, seed: int, shuffle: bool = True
     ) -> None:
-        """Bind what the rows are a function of.
+        """Set the parameters of the order.
 
         Args:
             blend: sources and shares.
-            arrangement: how samples become rows.
+            arrangement: way to arrange samples in packs.
             seed: of the shuffles.
-            shuffle: a new order in every epoch of a source; False: as stored.
+            shuffle: draw a new order in every epoch of a source; False: stored order.
         """
         self.blend, self.arrangement = blend, arrangement
         self._seed, self._shuffle = seed, shuffle
@@ -129,11 +129,11 @@ class RowPlan:
         self._bases = np.cumsum((0, *self._sizes))
         mix = ", ".join(f"{s.num_samples} samples at {s.weight}" for s in blend.sources)
         self.identity = f"{arrangement.kind}; {mix}; seed {seed if shuffle else 'none'}"
-        # Near-equal windows: a short last one would pack badly.
+        # Windows of nearly equal size: a short last window would pack badly.
         self._num_windows = math.ceil(blend.epoch_length / arrangement.window_size)
 
     def start(self) -> OrderState:
-        """Before the first row."""
+        """Return the state before the first pack."""
         zeros = (0,) * len(self._sizes)
         return OrderState(
             identity=self.identity,
@@ -144,7 +144,7 @@ class RowPlan:
         )
 
     def window(self, counts: Sequence[int]) -> Window:
-        """The window that begins after `counts` samples of each source."""
+        """Compute the window that begins after `counts` samples of each source."""
         begin = sum(counts)
         length = self.blend.epoch_length
         place = begin % length
@@ -162,28 +162,28 @@ class RowPlan:
                     key = (SHUFFLE, self._seed, number, int(one))
                     places[passes == one] = Permutation(size, key)(places[passes == one])
             index[here] = places + self._bases[number]
-        rows, tokens = self.arrangement.arrange(index, begin)
-        return Window(source=source, epoch=epoch, index=index, planned_tokens=tokens, rows=rows)
+        packs, tokens = self.arrangement.arrange(index, begin)
+        return Window(source=source, epoch=epoch, index=index, planned_tokens=tokens, packs=packs)
 
-    def num_rows(self, num_samples: int) -> int:
-        """Rows of the whole windows among the first `num_samples` samples of the run."""
-        if self.arrangement.one_sample_a_row:
+    def num_packs(self, num_samples: int) -> int:
+        """Count the packs of the whole windows among the first `num_samples` samples of the run."""
+        if self.arrangement.one_sample_per_pack:
             return num_samples
         counts = np.zeros(len(self._sizes), dtype=np.int64)
-        rows = 0
+        num_packs = 0
         while True:
             window = self.window(counts.tolist())
             counts += np.bincount(window.source, minlength=counts.size)
             if counts.sum() > num_samples:
-                return rows
-            rows += len(window.rows)
+                return num_packs
+            num_packs += len(window.packs)
 
 
 class RowStream:
-    """Rows one after the other, from any state."""
+    """Sequence of packs, from any state."""
 
     def __init__(self, plan: RowPlan, state: OrderState | None = None) -> None:
-        """Args: plan: of the run. state: where to go on; None: at the start.
+        """Args: plan: of the run. state: position to continue from; None: the start.
 
         Raises:
             DataError: the state belongs to another order.
@@ -192,7 +192,7 @@ class RowStream:
         self.state = plan.start() if state is None else state
         if self.state.identity != plan.identity:
             raise DataError(
-                f"the checkpoint stands in another order of samples: {self.state.identity}; this "
+                f"the checkpoint belongs to another order of samples: {self.state.identity}; this "
                 f"run's is {plan.identity}. Resume with the same data_path, blend, seed, packing "
                 "and grouping, or start a new run with --pretrained-checkpoint"
             )
@@ -204,18 +204,18 @@ class RowStream:
         self._window = self._plan.window(self._window_start)
         self._rows_taken = rows_taken
 
-    def take(self, number: int) -> list[Row]:
-        """The next rows; `state` then stands behind them."""
-        rows: list[Row] = []
-        while len(rows) < number:
+    def take(self, number: int) -> list[Pack]:
+        """Return the next `number` packs and set `state` to the position after them."""
+        packs: list[Pack] = []
+        while len(packs) < number:
             window = self._window
-            if self._rows_taken == len(window.rows):
+            if self._rows_taken == len(window.packs):
                 drawn = np.bincount(window.source, minlength=self._consumed.size)
                 self._enter((np.array(self._window_start) + drawn).tolist(), 0)
                 continue
-            row = self._rows_taken
-            rows.append(window.row(row))
-            np.add.at(self._consumed, window.source[list(window.rows[row])], 1)
+            current = self._rows_taken
+            packs.append(window.pack(current))
+            np.add.at(self._consumed, window.source[list(window.packs[current])], 1)
             self._rows_taken += 1
         start = self._plan.start()
         self.state = OrderState(
@@ -226,7 +226,7 @@ class RowStream:
             window_start=self._window_start,
             rows_taken=self._rows_taken,
         )
-        return rows
+        return packs
 
 
 def build_row_plan(
@@ -255,7 +255,7 @@ def build_row_plan(
 
 
 def build_stored_order_plan(data_path: Sequence[str], *, seed: int) -> RowPlan:
-    """Plan one sample per pack in stored order, never shuffled, packed or grouped: validation.
+    """Plan the packs of validation: one sample each, in stored order.
 
     Raises:
         DataError: data is missing or damaged.

@@ -1,1 +1,1 @@
-"""From what people have to shards and their lengths; runs before training."""
+"""Preparation of data before training: inputs to shards, and lengths of their samples."""

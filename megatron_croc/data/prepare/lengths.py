@@ -31,7 +31,7 @@ from megatron_croc.data.store.shards import ShardedDataset
 TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
 
 CHUNK = 10_000
-"""Samples that one worker process takes at a time."""
+"""Number of samples of one job of a worker process."""
 
 
 def index_lengths(
@@ -42,16 +42,16 @@ def index_lengths(
     template: TemplateName,
     num_workers: int = 1,
 ) -> Iterator[int]:
-    """Write a dataset folder's lengths and enter them in its manifest, at the end.
+    """Measure the samples of a dataset folder, write their table and add it to the manifest.
 
-    A sample that cannot be tokenised gets one token and no image: so long is what stands in its
-    place in training.
+    A sample that cannot be tokenised gets one token and no image, the length of the placeholder
+    that training uses for it.
 
     Yields:
-        Samples done since the last time.
+        Number of samples measured since the previous value.
 
     Raises:
-        DataError: the folder holds no finished dataset, or the tokenizer is no tokenizer.
+        DataError: the folder holds no finished dataset, or the tokenizer cannot be loaded.
     """
     num_samples = read_manifest(folder).num_samples
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
@@ -93,7 +93,7 @@ def _measure(
     tokenizer_model: str,
     template: TemplateName,
 ) -> np.ndarray:
-    """int32 [m, 2]: text tokens and images of some samples; runs in a worker process."""
+    """Measure some samples, int32 [m, 2]: (text tokens, images); runs in a worker process."""
     dataset = ShardedDataset(folder)
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
     found = np.empty((len(samples), 2), dtype=np.int32)

@@ -1,9 +1,9 @@
-"""Records of any input -> a dataset folder of our own shards.
+"""Preprocess records of any input to a dataset folder of shards.
 
     records [s * n, (s + 1) * n) --check, read images--> shard s
                                       \\--> skipped records, each with its reason
 
-What is common to making and indexing shards stands in shard_job.py, the inputs in inputs/.
+shard_job.py holds the part shared with indexing, inputs/ the readers of each input format.
 """
 
 import errno
@@ -20,11 +20,11 @@ from megatron_croc.data.store.shard_writer import ShardWriter
 from megatron_croc.errors import DataError, first_line
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""Member extension by what an image is, not by what its file is called."""
+"""Extension of an image's member by its format; the name of its file may be wrong."""
 
 
 class Preprocessor:
-    """One input on its way to one dataset folder."""
+    """Job that preprocesses one input to one dataset folder."""
 
     def __init__(
         self,
@@ -35,17 +35,17 @@ class Preprocessor:
         samples_per_shard: int,
         input_format: InputFormat | None = None,
     ) -> None:
-        """Open the input and find out what is already there.
+        """Open the input and look for shards of an earlier, interrupted job.
 
         Args:
-            input_path: file, files or folder; inputs/ tells what they may be.
-            image_folder: what image names are relative to; None: every record brings its bytes.
-            output: dataset folder; made when missing.
-            samples_per_shard: records each shard is made of.
-            input_format: None: told by the suffix.
+            input_path: file, files or folder, in a format of inputs/.
+            image_folder: folder of the image names; None: records hold the bytes of images.
+            output: dataset folder; created if missing.
+            samples_per_shard: records of each shard.
+            input_format: None: given by the suffix.
 
         Raises:
-            DataError: the input is unusable, the image folder is missing, or the output was begun
+            DataError: the input is unusable, the image folder is missing, or the output was started
                 with another input.
         """
         if samples_per_shard < 1:
@@ -64,11 +64,11 @@ class Preprocessor:
 
     @property
     def num_unfinished(self) -> int:
-        """Records of the shards still to be made."""
+        """Number of records of unfinished shards."""
         return sum(len(self._records_of(shard)) for shard in self._job.unfinished_shards())
 
     def make_shards(self, num_workers: int) -> Iterator[int]:
-        """Make the unfinished shards; yields the number of records of each as it is done."""
+        """Make the unfinished shards; yield the number of records of each finished one."""
         for _, result in self._job.make_shards(_make_shard, self._task_of, num_workers):
             yield result.num_records
 
@@ -133,14 +133,14 @@ def _read_record(
 
 
 def _plain_id(value: object) -> str | int | None:
-    """An id as it may be stored: only ever shown, so anything odd is left out."""
+    """Return an id that can be stored, else None; ids are for display only."""
     if isinstance(value, str):
         return value if is_unicode(value) else None
     return value if isinstance(value, int) else None
 
 
 def _read_image(image_folder: Path | None, image: str | bytes, name: str) -> tuple[str, bytes]:
-    """(extension, bytes) of an image the record brings, or that lies inside the image folder."""
+    """Return (extension, bytes) of an image, from the record or from the image folder."""
     label = "image" if isinstance(image, bytes) else f"image {image}"
     data = image if isinstance(image, bytes) else _read_named(image_folder, image, name)
     try:

@@ -1,10 +1,10 @@
-"""Shards made in parallel, each once: the part that preprocessing and indexing share.
+"""Job that makes shards in parallel, each once; shared by preprocessing and indexing.
 
     task of shard s --worker--> shard s --> .progress/shard-s.json   (it is finished)
     all finished --> report.json, skipped.jsonl, manifest.json; .progress removed
 
-A shard depends on its own task only, so any number of workers gives equal bytes, and a second run
-does only what is missing. `.progress/input.json` remembers the input; another one is refused.
+A shard depends on its own task only: any number of workers gives equal bytes, and a second run
+makes only the missing shards. `.progress/input.json` holds the input; another input is refused.
 """
 
 import json
@@ -31,29 +31,29 @@ REPORT = "report.json"
 SKIPPED = "skipped.jsonl"
 PROGRESS = ".progress"
 MAX_LISTED = 20
-"""Skipped records quoted per reason in the report; skipped.jsonl names all."""
+"""Number of skipped records of each kind in the report; skipped.jsonl has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """One record that was left out."""
+    """One skipped record."""
 
     record: int
-    """Place in the input, from 0."""
+    """Number of the record in the input, from 0."""
 
     source: str
-    """File it stands in."""
+    """File of the record."""
 
     kind: str
-    """What it is counted as."""
+    """Key of its count."""
 
     reason: str
-    """What is wrong with it."""
+    """Fault of the record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What became of one shard's task."""
+    """Result of one shard's task."""
 
     info: ShardInfo
     num_records: int
@@ -62,7 +62,7 @@ class ShardResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What became of the input."""
+    """Result of the whole job."""
 
     num_records: int
     num_samples: int
@@ -73,7 +73,7 @@ class Report:
     skipped: list[Skipped]
 
     def lines(self) -> Iterator[str]:
-        """For people: the counts, and examples of what was skipped."""
+        """Format the counts and examples of skipped records for the terminal."""
         yield (
             f"{self.num_records} records: {self.num_samples} samples ({self.num_images} images, "
             f"{self.num_text_only} samples of text only), "
@@ -86,18 +86,18 @@ class Report:
 
 
 class ShardJob:
-    """One input on its way to one dataset folder."""
+    """Job that makes one dataset folder of one input."""
 
     def __init__(self, output: Path, identity: dict[str, Any], num_shards: int) -> None:
-        """Find out what is already there.
+        """Look for shards of an earlier, interrupted job.
 
         Args:
-            output: dataset folder; made when missing.
-            identity: what the shards depend on; kept in the manifest.
-            num_shards: shards to be made.
+            output: dataset folder; created if missing.
+            identity: everything that the shards depend on; stored in the manifest.
+            num_shards: number of shards.
 
         Raises:
-            DataError: the output was begun with another input.
+            DataError: the output was started with another input.
         """
         self.output = output
         self.num_shards = num_shards
@@ -124,13 +124,13 @@ class ShardJob:
                     )
 
     def unfinished_shards(self) -> list[int]:
-        """Shards still to be made."""
+        """Return the numbers of the unfinished shards."""
         if self.is_complete:
             return []
         return [shard for shard in range(self.num_shards) if self._result(shard) is None]
 
     def _result(self, shard: int) -> ShardResult | None:
-        """What was remembered of a finished shard."""
+        """Read the stored result of a shard; None if it is unfinished."""
         try:
             done = json.loads(_done_path(self.output, shard).read_bytes())
         except FileNotFoundError:
@@ -150,12 +150,12 @@ class ShardJob:
         task_of: Callable[[int], tuple],
         num_workers: int,
     ) -> Iterator[tuple[int, ShardResult]]:
-        """Make the unfinished shards; yields each as it is done.
+        """Make the unfinished shards; yield the number and result of each finished one.
 
         Args:
             make: called in a worker process as make(output, shard, *task).
-            task_of: a shard's task; pickled.
-            num_workers: processes.
+            task_of: shard -> task; the task is pickled.
+            num_workers: number of processes.
         """
         shards = self.unfinished_shards()
         if num_workers <= 1 or len(shards) <= 1:
@@ -173,13 +173,13 @@ class ShardJob:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # interrupted: finish what runs, start no more
+            pool.shutdown(cancel_futures=True)  # interrupted: running tasks finish, no more start
 
     def finish(self) -> Report:
-        """Write report and manifest once all shards are made; called again, read the report.
+        """Write report and manifest of finished shards; a second call reads the report.
 
         Raises:
-            DataError: shards are missing, or every record was skipped.
+            DataError: a shard is unfinished, or every record was skipped.
         """
         report_path = self.output / REPORT
         if not self.is_complete:
@@ -225,12 +225,12 @@ class ShardJob:
 
 
 def _make(make: Callable[..., ShardResult], output: Path, shard: int, task: tuple) -> ShardResult:
-    """Make one shard and remember it; runs in a worker process."""
+    """Make one shard and store its result; runs in a worker process."""
     result = make(output, shard, *task)
     write_atomically(_done_path(output, shard), json.dumps(asdict(result)).encode())
     return result
 
 
 def _done_path(output: Path, shard: int) -> Path:
-    """What says that a shard is finished, and what was skipped on the way."""
+    """Return the path of a finished shard's result, with its skipped records."""
     return output / PROGRESS / f"{shard_name(shard)}.json"

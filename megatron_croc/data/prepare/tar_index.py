@@ -1,9 +1,9 @@
-"""Existing WebDataset tars -> a dataset folder that points at them; no tar is rewritten.
+"""Index existing WebDataset tars as a dataset folder; no tar is rewritten.
 
-    tar --scan_tar: one sequential read--> index rows, digest, samples left out with their reasons
+    tar --scan_tar: one sequential read--> index rows, digest, skipped samples with reasons
 
-Texts are checked when they are read in training, images when they are decoded: indexing looks at
-neither, so it runs as fast as the tars can be read and digested.
+Indexing checks neither texts nor images, so its speed is that of reading and hashing the tars.
+Training checks texts when it reads them, and images when it decodes them.
 """
 
 import hashlib
@@ -21,32 +21,32 @@ from megatron_croc.errors import DataError
 
 
 class TarIndexer:
-    """Some tars on their way to one dataset folder."""
+    """Job that indexes tars as one dataset folder."""
 
     def __init__(self, *, input_path: Sequence[str | Path], output: Path) -> None:
-        """Look at the tars and find out what is already there.
+        """Read the sizes of the tars and look for indexes of an earlier, interrupted job.
 
         Args:
             input_path: tars, local or s3://, or folders of them.
-            output: dataset folder; may be the tars' own.
+            output: dataset folder; may be the folder of the tars.
 
         Raises:
-            DataError: a tar is missing, or the output was begun with other tars.
+            DataError: a tar is missing, or the output was started with other tars.
         """
         self._tars = [_location(path, output) for path in expand_folders(input_path)]
         self.sizes = [_size(output, tar) for tar in self._tars]
-        """Bytes of each tar."""
+        """Size of each tar in bytes."""
         names = "\n".join(f"{n} {tar}" for tar, n in zip(self._tars, self.sizes, strict=True))
         digest = hashlib.sha256(names.encode()).hexdigest()
         self._job = ShardJob(output, {"indexed_tars_sha256": digest}, num_shards=len(self._tars))
 
     @property
     def num_unfinished_bytes(self) -> int:
-        """Bytes of the tars still to be read."""
+        """Number of bytes of the tars without an index."""
         return sum(self.sizes[shard] for shard in self._job.unfinished_shards())
 
     def make_indices(self, num_workers: int) -> Iterator[int]:
-        """Index the tars that are left; yields the bytes of each as it is done."""
+        """Index the remaining tars; yield the size of each finished one."""
         for shard, _ in self._job.make_shards(index_tar, lambda s: (self._tars[s],), num_workers):
             yield self.sizes[shard]
 
@@ -93,7 +93,7 @@ def index_tar(output: Path, shard: int, tar: str) -> ShardResult:
 
 
 def _location(path: str, output: Path) -> str:
-    """Relative to the dataset folder where the tar lies in it, so that both can move together."""
+    """Return a tar's location, relative if it is inside the dataset folder, which can then move."""
     if is_remote(path):
         return path
     tar, folder = Path(path).resolve(), output.resolve()
@@ -108,4 +108,4 @@ def _size(output: Path, tar: str) -> int:
     try:
         return retry(lambda: _open(output, tar).size(), tar)
     except OSError as error:
-        raise DataError(f"tar {tar} cannot be read: {error}; mend the path") from error
+        raise DataError(f"tar {tar} cannot be read: {error}; correct the path") from error

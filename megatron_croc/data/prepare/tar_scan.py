@@ -1,11 +1,11 @@
-"""The samples of a WebDataset tar, found in one sequential pass without unpacking anything.
+"""Find the samples of a WebDataset tar in one sequential pass, without unpacking it.
 
     tar --8 MB pieces--> headers, sha256 --group by key--> samples: text, images (offset, length)
 
-A member's key is its name up to the first dot of the last path part, as in WebDataset; neighbours
-of one key are one sample. Names are labels here: nothing is ever written under them. What is not a
-plain file (links, devices) or has a name that leaves its folder spoils the sample it belongs to.
-Python's tarfile takes a damaged header for the end of the archive; here it is a fault.
+A member's key is its name up to the first dot of the last path part, as in WebDataset. Consecutive
+members with one key are one sample. Names are labels only: no file is written under them. A member
+that is not a plain file (link, device), or whose name leaves its folder, makes its sample unusable.
+A damaged header is a fault here; Python's tarfile takes it for the end of the archive.
 """
 
 import functools
@@ -20,14 +20,14 @@ from megatron_croc.data.store.shard_writer import TextFormat
 from megatron_croc.data.store.storage import Storage, retry
 
 PIECE_BYTES = 8 << 20
-"""Read at once."""
+"""Bytes of one read."""
 
 BLOCK = 512
 MAX_NAME_BYTES = 1 << 20
-"""Longest extended header taken; a damaged length must not fill the memory."""
+"""Largest extended header that is read; a damaged length must not fill the memory."""
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""A member is an image by its last suffix; its format is read from its bytes."""
+"""Last suffixes that mark an image; its format is read from its bytes."""
 
 Place = tuple[int, int]
 """(offset, length) of a member's bytes."""
@@ -41,30 +41,30 @@ class TarSample:
     json: Place | None = None
     txt: Place | None = None
     images: list[tuple[str, Place]] = field(default_factory=list)
-    """(suffix, place)."""
+    """(suffix, place) of each image."""
 
     fault: tuple[BadKind, str] | None = None
-    """Why it cannot be used; the first reason found."""
+    """First fault found, as (kind, reason); None: usable."""
 
 
 @dataclass(kw_only=True)
 class TarScan:
-    """What a tar holds."""
+    """Content of a tar."""
 
     samples: list[TarSample]
     num_bytes: int
     sha256: str
     damage: str | None
-    """What is wrong with the archive; the samples before it are sound."""
+    """Fault of the archive; samples before it are usable. None: no fault."""
 
     @property
     def text_format(self) -> TextFormat:
-        """json where any sample has one: a .txt beside it is then ignored."""
+        """Format of the texts: json if any sample has one; .txt members are then ignored."""
         return "txt" if all(sample.json is None for sample in self.samples) else "json"
 
 
 class _Damage(Exception):
-    """The archive is no tar from here on."""
+    """Error at the first header that is not valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def scan_tar(storage: Storage) -> TarScan:
     """Read a tar from end to end.
 
     Raises:
-        OSError: the storage failed again and again.
+        OSError: every attempt to read failed.
     """
     stream = _Stream(storage)
     samples: list[TarSample] = []
@@ -90,7 +90,7 @@ def scan_tar(storage: Storage) -> TarScan:
             _add(samples, seen, member)
     except _Damage as error:
         damage = str(error)
-        # The last sample may lack the members behind the damage.
+        # The last sample may lack the members after the damage.
         if samples and samples[-1].fault is None:
             samples[-1].fault = ("damaged_tar", f"the archive breaks off: {damage}")
     for sample in samples:
@@ -99,7 +99,7 @@ def scan_tar(storage: Storage) -> TarScan:
 
 
 def place_of_text(sample: TarSample, text_format: TextFormat) -> Place | None:
-    """Where a sample's text stands, if it has one of that kind."""
+    """Return the place of a sample's text in this format; None if it has none."""
     return sample.json if text_format == "json" else sample.txt
 
 
@@ -107,7 +107,7 @@ def _add(samples: list[TarSample], seen: set[str], member: _Member) -> None:
     path = PurePosixPath(member.name)
     stem, _, suffix = path.name.partition(".")
     if not suffix or not stem:
-        return  # a folder, a README, a hidden file: nothing that could be a sample
+        return  # a folder, a README, a hidden file: not a member of a sample
     key = str(path.with_name(stem))
     if not samples or samples[-1].key != key:
         samples.append(TarSample(key=key))
@@ -134,14 +134,14 @@ def _add(samples: list[TarSample], seen: set[str], member: _Member) -> None:
 
 
 def _natural(suffix: str) -> list[tuple[int, str]]:
-    """10.jpg comes after 2.jpg."""
+    """Return a sort key by which 10.jpg comes after 2.jpg."""
     return [
         (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", suffix)
     ]
 
 
 def _members(stream: "_Stream") -> Iterator[_Member]:
-    """Members in order; ustar, GNU long names and pax headers are understood."""
+    """Yield the members in order; supports ustar, GNU long names and pax headers."""
     long_name, pax = None, {}
     while True:
         begin = stream.position
@@ -189,7 +189,7 @@ def _text(raw: bytes) -> str:
 
 
 def _number(field_bytes: bytes) -> int:
-    """Octal, or base 256 where the first bit is set; -1 when neither."""
+    """Parse an octal number, or base 256 if the first bit is set; -1 if invalid."""
     if field_bytes[0] & 0x80:
         return int.from_bytes(field_bytes[1:], "big") if field_bytes[0] == 0x80 else -1
     digits = field_bytes.strip(b" \0")
@@ -200,7 +200,7 @@ def _number(field_bytes: bytes) -> int:
 
 
 def _parse_pax(text: bytes) -> dict[str, str]:
-    """Records of the form "length key=value\\n"; what does not fit the form is left out."""
+    """Parse records of the form "length key=value\\n"; others are ignored."""
     found: dict[str, str] = {}
     while match := re.match(rb"(\d{1,9}) ", text):
         length = int(match[1])
@@ -213,7 +213,7 @@ def _parse_pax(text: bytes) -> dict[str, str]:
 
 
 class _Stream:
-    """A storage read once from front to back, and its digest."""
+    """Sequential reader of a storage that computes its digest."""
 
     def __init__(self, storage: Storage) -> None:
         self.size = retry(storage.size, storage.location)
@@ -223,7 +223,7 @@ class _Stream:
         self._piece, self._piece_begin = b"", 0
 
     def take(self, length: int) -> bytes:
-        """The next bytes; fewer at the end."""
+        """Read the next bytes; fewer at the end."""
         taken = []
         while length:
             here = self._here()
@@ -235,18 +235,18 @@ class _Stream:
         return b"".join(taken)
 
     def skip(self, length: int) -> None:
-        """Go on without looking; the end is as far as it goes."""
+        """Skip bytes, at most to the end."""
         self.position = min(self.position + length, self.size)
         self._here()
 
     def finish(self) -> str:
-        """Read what is left; sha256 of the whole."""
+        """Read the rest; return the sha256 of the whole."""
         self.position = self.size
         self._here()
         return self._digest.hexdigest()
 
     def _here(self) -> memoryview:
-        """What has been read from the position on; reads further when that is nothing."""
+        """Return the bytes read from the position on; read more if there are none."""
         while self.position >= (end := self._piece_begin + len(self._piece)) and end < self.size:
             length = min(PIECE_BYTES, self.size - end)
             read = functools.partial(self._storage.read, end, length)

@@ -1,1 +1,1 @@
-"""One sample: its conversation, tokens and images, up to the tensors of a batch."""
+"""Processing of samples: conversation, tokens, images, and collation to a batch."""

@@ -1,4 +1,4 @@
-"""Where the answers of a packed row stand: what generation would have to say, and nothing else."""
+"""Spans of the answers in a pack: exactly the tokens that generation would have to produce."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,28 +12,28 @@ from megatron_croc.data.sample.tokenization import Tokenizer, stop_ids
 
 
 class AnswerFinder:
-    """Finds answers in rows of one template."""
+    """Finds the answers in packs of one template."""
 
     def __init__(self, tokenizer: Tokenizer, template: TemplateName) -> None:
-        """Learn how a prompt ends and an answer stops."""
+        """Set the ids that end a prompt and an answer."""
         self._stops = np.array(stop_ids(tokenizer, template))
         self._marker: np.ndarray | None = None
-        if template == "qwen_1_5":  # the words that frame a turn are supervised there too
+        if template == "qwen_1_5":  # there the tokens around a turn are supervised too
             role = tokenizer.encode("assistant\n", follows="special")
             self._marker = np.array([tokenizer.special_ids[IM_START], *role])
 
     def find(
         self, input_ids: np.ndarray, labels: np.ndarray, bounds: np.ndarray
     ) -> list[tuple[int, int]]:
-        """[begin, end) of the positions that predict each answer, the token that ends it included.
+        """Find the positions [begin, end) that predict each answer, including its last token.
 
         Args:
-            input_ids: int64 [T], a packed row.
+            input_ids: int64 [T], a pack.
             labels: int64 [T], shifted.
-            bounds: sample boundaries; what is behind the last one is padding.
+            bounds: segment boundaries; positions after the last one are padding.
 
         Returns:
-            Answers in order; one that was cut off before its end is left out.
+            Spans in order, without answers that were cut off before their end.
         """
         spans: list[tuple[int, int]] = []
         for first, last in pairwise(bounds):
@@ -45,7 +45,7 @@ class AnswerFinder:
         return spans
 
     def _begins(self, input_ids: np.ndarray, labels: np.ndarray) -> Iterator[int]:
-        """Positions in one sample that predict the first token of an answer."""
+        """Yield the positions of one sample that predict the first token of an answer."""
         if self._marker is None:
             is_answer = labels != IGNORE_INDEX
             yield from np.flatnonzero(is_answer & ~np.insert(is_answer, 0, False)[:-1]).tolist()

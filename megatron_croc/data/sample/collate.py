@@ -1,4 +1,4 @@
-"""Tokenised samples -> one packed row, a Batch.
+"""Collate tokenised samples to one pack, a Batch.
 
 TokenizedSample   text . IMAGE . text                  labels unshifted
   | expand_sample: each mark becomes N visual tokens, then the end is cut at seq_length
@@ -24,30 +24,30 @@ from megatron_croc.ops.patch_selection import image_seed, select_replaced
 from megatron_croc.parallel.device import host_buffer
 
 PAD_TOKEN_ID = 0
-"""Input id of padding; any id of the vocabulary will do, as no token sees the padding."""
+"""Input id of padding; any id of the vocabulary is possible, as no token sees the padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadySample:
-    """One sample on its way into a batch."""
+    """One tokenised and decoded sample, ready to be collated."""
 
     tokens: TokenizedSample
-    """Expanded by expand_sample."""
+    """Tokens as returned by expand_sample."""
 
     epoch: int
-    """Pass over the data the sample belongs to; its images' seeds depend on it."""
+    """Epoch of the sample's source; the seeds of its images depend on it."""
 
     pixel_values: Sequence[Tensor] = ()
-    """uint8 [3, height, width] for each image; empty where pixels are not needed."""
+    """uint8 [3, height, width] for each image; empty if pixels are not needed."""
 
 
 def expand_sample(
     sample: TokenizedSample, *, num_visual_tokens: int, seq_length: int
 ) -> TokenizedSample:
-    """Put N visual tokens where each image mark stands, then cut the end at seq_length.
+    """Replace each image mark by N visual tokens, then cut the end at seq_length.
 
     Raises:
-        BadSampleError: the cut would go through an image or drop one.
+        BadSampleError: the cut would remove visual tokens.
     """
     repeats = np.where(sample.input_ids == IMAGE_TOKEN_INDEX, num_visual_tokens, 1)
     input_ids = np.repeat(sample.input_ids, repeats)
@@ -65,7 +65,7 @@ def expand_sample(
 
 
 def placeholder_sample(sample_id: str) -> TokenizedSample:
-    """What stands in a bad sample's slot: one token, nothing to learn, the name kept."""
+    """Return the placeholder of a bad sample: its name and one token without a label."""
     return TokenizedSample(
         sample_id=sample_id,
         input_ids=np.array([PAD_TOKEN_ID], dtype=np.int64),
@@ -83,18 +83,18 @@ def collate(
     replace_ratio: float | None,
     image_shape: tuple[int, int, int] | None,
 ) -> Batch:
-    """Pack expanded samples into one row.
+    """Lay expanded samples end to end in one pack.
 
     Args:
         samples: at least one, in order.
         num_visual_tokens: N, visual tokens per image.
-        mask_type: causal has no spans; visual one per image; prefix one per sample, up to its
-            first label. As in the released code a batch without any image has no prefix: there it
-            takes the causal path.
-        pad_to_multiple_of: the row's length is rounded up to it.
-        seed: of the run; each image's own seed derives from it, the epoch and the sample's name.
-        replace_ratio: share of visual tokens replaced; None: the stage reconstructs nothing.
-        image_shape: (3, height, width) of pixel_values; None: the batch carries no pixels.
+        mask_type: causal has no spans; visual has one span per image; prefix has one span per
+            sample, up to its first label. As in the released code, a batch without images is
+            causal.
+        pad_to_multiple_of: the length of the pack is rounded up to a multiple of it.
+        seed: of the run; with epoch and name of the sample it gives the seed of each image.
+        replace_ratio: share of replaced visual tokens; None: the stage replaces none.
+        image_shape: (3, height, width) of pixel_values; None: a batch without pixels.
 
     Returns:
         Batch on the CPU.
@@ -113,7 +113,7 @@ def collate(
         input_ids[begin:end] = t.input_ids
         labels[begin : end - 1] = t.labels[1:]  # a sample's last token predicts nothing
         position_ids[begin:end] = np.arange(end - begin)
-        # Every N-th visual token begins an image, also where images touch.
+        # Every N-th visual token begins an image, also when images are adjacent.
         starts = np.flatnonzero(t.input_ids == IMAGE_TOKEN_INDEX)[::num_visual_tokens] + begin
         image_starts += starts.tolist()
         images_per_sample.append(len(starts))
@@ -149,14 +149,14 @@ def collate(
 
 
 def _first_label(sample: TokenizedSample) -> int:
-    """Index of the first supervised token; 0 when there is none."""
+    """Return the index of the first supervised token; 0 if there is none."""
     return int(np.argmax(sample.labels != IGNORE_INDEX))
 
 
 def _draw_replaced(
     image_seeds: Sequence[int], num_visual_tokens: int, replace_ratio: float | None
 ) -> Tensor:
-    """bool [n, N]; each image's set depends on its own seed alone."""
+    """Draw the replaced tokens, bool [n, N]; the set of an image depends on its seed alone."""
     replaced = np.zeros((len(image_seeds), num_visual_tokens), dtype=bool)
     if replace_ratio is not None:
         for row, seed in zip(replaced, image_seeds, strict=True):
@@ -169,7 +169,7 @@ def _stack_pixels(
     images_per_sample: Sequence[int],
     image_shape: tuple[int, int, int] | None,
 ) -> Tensor | None:
-    """uint8 [n, 3, height, width]; n may be 0."""
+    """Stack the images to uint8 [n, 3, height, width]; n may be 0."""
     if image_shape is None:
         return None
     for sample, num_images in zip(samples, images_per_sample, strict=True):

@@ -5,7 +5,7 @@ r"""Conversation templates: messages -> parts of text, special tokens and images
     bos | "A chat ... USER: " | IMAGE | "\nwhat is it? ASSISTANT:" | " a car" | eos
                                                                      ~~~~~~~~   ~~~  supervised
 
-Special tokens come from the template alone: "</s>" typed inside a message stays ordinary text.
+Special tokens come from the template only: "</s>" in a message is ordinary text.
 The three templates give the released code's token ids and labels (LLaVA's preprocess_plain and
 preprocess_v1, ViCToR's preprocess_qwen).
 """
@@ -17,10 +17,10 @@ from megatron_croc.config.data import TemplateName
 from megatron_croc.data.bad_samples import BadSampleError
 
 IMAGE_MARK = "<image>"
-"""Stands for one image inside a message."""
+"""Mark of one image in a message."""
 
 BOS, EOS = "bos", "eos"
-"""Names of the special tokens every tokenizer gives its own id."""
+"""Names of special tokens; each tokenizer maps them to its own ids."""
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -32,7 +32,7 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True)
 class Text:
-    """Ordinary text; supervised text is what the model learns to say."""
+    """Ordinary text; the model is trained to predict supervised text."""
 
     text: str
     supervised: bool = False
@@ -48,7 +48,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Image:
-    """Where the visual tokens of the sample's next image stand."""
+    """Place of the visual tokens of the sample's next image."""
 
 
 Part = Text | Special | Image
@@ -56,16 +56,16 @@ Part = Text | Special | Image
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a conversation is written down."""
+    """Format of a conversation as text."""
 
     specials: tuple[str, ...]
     """Special tokens the tokenizer must have."""
 
     render: Callable[[Sequence[tuple[str, str]]], list[Part]]
-    """(question, answer) pairs -> parts; an empty last answer leaves the prompt of a reply."""
+    """(question, answer) pairs -> parts; with an empty last answer, the prompt of a reply."""
 
     supervised_tokens: tuple[str, ...] = ()
-    """Text whose token is supervised wherever it occurs, also in questions."""
+    """Texts of tokens that are always supervised, also in questions."""
 
 
 def check_conversation(messages: object, *, num_images: int, sample_id: str) -> None:
@@ -73,13 +73,12 @@ def check_conversation(messages: object, *, num_images: int, sample_id: str) -> 
 
     Args:
         messages: LLaVA's list of {"from": "human" | "gpt", "value": text}.
-        num_images: images the sample brings; each needs one <image> mark in a question.
+        num_images: number of images of the sample; each needs one <image> mark in a question.
         sample_id: name used in errors.
 
     Raises:
-        BadSampleError: not a list of messages; unknown role; not question, answer, question,
-            ...; an answer missing or empty; marks and images differ in number, or a mark in an
-            answer.
+        BadSampleError: not a list of messages; unknown role; roles do not alternate; an answer is
+            missing or empty; numbers of marks and images differ; or a mark is in an answer.
     """
     if not isinstance(messages, list) or not messages:
         raise BadSampleError(
@@ -133,7 +132,7 @@ def check_conversation(messages: object, *, num_images: int, sample_id: str) -> 
 
 
 def is_unicode(text: str) -> bool:
-    r"""Whether a text can be encoded; JSON's \ud800 alone cannot."""
+    r"""Return True if a text can be encoded as UTF-8; a lone surrogate such as \ud800 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -144,13 +143,13 @@ def is_unicode(text: str) -> bool:
 def render_conversation(
     template: TemplateName, messages: object, *, num_images: int, sample_id: str
 ) -> list[Part]:
-    """Check a conversation and write it down in a template.
+    """Check a conversation and format it with a template.
 
     Returns:
         Parts in order; no Text is empty.
 
     Raises:
-        BadSampleError: see check_conversation; `plain` with more than one answer.
+        BadSampleError: see check_conversation; also `plain` with more than one answer.
     """
     check_conversation(messages, num_images=num_images, sample_id=sample_id)
     assert isinstance(messages, list)
@@ -166,18 +165,18 @@ def render_conversation(
 def render_prompt(
     template: TemplateName, question: str, *, history: Sequence[tuple[str, str]] = ()
 ) -> list[Part]:
-    """The parts before an answer: what generation starts from.
+    """Format the prompt of an answer.
 
     Args:
-        template: its name.
-        question: what is to be answered.
-        history: questions and answers before it; `plain` has none, and its question is dropped.
+        template: name of the template.
+        question: the question to answer.
+        history: earlier questions and answers; none with `plain`, which drops the question.
     """
     return TEMPLATES[template].render([*history, (question, "")])
 
 
 def parts_as_text(parts: Sequence[Part], *, bos: str = "<s>", eos: str = "</s>") -> str:
-    """The conversation as a reader sees it."""
+    """Format parts as readable text."""
     names = {BOS: bos, EOS: eos}
     return "".join(
         part.text
@@ -190,15 +189,17 @@ def parts_as_text(parts: Sequence[Part], *, bos: str = "<s>", eos: str = "</s>")
 
 
 def _mark_first(question: str) -> str:
-    """LLaVA's rule: the mark goes to the front. Several marks stay where they are: they may be
-    told apart by the words between them."""
+    """Move a single mark to the front (LLaVA's rule).
+
+    Several marks keep their places, as the words between them may refer to one image each.
+    """
     if question.count(IMAGE_MARK) != 1:
         return question
     return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
 
 
 def _split_images(text: str) -> list[Part]:
-    """Unsupervised text with marks -> texts and images."""
+    """Split unsupervised text at its marks into texts and images."""
     parts: list[Part] = []
     for index, chunk in enumerate(text.split(IMAGE_MARK)):
         if index:
@@ -227,7 +228,7 @@ def _render_v1(rounds: Sequence[tuple[str, str]]) -> list[Part]:
 
 
 def _render_qwen(rounds: Sequence[tuple[str, str]]) -> list[Part]:
-    # ViCToR supervises the tokens that frame every turn, and the whole answer turn, role included.
+    # ViCToR supervises the tokens around every turn, and the whole answer turn with its role.
     start, end = Special(IM_START, supervised=True), Special(IM_END, supervised=True)
     parts: list[Part] = [start, Text(f"system\n{QWEN_SYSTEM}"), end, Text("\n")]
     for question, answer in rounds:

@@ -1,14 +1,14 @@
-"""Encoded images -> pixels, by DALI where it can, by PIL where it must.
+"""Decode images with DALI where possible, else with PIL.
 
     bytes -> header (format, size) -+- JPEG, PNG, .. -> DALI decode -> torch resize -+-> uint8
-              too large: refused    +- other formats, what DALI fails on -> PIL -----+
+              too large: refused    +- other formats, DALI failures -> PIL ---------+
 
-DALI's decoder gives Pillow's exact pixels at a fraction of the time; its CPU resize is slow and
-further from Pillow than torch's, so only the decoder is used. A batch DALI fails on is run again
-one by one, so the pixels of an image never depend on its neighbours.
+DALI's decoder gives exactly the pixels of Pillow in less time. Its CPU resize is slow and differs
+more from Pillow than torch's, so only the decoder is used. After a failure of DALI the images of
+the batch are decoded one by one, so the pixels of an image never depend on other images.
 
-`dali_gpu` decodes JPEGs on the GPU (nvJPEG, or the hardware decoder where there is one), resizes
-there, and leaves the pixels there. It is written after DALI's documentation and has not been run.
+`dali_gpu` decodes JPEGs on the GPU (nvJPEG or the hardware decoder), resizes them there and returns
+pixels on the GPU. It follows DALI's documentation and has not been run.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,28 +29,28 @@ from megatron_croc.log import get_logger
 from megatron_croc.parallel.device import has_cuda
 
 DALI_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "BMP"})
-"""Formats whose DALI decode was compared with Pillow's and found equal."""
+"""Formats that DALI and Pillow were found to decode to equal pixels."""
 
 DALI_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
-"""8-bit pixel modes; 16-bit PNGs come out of DALI and Pillow with different levels."""
+"""8-bit pixel modes; DALI and Pillow decode 16-bit PNGs to different levels."""
 
 MAX_DALI_BATCH = 32
-"""Images of one DALI call; bounds its memory, not the micro-batch."""
+"""Largest number of images of one DALI call; bounds its memory, not the micro-batch."""
 
 logger = get_logger(__name__)
 
 DecoderName = Literal["dali", "dali_gpu", "pil"]
-"""What images are decoded with."""
+"""Library and device that decode images."""
 
 DaliDecode = Callable[[Sequence[bytes]], list[Tensor]]
-"""Encoded images -> uint8 [height, width, 3] each; RuntimeError when one does not decode."""
+"""Encoded images -> uint8 [height, width, 3] each; RuntimeError if one does not decode."""
 
 
 def resolve_decoder(image_decoder: Literal["auto", "dali", "dali_gpu", "pil"]) -> DecoderName:
-    """The decoder that will be used; call it once, as a fallback is logged here.
+    """Choose the decoder. Logs a fallback, so call it once.
 
     Raises:
-        DataError: `dali` or `dali_gpu` is asked for and not installed, or there is no GPU.
+        DataError: `dali` or `dali_gpu` is set but not installed, or there is no GPU.
     """
     if image_decoder == "pil":
         return "pil"
@@ -60,7 +60,7 @@ def resolve_decoder(image_decoder: Literal["auto", "dali", "dali_gpu", "pil"]) -
         )
     try:
         import nvidia.dali  # noqa: F401 (lazy: DALI is optional)
-    except (ImportError, OSError) as error:  # OSError: a CUDA library it was built for is missing
+    except (ImportError, OSError) as error:  # OSError: a CUDA library is missing
         if image_decoder != "auto":
             raise DataError(
                 f"image_decoder is {image_decoder}, but DALI does not import ({error}): install "
@@ -72,7 +72,7 @@ def resolve_decoder(image_decoder: Literal["auto", "dali", "dali_gpu", "pil"]) -
 
 
 class ImageDecoder:
-    """Decodes and transforms images. One per thread: a DALI pipeline is not shared."""
+    """Decodes and transforms images. One per thread: threads must not share a DALI pipeline."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class ImageDecoder:
         """Build the pipeline.
 
         Args:
-            transform: size and fit.
-            decoder: as given by resolve_decoder.
-            device: where dali_gpu works and leaves the pixels; a thread has no device of its own.
+            transform: size and geometry.
+            decoder: from resolve_decoder.
+            device: of dali_gpu and its pixels; threads do not inherit the current device.
         """
         self.transform = transform
         self._device = device if decoder == "dali_gpu" else torch.device("cpu")
@@ -93,11 +93,10 @@ class ImageDecoder:
         self._dali = None if decoder == "pil" else _build_dali_decode(self._device)
 
     def decode(self, encoded: Sequence[bytes]) -> list[Tensor | ImageError]:
-        """Decode images independently of each other.
+        """Decode images, each independently of the others.
 
         Returns:
-            For each image uint8 [3, img_size, img_size] on the decoder's device, or the reason it
-            has none.
+            For each image uint8 [3, img_size, img_size] on the decoder's device, or its error.
         """
         results: list[Tensor | ImageError] = []
         for_dali: list[int] = []
@@ -149,11 +148,11 @@ def _build_dali_decode(device: torch.device) -> DaliDecode:
             device="mixed" if on_gpu else "cpu",
             output_type=types.DALIImageType.RGB,
             adjust_orientation=False,  # LLaVA does not rotate by EXIF either
-            jpeg_fancy_upsampling=True,  # on the GPU: chroma as libjpeg, and so Pillow, has it
+            jpeg_fancy_upsampling=True,  # on the GPU: upsample chroma as libjpeg (and Pillow) does
         )
 
-    # exec_dynamic: after a corrupt image the pipeline stays usable, and outputs are not
-    # overwritten by the next run, so torch may keep them without a copy.
+    # exec_dynamic: the pipeline stays usable after a corrupt image, and outputs are not
+    # overwritten by the next run, so torch can keep them without a copy.
     pipeline: Any = decode_pipeline(
         batch_size=MAX_DALI_BATCH,
         num_threads=1,
@@ -164,11 +163,11 @@ def _build_dali_decode(device: torch.device) -> DaliDecode:
     pipeline.build()
 
     def decode(encoded: Sequence[bytes]) -> list[Tensor]:
-        # no_copy: the arrays live until run() has returned.
+        # no_copy: the arrays are alive until run() returns.
         arrays = [np.frombuffer(data, np.uint8) for data in encoded]
         pipeline.feed_input("encoded", arrays)
-        # On torch's stream: what reads the pixels is queued behind the decoder, and DALI uses their
-        # memory again behind what has read them. Without it both would rest on the host alone.
+        # On torch's stream: readers of the pixels are queued after the decoder, and DALI reuses
+        # their memory after the readers. Otherwise only the host would order the two.
         stream = torch.cuda.current_stream(device) if on_gpu else None
         (decoded,) = pipeline.run(stream)
         return [torch.from_dlpack(decoded[i]) for i in range(len(encoded))]

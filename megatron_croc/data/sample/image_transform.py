@@ -1,10 +1,10 @@
-"""From an image of any shape to img_size x img_size pixels: the geometry, and its oracle in PIL.
+"""Transform an image of any shape to img_size x img_size pixels; reference in PIL.
 
     pad      paste on a square of the mean colour -> resize to img_size           (LLaVA's pad)
     square   resize the short side to img_size    -> crop the centre    (CLIP's own processing)
 
-The resize is bicubic with antialiasing on uint8, as in PIL, which the released code used. Pixels
-stay uint8: a quarter of the bytes to move, and the vision tower normalises on the device.
+The resize is bicubic with antialiasing on uint8, as in PIL, which the released code uses. Pixels
+stay uint8, a quarter of the bytes of float32; the vision tower normalises them on the device.
 """
 
 import io
@@ -22,16 +22,16 @@ from megatron_croc.config.model import VisionTowerConfig
 from megatron_croc.errors import first_line
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Largest image taken (PIL's own limit, 256 MiB as RGB); a header can claim 65500 x 65500."""
+"""Largest number of pixels (PIL's limit, 256 MiB as RGB); a header may claim 65500 x 65500."""
 
 
 class ImageError(ValueError):
-    """An image cannot be decoded; the message says why."""
+    """Error of an image that cannot be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageHeader:
-    """What an encoded image says of itself, read without decoding it."""
+    """Format, mode and size of an encoded image, read without decoding it."""
 
     format: str
     """PIL's name of the format: JPEG, PNG, ..."""
@@ -48,10 +48,10 @@ class ImageHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Where an image goes; all pairs are (x, y) in pixels."""
+    """Padding, resize and crop of an image; all pairs are (x, y) in pixels."""
 
     canvas: tuple[int, int]
-    """Size of the canvas the image is pasted on; the image's own size when nothing is padded."""
+    """Size of the canvas the image is pasted on; size of the image without padding."""
 
     paste: tuple[int, int]
     """Upper left corner of the image on the canvas."""
@@ -60,11 +60,11 @@ class Geometry:
     """Size the canvas is resized to."""
 
     crop: tuple[int, int]
-    """Upper left corner of the img_size square that is kept."""
+    """Upper left corner of the img_size square that is cropped."""
 
 
 def read_header(encoded: bytes) -> ImageHeader:
-    """Format and size of an encoded image.
+    """Read format, mode and size of an encoded image.
 
     Raises:
         ImageError: not an image, or larger than MAX_IMAGE_PIXELS.
@@ -75,7 +75,7 @@ def read_header(encoded: bytes) -> ImageHeader:
         raise ImageError(f"image too large: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"not an image: {len(encoded)} bytes of no known format") from error
-    except Exception as error:  # on hostile bytes PIL's plugins raise anything, KeyErrors too
+    except Exception as error:  # on malformed bytes PIL's plugins raise any exception
         raise ImageError(f"not a readable image: {first_line(error)}") from error
     if not (image.width and image.height):
         raise ImageError(f"image of {image.width} x {image.height} pixels is empty")
@@ -90,13 +90,13 @@ def read_header(encoded: bytes) -> ImageHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """Size, fit and padding colour; the same for every decoder."""
+    """Size, geometry and padding colour; the same for every decoder."""
 
     img_size: int
     """Height and width of the result, pixels."""
 
     aspect_ratio: Literal["pad", "square"]
-    """pad: nothing is cut off. square: what sticks out of the centre square is cut off."""
+    """pad: keep the whole image. square: crop the centre square."""
 
     fill: tuple[int, int, int]
     """Colour around a padded image, RGB 0..255."""
@@ -105,15 +105,15 @@ class ImageTransform:
     def build(
         cls, vision: VisionTowerConfig, aspect_ratio: Literal["pad", "square"]
     ) -> "ImageTransform":
-        """The transform of a vision tower; the fill is its mean colour, rounded down."""
+        """Build the transform of a vision tower; the fill is its mean colour, rounded down."""
         red, green, blue = (int(mean * 255) for mean in vision.image_mean)
         return cls(img_size=vision.img_size, aspect_ratio=aspect_ratio, fill=(red, green, blue))
 
     def geometry(self, width: int, height: int) -> Geometry:
-        """Where an image of this size goes.
+        """Compute padding, resize and crop of an image of this size.
 
         Raises:
-            ImageError: so long and thin that canvas or resized image exceed MAX_IMAGE_PIXELS.
+            ImageError: canvas or resized image of a long and thin image exceed MAX_IMAGE_PIXELS.
         """
         size, long, short = self.img_size, max(width, height), min(width, height)
         if self.aspect_ratio == "pad":
@@ -137,13 +137,13 @@ class ImageTransform:
         return geometry
 
     def decode_with_pil(self, encoded: bytes) -> Tensor:
-        """Decode and transform one image, all in PIL: the meaning of every other path.
+        """Decode and transform one image in PIL; the reference of every other implementation.
 
         Returns:
             uint8 [3, img_size, img_size].
 
         Raises:
-            ImageError: unreadable, truncated or too large.
+            ImageError: the image is unreadable, truncated or too large.
         """
         header = read_header(encoded)
         geometry = self.geometry(header.width, header.height)
@@ -161,7 +161,7 @@ class ImageTransform:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def transform(self, pixels: Tensor) -> Tensor:
-        """Transform one decoded image: the same in torch, 2 levels from PIL at most, and faster.
+        """Transform one decoded image in torch: faster, and at most 2 levels from PIL.
 
         Args:
             pixels: uint8 [height, width, 3].
@@ -175,8 +175,8 @@ class ImageTransform:
         if geometry.canvas[0] > width:
             pixels = self._pad(pixels, left=left, width=geometry.canvas[0])
         if geometry.canvas[1] > height:
-            # Both resizes go along rows first, which leaves rows of one colour as they are: the
-            # rows above and below need not take part.
+            # Both resizes work along rows first, which does not change rows of one colour: the
+            # rows above and below can be left out.
             rows = resize(pixels, (wide, height))
             pixels = self._pad(rows, top=top, height=geometry.canvas[1])
         resized = resize(pixels, (wide, tall))
@@ -193,12 +193,12 @@ class ImageTransform:
         width: int | None = None,
         height: int | None = None,
     ) -> Tensor:
-        """Pixels [h, w, 3] on a canvas of the fill colour, `width` x `height` where given."""
+        """Paste pixels [h, w, 3] on a canvas of the fill colour, `width` x `height` if given."""
         h, w, _ = pixels.shape
         width, height = width or w, height or h
         canvas = pixels.new_empty((height, width, 3))
         row = torch.tensor(self.fill, dtype=torch.uint8).repeat(width, 1).to(pixels.device)
-        canvas[:top], canvas[top + h :] = row, row  # whole rows: a copy of long runs
+        canvas[:top], canvas[top + h :] = row, row  # whole rows: contiguous copies
         canvas[top : top + h, :left], canvas[top : top + h, left + w :] = (
             row[:left],
             row[left + w :],
@@ -208,17 +208,17 @@ class ImageTransform:
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with antialiasing.
+    """Resize by bicubic interpolation with antialiasing.
 
     Args:
-        pixels: uint8 [height, width, 3]; floats are rounded back.
+        pixels: uint8 [height, width, 3]; float results are rounded.
         size: (width, height) of the result.
 
     Returns:
         uint8 [height, width, 3].
     """
     planes = pixels.permute(2, 0, 1)[None]
-    if pixels.is_cuda:  # torch has no integer kernel there
+    if pixels.is_cuda:  # torch has no integer kernel on CUDA
         planes = planes.float()
     planes = F.interpolate(
         planes, size=size[::-1], mode="bicubic", antialias=True, align_corners=False

@@ -1,12 +1,11 @@
-"""Tokenizers, and conversation -> token ids with labels.
+"""Tokenizers, and conversion of conversations to token ids with labels.
 
     messages --conversation.py--> parts --Tokenizer--> input_ids, labels (unshifted)
                                   Image ------------> IMAGE_TOKEN_INDEX, one per image
 
-LLaMA tokenizers write a space before a text ("dummy prefix"). Hugging Face's `legacy` flag says
-whether they do so after a special token too: "</s>USER" is [.., "_US", "ER"] with legacy and
-[.., "USER"] without. Both are the released code's; which one a checkpoint was made with stands in
-its tokenizer_config.json.
+LLaMA tokenizers put a space before a text ("dummy prefix"). With Hugging Face's `legacy` flag they
+also do so after a special token: "</s>USER" is [.., "_US", "ER"] with legacy and [.., "USER"]
+without. The released code uses both; the tokenizer_config.json of a checkpoint holds its flag.
 """
 
 import json
@@ -34,28 +33,28 @@ from megatron_croc.data.sample.conversation import (
 from megatron_croc.errors import DataError
 
 Follows = Literal["start", "special", "text"]
-"""What a text stands behind: nothing (or an image), a special token, or more text."""
+"""Predecessor of a text: nothing (or an image), a special token, or more text."""
 
 _ANCHOR = "\n"
-"""Put before a text to take its dummy prefix; no LLaMA piece spans a line break."""
+"""Text put before another to receive its dummy prefix; no LLaMA piece spans a line break."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedSample:
-    """Token ids of one sample, each image still a single mark."""
+    """Token ids and labels of one sample."""
 
     sample_id: str
-    """Where the sample came from."""
+    """Name of the sample."""
 
     input_ids: np.ndarray
-    """int64 [L], IMAGE_TOKEN_INDEX once per image."""
+    """int64 [L], IMAGE_TOKEN_INDEX once per image (expand_sample: once per visual token)."""
 
     labels: np.ndarray
-    """int64 [L], unshifted: the token itself where it is supervised, else IGNORE_INDEX."""
+    """int64 [L], unshifted: the token itself if it is supervised, else IGNORE_INDEX."""
 
 
 class Tokenizer:
-    """Text <-> ids, the same for every kind of tokenizer file. Safe to share between threads."""
+    """Converts text to ids and back, for every tokenizer library. Safe to share between threads."""
 
     def __init__(
         self,
@@ -72,12 +71,12 @@ class Tokenizer:
 
         Args:
             name: file or folder, for messages.
-            size: ids run from 0 to size - 1.
+            size: number of ids; they are 0 .. size - 1.
             special_ids: BOS, EOS and other special tokens by name.
-            encode: text -> ids, special tokens in the text not recognised.
-            decode: ids -> text, special tokens left out.
-            adds_prefix: whether `encode` writes a space before the text.
-            legacy: whether it does so behind a special token too.
+            encode: text -> ids; does not recognise special tokens in the text.
+            decode: ids -> text, without special tokens.
+            adds_prefix: True if `encode` puts a space before the text.
+            legacy: True if it also does so after a special token.
         """
         self.name = name
         self.size = size
@@ -90,15 +89,15 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends an answer."""
+        """Id of the token that ends an answer."""
         return self.special_ids.get(EOS)
 
     def encode(self, text: str, *, follows: Follows = "start") -> list[int]:
-        """Ids of a text, given what it stands behind.
+        """Encode a text, given its predecessor.
 
         Raises:
-            DataError: the tokenizer merges a line break with what comes after it, so a text
-                cannot be encoded without its prefix.
+            DataError: the tokenizer merges a line break with the text after it, so a text cannot
+                be encoded without its prefix.
         """
         wants_prefix = follows == "start" or (follows == "special" and self.legacy)
         if wants_prefix or not self.adds_prefix:
@@ -112,7 +111,7 @@ class Tokenizer:
         return anchored[len(self._anchor_ids) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens and image marks are left out."""
+        """Decode ids to text, without special tokens and image marks."""
         return self._decode([int(i) for i in ids if i >= 0])
 
 
@@ -126,12 +125,12 @@ def build_tokenizer(
 
     Args:
         tokenizer_type: SentencePieceTokenizer reads a .model file, HuggingFaceTokenizer a folder.
-        tokenizer_model: its path.
-        legacy: overrides the flag in tokenizer_config.json beside it (True when there is none,
-            as in transformers).
+        tokenizer_model: path of the tokenizer.
+        legacy: overrides the flag in the tokenizer_config.json beside it (default: True, as in
+            transformers).
 
     Raises:
-        DataError: nothing there, or not a tokenizer of that type.
+        DataError: no such path, or not a tokenizer of that type.
     """
     if tokenizer_model is None:
         raise DataError("tokenizer_model is not set: give the path of a .model file or a folder")
@@ -194,7 +193,7 @@ def _build_hf(path: Path, legacy: bool) -> Tokenizer:
             f"tokenizer_model {path} is not a Hugging Face tokenizer folder with a "
             f"tokenizer.json: {error}"
         ) from error
-    # The library's own object, set up once: the wrapper changes its state at every call.
+    # The backend object: the transformers wrapper changes its state at every call.
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
@@ -218,7 +217,7 @@ def check_tokenizer(tokenizer: Tokenizer, template: TemplateName, vocab_size: in
     """Refuse a tokenizer that does not fit the template or the model.
 
     Raises:
-        DataError: more ids than the model has embeddings, or a token of the template is missing.
+        DataError: it has more ids than the model has embeddings, or lacks a token of the template.
     """
     if tokenizer.size > vocab_size:
         raise DataError(
@@ -248,10 +247,10 @@ def tokenize_conversation(
     num_images: int,
     sample_id: str,
 ) -> TokenizedSample:
-    """Messages -> ids and unshifted labels.
+    """Convert messages to ids and unshifted labels.
 
     Raises:
-        BadSampleError: the conversation cannot be trained on; names the sample.
+        BadSampleError: the conversation cannot be trained on.
     """
     parts = render_conversation(template, messages, num_images=num_images, sample_id=sample_id)
     return _tokenize_parts(tokenizer, template, parts, sample_id)
@@ -264,7 +263,7 @@ def tokenize_prompt(
     *,
     history: Sequence[tuple[str, str]] = (),
 ) -> np.ndarray:
-    """Ids a reply to `question` starts from, int64 [L]; IMAGE_TOKEN_INDEX once per image.
+    """Encode the prompt of a reply to `question`, int64 [L], IMAGE_TOKEN_INDEX once per image.
 
     They are the first L ids of a training sample with the same history, question and any answer.
     """
@@ -273,7 +272,7 @@ def tokenize_prompt(
 
 
 def stop_ids(tokenizer: Tokenizer, template: TemplateName) -> tuple[int, ...]:
-    """Ids that end an answer: what training puts behind it, and the tokenizer's own end.
+    """Return the ids that end an answer: the template's and the tokenizer's end token.
 
     Raises:
         DataError: the tokenizer has none of them.

@@ -30,7 +30,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
     Args:
         texts: training texts; each line is one training sentence.
-        vocab_size: largest number of ids. The model has fewer where the texts do not give as many.
+        vocab_size: largest number of ids; the model has fewer if the texts do not provide as many.
 
     Returns:
         The content of a `tokenizer.model` file; the same texts give the same bytes.
@@ -74,7 +74,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines that hold more than space, in pieces of MAX_LINE characters."""
+    """Yield lines that are not blank, in pieces of at most MAX_LINE characters."""
     for text in texts:
         for line in text.split("\n"):
             for begin in range(0, len(line), MAX_LINE):
@@ -83,7 +83,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _count(lines: Iterable[str], characters: set[str]) -> Iterator[str]:
-    """The lines; their characters are gathered on the way, spaces as SentencePiece writes them."""
+    """Yield the lines and collect their characters, spaces as SentencePiece writes them."""
     for line in lines:
         characters.update(line.replace(" ", "\u2581"), "\u2581")
         yield line

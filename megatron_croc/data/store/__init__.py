@@ -1,1 +1,1 @@
-"""Shards on disk or in S3: written whole, found by their manifest, read at random."""
+"""Storage of dataset folders, on disk or in S3: shards, indexes, manifests, lengths."""

@@ -1,4 +1,4 @@
-"""What a dataset folder says of itself, and whether its files are the ones that were written."""
+"""Manifest of a dataset folder: read it, and verify the files against its digests."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ from megatron_croc.data.store.storage import (
 from megatron_croc.errors import DataError, first_line
 
 AGAIN = "run croc data preprocess for it again"
-"""The way out of most faults of a dataset folder."""
+"""Remedy of most faults of a dataset folder, for messages."""
 
 _PIECE_BYTES = 8 << 20
-"""Read at once when a whole file is read."""
+"""Bytes of one read when a whole file is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset folder holds."""
+    """Content of a dataset folder."""
 
     folder: str
     """Path or s3:// prefix."""
@@ -48,7 +48,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a folder's manifest.
 
     Raises:
-        DataError: no such folder, no manifest (writing was not finished), or not one of ours.
+        DataError: no such folder, no manifest (writing was not finished), or another format.
     """
     path = join_location(folder, MANIFEST)
     try:
@@ -91,7 +91,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def count_samples(data_path: Sequence[str | Path]) -> int:
-    """Samples in all folders together, from their manifests alone."""
+    """Count the samples of all folders, from their manifests alone."""
     return sum(read_manifest(folder).num_samples for folder in data_path)
 
 
@@ -117,7 +117,7 @@ def verify_shards(folder: str | Path) -> None:
 
 
 def _sha256_at(location: str) -> str | None:
-    """Hex digest of a file; None when it is not there."""
+    """Compute the hex digest of a file; None if it does not exist."""
     try:
         storage = open_storage(location)
         size = storage.size()

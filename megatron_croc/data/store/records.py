@@ -1,4 +1,4 @@
-"""What a record may look like, wherever it came from, and the conversation in it.
+"""Forms of a record, the same for every input, and the conversation in it.
 
 {"conversations": [{"from": "human", "value": ..}, ..]}     LLaVA
 {"messages": [{"role": "user", "content": ..}, ..]}         chat style, content plain text
@@ -13,16 +13,16 @@ from megatron_croc.data.sample.conversation import IMAGE_MARK
 from megatron_croc.data.store.shard_writer import TextFormat
 
 CAPTION_KEYS = ("caption", "text")
-"""Keys a caption is looked for under, in this order."""
+"""Keys of a caption, in order of precedence."""
 
 _ROLES = {"user": "human", "assistant": "gpt"}
 
 
 def parse_text(text: bytes, text_format: TextFormat) -> dict[str, Any]:
-    """The record in a sample's text member.
+    """Parse the record in a sample's text member.
 
     Raises:
-        ValueError: not UTF-8, not a JSON object, or nested too deeply; the message says which.
+        ValueError: not UTF-8, not a JSON object, or nested too deeply.
     """
     try:
         if text_format == "txt":
@@ -40,15 +40,15 @@ def parse_text(text: bytes, text_format: TextFormat) -> dict[str, Any]:
 
 
 def conversation_of(record: dict[str, Any], num_images: int, sample_id: str) -> object:
-    """A record's LLaVA-style messages, not yet checked.
+    """Return a record's messages in LLaVA's form, unchecked.
 
     Args:
-        record: one of the shapes above.
-        num_images: images the sample brings; a caption gets one mark for each.
+        record: one of the forms above.
+        num_images: number of images of the sample; a caption gets one mark for each.
         sample_id: name used in errors.
 
     Raises:
-        BadSampleError: neither a conversation nor a caption.
+        BadSampleError: the record has neither a conversation nor a caption.
     """
     if "conversations" in record:
         return record["conversations"]
@@ -66,7 +66,7 @@ def conversation_of(record: dict[str, Any], num_images: int, sample_id: str) -> 
 
 
 def texts_of(record: object) -> list[str]:
-    """Questions, answers or caption of a record, without image marks; empty without any."""
+    """Return questions, answers or caption of a record, without image marks; may be empty."""
     if not isinstance(record, dict):
         return []
     try:

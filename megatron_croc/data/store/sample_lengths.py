@@ -24,26 +24,26 @@ from megatron_croc.errors import DataError, first_line
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 _LOOKED_UP_AT_ONCE = 512
-"""Each looked-up row may map 64 KiB: 32 MiB at most."""
+"""Rows of a table that are looked up at once; each may map 64 KiB, together 32 MiB."""
 
 
 class SampleLengths:
-    """Text tokens and images of any sample of some folders, one after the other."""
+    """Text tokens and images of the samples of several folders, numbered through."""
 
     def __init__(
         self, folders: Sequence[str], tokenizer: Tokenizer, template: TemplateName
     ) -> None:
-        """Map the tables that were made with this tokenizer and template.
+        """Open the tables of this tokenizer and template.
 
         Raises:
-            DataError: a folder has none, or one that was damaged.
+            DataError: a folder has no such table, or a damaged one.
         """
         digest = tokenizer_digest(tokenizer)
         self._tables = [_open_table(f, tokenizer.name, digest, template) for f in folders]
         self._starts = np.array(list(accumulate(map(len, self._tables), initial=0)))
 
     def __call__(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Text tokens and images, int64 [m] each, of samples int64 [m]."""
+        """Look up samples, int64 [m]; return text tokens and images, int64 [m] each."""
         found = np.empty((len(index), 2), dtype=np.int64)
         folder = np.searchsorted(self._starts, index, side="right") - 1
         for number, table in enumerate(self._tables):
@@ -53,7 +53,7 @@ class SampleLengths:
 
 
 def look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of a mapped table; what was mapped for it is let go, so memory stays small."""
+    """Look up rows of a mapped table, int64 [m, columns]; unmaps the pages that were read."""
     found = np.empty((len(rows), table.shape[1]), dtype=np.int64)
     for begin in range(0, len(rows), _LOOKED_UP_AT_ONCE):
         part = slice(begin, begin + _LOOKED_UP_AT_ONCE)
@@ -92,7 +92,7 @@ def _open_table(folder: str, name: str, digest: str, template: TemplateName) -> 
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Hex digest of what decides about the ids: the tokenizer's files and its legacy flag."""
+    """Compute the hex digest of a tokenizer: its files and its legacy flag, which fix the ids."""
     path = Path(tokenizer.name)
     files = [path / name for name in _TOKENIZER_FILES] if path.is_dir() else [path]
     digests = [sha256_of(file) for file in files if file.is_file()]

@@ -1,12 +1,12 @@
-"""Writing a dataset folder: plain WebDataset tars, an index beside each, a manifest last.
+"""Write a dataset folder: WebDataset tars, an index for each, and a manifest at the end.
 
     samples --ShardWriter--> shard-000000.tar       000000-000000.json, 000000-000000.0.jpg, ...
                              shard-000000.idx.npy   int64 rows (sample, offset, length), per member
     all shards ------------> manifest.json          counts, sizes, sha256 digests
     (lengths.py adds         lengths-*.npy          int32 [samples, 2]: text tokens, images)
 
-A file appears under its name only when it is complete, and the manifest only when all shards are.
-Equal samples give equal bytes: members carry no time, owner or path of the machine.
+A file gets its name when it is complete, and the manifest is written when all shards are complete.
+Equal samples give equal bytes: members hold no time, owner or path.
 """
 
 import hashlib
@@ -30,31 +30,31 @@ FORMAT_NAME = "megatron_croc shards"
 FORMAT_VERSION = 2
 
 TAR_HEADER_BYTES = 512
-"""A member's data starts this far behind its header (names here are short, so one block)."""
+"""Bytes from a member's header to its data (one block, as names are short)."""
 
 
 def shard_name(shard: int) -> str:
-    """File name of a shard, without suffix."""
+    """Return the file name of a shard, without suffix."""
     return f"shard-{shard:06d}"
 
 
 def sample_key(shard: int, row: int) -> str:
-    """WebDataset key of a sample: a function of its place, so it is never read from a file."""
+    """Return the WebDataset key of a sample, computed from its shard and its row in the index."""
     return f"{shard:06d}-{row:06d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """One shard's entry in the manifest."""
+    """Entry of a shard in the manifest."""
 
     name: str
-    """Of the index (name.idx.npy) and, where the shard was written here, of the tar."""
+    """Name of the index (name.idx.npy) and, for shards written here, of the tar."""
 
     tar: str
-    """Where the tar lies: relative to the folder, or a location of its own (indexed in place)."""
+    """Location of the tar: relative to the folder, or absolute if it was indexed in place."""
 
     text_format: TextFormat
-    """What the first member of a sample holds."""
+    """Format of the first member of each sample."""
 
     num_samples: int
     num_images: int
@@ -67,7 +67,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthsInfo:
-    """One table of sample lengths in the manifest: by which tokenizer and template it was made."""
+    """Entry of a table of sample lengths in the manifest, with its tokenizer and template."""
 
     file: str
     sha256: str
@@ -77,7 +77,7 @@ class LengthsInfo:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Compute the hex digest of a file."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while piece := file.read(1 << 20):
@@ -86,10 +86,10 @@ def sha256_of(path: Path) -> str:
 
 
 class ShardWriter:
-    """Writes one shard. Use as a context manager: leaving it without error finishes the shard."""
+    """Writes one shard. A context manager: leaving it without an error finishes the shard."""
 
     def __init__(self, folder: Path, shard: int) -> None:
-        """Args: folder: an existing dataset folder. shard: number of the shard."""
+        """Args: folder: existing dataset folder. shard: number of the shard."""
         self._folder = folder
         self._shard = shard
         self._tar_path = folder / f"{shard_name(shard)}.tar"
@@ -105,7 +105,7 @@ class ShardWriter:
         """Add a sample.
 
         Args:
-            record: what the sample's JSON holds; its "conversations" are read back by training.
+            record: content of the sample's JSON; training reads its "conversations".
             images: (extension such as "jpg", encoded bytes) in the order of the <image> marks.
         """
         key = sample_key(self._shard, self._num_samples)
@@ -124,11 +124,11 @@ class ShardWriter:
         self._rows.append((self._num_samples, offset, len(data)))
 
     def __enter__(self) -> "ShardWriter":
-        """The writer itself."""
+        """Return the writer."""
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Finish the shard, or leave nothing under its name when there was an error."""
+        """Finish the shard; after an error, remove the temporary file."""
         self._tar.close()
         if error_type is not None:
             self._temporary.unlink()
@@ -152,7 +152,7 @@ class ShardWriter:
 
 
 def write_index(folder: Path, shard: int, rows: Sequence[tuple[int, int, int]]) -> Path:
-    """Write a shard's index from its (sample, offset, length) rows; returns its path."""
+    """Write a shard's index from its rows (sample, offset, length); return its path."""
     buffer = io.BytesIO()
     np.save(buffer, np.array(rows, dtype=np.int64).reshape(-1, 3))
     path = folder / f"{shard_name(shard)}.idx.npy"
@@ -161,12 +161,12 @@ def write_index(folder: Path, shard: int, rows: Sequence[tuple[int, int, int]]) 
 
 
 def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -> None:
-    """Declare a dataset folder complete.
+    """Write the manifest, which marks a dataset folder as complete.
 
     Args:
-        folder: where the shards lie.
-        shards: their entries, in order.
-        extra: further keys to keep, such as the digest of the input.
+        folder: folder of the shards.
+        shards: entries of the shards, in order.
+        extra: further keys, such as the digest of the input.
     """
     manifest = {
         "format": FORMAT_NAME,
@@ -181,9 +181,9 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -
 
 
 def add_lengths(folder: Path, info: LengthsInfo) -> None:
-    """Enter a table of lengths into a finished dataset's manifest; one of the same name goes."""
+    """Add a table of lengths to the manifest, in place of one with the same name."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     others = [entry for entry in manifest.get("lengths", ()) if entry["file"] != info.file]
-    shards = manifest.pop("shards")  # stays last: it is long
+    shards = manifest.pop("shards")  # the longest entry stays last
     manifest |= {"lengths": [*others, asdict(info)], "shards": shards}
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

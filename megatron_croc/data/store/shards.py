@@ -1,13 +1,12 @@
-"""Reading dataset folders: any sample by its number, from any thread.
+"""Read dataset folders: any sample by its number, from any thread.
 
     number --manifest.json--> shard, row --idx.npy--> offsets --read--> text and image bytes
 
-An index is memory-mapped when its shard is first read, so a dataset of 10^9 samples opens as fast
-as its manifest is read (manifest.py).
+An index is memory-mapped at the first read of its shard, so a dataset of 10^9 samples opens in the
+time of reading its manifest (manifest.py).
 
-Folders are local paths or s3:// prefixes (storage.py). Files are opened by the manifest's own
-names; keys and names inside a tar are never used as paths.
-What was written how is told in shard_writer.py.
+Folders are local paths or s3:// prefixes (storage.py). Files are opened by the names in the
+manifest; keys and names inside a tar are never used as paths. shard_writer.py defines the format.
 """
 
 import bisect
@@ -40,44 +39,44 @@ from megatron_croc.data.store.stored_array import let_go, load_array, open_array
 from megatron_croc.errors import DataError, first_line
 
 MAX_OPEN_FILES = 64
-"""Tars held open at once by one dataset."""
+"""Largest number of open tars of a dataset."""
 
 MAX_OPEN_INDEXES = 64
-"""Indexes held open at once by one dataset."""
+"""Largest number of open indexes of a dataset."""
 
 CHECKED_AT_ONCE = 1024
-"""Shards up to which a dataset is checked when it is opened; larger ones shard by shard, at the
-first sample read from each."""
+"""Largest number of shards that are checked when a dataset is opened. Shards of larger datasets are
+checked at their first read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """One sample as stored."""
+    """One stored sample."""
 
     sample_id: str
     """<dataset folder>/<key>: the same on every machine."""
 
     conversations: object
-    """The stored messages, not yet checked."""
+    """Stored messages, unchecked."""
 
     image_bytes: list[bytes]
     """Encoded images, in the order of their marks."""
 
 
 class ShardedDataset:
-    """Samples of one or several dataset folders, one after the other. Threads may share it."""
+    """Samples of several dataset folders, numbered through. Safe to share between threads."""
 
     def __init__(
         self, data_path: Sequence[str | Path] | str | Path, *, cache: StorageCache | None = None
     ) -> None:
-        """Open the folders; checks every index and the size of every tar, unless they are many.
+        """Open the folders; check indexes and sizes of up to CHECKED_AT_ONCE shards.
 
         Args:
             data_path: local folders or s3:// prefixes.
-            cache: where copies of remote tars are kept; None: they are read range by range.
+            cache: local copies of remote tars; None: ranges are read from the remote tars.
 
         Raises:
-            DataError: a folder is unfinished, or an index or tar is not the one written.
+            DataError: a folder is unfinished, or an index or tar differs from its manifest.
         """
         folders = [data_path] if isinstance(data_path, str | Path) else list(data_path)
         if not folders:
@@ -99,11 +98,11 @@ class ShardedDataset:
                 shard.check()
 
     def __len__(self) -> int:
-        """Samples in all folders."""
+        """Number of samples in all folders."""
         return self._starts[-1]
 
     def index_of(self, sample_id: str) -> int:
-        """Number of the sample of this name, as in a log or a report of bad samples.
+        """Return the number of a sample, given its id from a log or a report of bad samples.
 
         Raises:
             DataError: no such sample.
@@ -123,8 +122,8 @@ class ShardedDataset:
         """Read one sample.
 
         Raises:
-            BadSampleError: its stored text does not parse, or holds no conversation or caption.
-            DataError: its tar ends early.
+            BadSampleError: the stored text does not parse, or has no conversation or caption.
+            DataError: the tar ends early.
             OSError: the file system failed; the same call may succeed later.
         """
         shard, sample_id, members = self._locate(index)
@@ -134,7 +133,7 @@ class ShardedDataset:
         return RawSample(sample_id=sample_id, conversations=conversations, image_bytes=images)
 
     def read_conversations(self, index: int) -> tuple[str, object, int]:
-        """Sample id, stored messages and number of images; the images are not read.
+        """Read sample id, stored messages and number of images, without the images.
 
         Raises:
             The same as `read`.
@@ -146,7 +145,7 @@ class ShardedDataset:
         return sample_id, conversation_of(record, num_images, sample_id), num_images
 
     def _locate(self, index: int) -> tuple["_Shard", str, list[tuple[int, int]]]:
-        """A sample's shard, id, and the (offset, length) of its members."""
+        """Return a sample's shard, id, and the (offset, length) of its members."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         position = bisect.bisect_right(self._starts, index) - 1
@@ -179,7 +178,7 @@ def _parse(text: bytes, shard: "_Shard", sample_id: str) -> dict[str, Any]:
 
 
 def _distinct_names(folders: list[str]) -> list[str]:
-    """Shortest endings of the paths, in whole folders, that tell the datasets apart."""
+    """Compute the shortest path endings, in whole folders, that distinguish the datasets."""
     parts = [
         folder.rstrip("/").split("/")[2:] if is_remote(folder) else Path(folder).resolve().parts[1:]
         for folder in folders
@@ -192,7 +191,7 @@ def _distinct_names(folders: list[str]) -> list[str]:
 
 
 class _Shard:
-    """One tar and its index, by name."""
+    """One tar and its index."""
 
     def __init__(self, folder: str, number: int, info: ShardInfo, id_prefix: str) -> None:
         self.number = number
@@ -204,7 +203,7 @@ class _Shard:
         self._is_checked = False
 
     def check(self) -> None:
-        """Compare index and tar with the manifest, once."""
+        """Compare index and tar with the manifest; the result is kept."""
         if self._is_checked:
             return
         try:
@@ -221,7 +220,7 @@ class _Shard:
                 f"{self.tar} has {tar_bytes} bytes, its manifest says {self.info.tar_bytes} and "
                 f"its index reaches to {end}; {AGAIN}"
             )
-        steps = np.diff(rows[:, 0], prepend=-1, append=self.num_samples)  # none left out
+        steps = np.diff(rows[:, 0], prepend=-1, append=self.num_samples)  # no sample is missing
         in_order = 0 <= steps.min() <= steps.max() <= 1 == steps[-1]
         if (rows < 0).any() or not in_order:
             raise DataError(f"{self.index} does not fit the samples of {self.tar}; {AGAIN}")
@@ -229,7 +228,7 @@ class _Shard:
 
 
 def _read_index(stored: bytes, path: str) -> np.ndarray:
-    """int64 [members, 3]."""
+    """Read an index, int64 [members, 3]."""
     try:
         rows = load_array(io.BytesIO(stored))
     except (ValueError, EOFError, OSError) as error:
@@ -240,13 +239,13 @@ def _read_index(stored: bytes, path: str) -> np.ndarray:
 
 
 class _Index:
-    """A shard's index, mapped into memory where it is local: int64 (sample, offset, length)."""
+    """Index of a shard, int64 rows (sample, offset, length); memory-mapped if local."""
 
     def __init__(self, location: str) -> None:
         self._rows = open_array(location)
 
     def members(self, row: int) -> list[tuple[int, int]]:
-        """(offset, length) of a sample's text, which comes first, and its images."""
+        """Return (offset, length) of a sample's text and of its images, in this order."""
         first, last = (
             bisect.bisect_left(range(len(self._rows)), r, key=lambda i: self._rows[i, 0])
             for r in (row, row + 1)
@@ -261,7 +260,7 @@ _Opened = TypeVar("_Opened")
 
 
 class _Recent(Generic[_Key, _Opened]):
-    """The most recently used files, open. An evicted one stays open for those still reading."""
+    """Cache of open files, least recently used first out. Readers keep an evicted file open."""
 
     def __init__(self, opener: Callable[[_Key], _Opened], max_open: int) -> None:
         self._opener = opener
@@ -274,7 +273,7 @@ class _Recent(Generic[_Key, _Opened]):
             if (file := self._files.get(key)) is not None:
                 self._files.move_to_end(key)
                 return file
-        # Outside the lock: opening may download the file, and other shards need not wait.
+        # Outside the lock: opening may download the file; other shards do not wait for it.
         file = self._opener(key)
         with self._lock:
             file = self._files.setdefault(key, file)

@@ -1,11 +1,11 @@
-"""Where bytes come from: local disk, a network file system, or an S3-compatible object store.
+"""Access to files on local disk, network file systems and S3-compatible object stores.
 
     location --open_storage--> Storage.size(), Storage.read(offset, length)
       /a/b.tar          pread, any thread
       s3://bucket/key   ranged GET (boto3, the extra `s3`); AWS_ENDPOINT_URL names another server
 
-A failing system raises OSError with the location in it; `retry` gives it a few chances. A file that
-ends early is a DataError: it was cut, and reading it again cures nothing.
+A failure of the storage raises an OSError that names the location; `retry` repeats the call. A file
+that ends early is truncated and raises a DataError, as another read would not help.
 """
 
 import functools
@@ -20,10 +20,10 @@ from megatron_croc.errors import DataError, first_line
 from megatron_croc.log import get_logger
 
 ATTEMPTS = 4
-"""Times something is tried before an error of the storage is believed."""
+"""Number of attempts when the storage fails."""
 
 FIRST_PAUSE_SECONDS = 0.2
-"""Pause before the second attempt; it doubles from there."""
+"""Pause before the second attempt; each later pause is twice as long."""
 
 S3_SCHEME = "s3://"
 
@@ -33,27 +33,27 @@ T = TypeVar("T")
 
 
 class Storage(Protocol):
-    """One file or object. Threads may share it."""
+    """One file or object. Safe to share between threads."""
 
     location: str
     """Path or URL, for messages."""
 
     def size(self) -> int:
-        """Bytes in it. Raises OSError."""
+        """Return the number of bytes. Raises OSError."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`. Raises OSError, or DataError where it ends early."""
+        """Read exactly `length` bytes at `offset`. Raises OSError; DataError if it ends early."""
         ...
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is an object store's rather than a path."""
+    """Return True if a location is an object store's, not a local path."""
     return str(location).startswith(S3_SCHEME)
 
 
 def join_location(folder: str | Path, name: str) -> str:
-    """The location of `name` in a folder; `name` may be a location of its own."""
+    """Return the location of `name` in a folder; `name` may be an absolute location."""
     if is_remote(name):
         return name
     if is_remote(folder):
@@ -62,7 +62,7 @@ def join_location(folder: str | Path, name: str) -> str:
 
 
 def open_storage(location: str | Path) -> Storage:
-    """The storage behind a location.
+    """Open the storage of a location.
 
     Raises:
         DataError: an s3:// location without boto3, or without a key.
@@ -72,7 +72,7 @@ def open_storage(location: str | Path) -> Storage:
 
 
 def read_whole(location: str | Path) -> bytes:
-    """All bytes of a small file, with retries."""
+    """Read all bytes of a small file, with retries."""
 
     def read() -> bytes:
         storage = open_storage(location)
@@ -82,10 +82,10 @@ def read_whole(location: str | Path) -> bytes:
 
 
 def retry(call: Callable[[], T], what: str) -> T:
-    """Call, and call again after an OSError; what is missing or forbidden is believed at once.
+    """Repeat a call after an OSError, except for missing files and missing rights.
 
     Raises:
-        OSError: the last attempt's.
+        OSError: of the last attempt.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -100,12 +100,12 @@ def retry(call: Callable[[], T], what: str) -> T:
 
 def _ends_early(location: str, offset: int, length: int) -> DataError:
     return DataError(
-        f"{location} ends inside the {length} bytes at {offset}: it was cut; copy it again"
+        f"{location} ends inside the {length} bytes at {offset}: it is truncated; copy it again"
     )
 
 
 class LocalFile:
-    """A file, open until the last user lets go of it; read with pread, so threads may share it."""
+    """An open file, closed with its last reference. Reads use pread, so threads may share it."""
 
     def __init__(self, path: str | Path) -> None:
         """Args: path: an existing file."""
@@ -113,11 +113,11 @@ class LocalFile:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def size(self) -> int:
-        """Bytes in the file."""
+        """Return the size of the file."""
         return os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`."""
+        """Read exactly `length` bytes at `offset`."""
         pieces, missing = [], length
         while missing:
             piece = os.pread(self._descriptor, missing, offset + length - missing)
@@ -134,7 +134,7 @@ class LocalFile:
 
 
 class S3Object:
-    """An object, read by ranged GETs."""
+    """An S3 object, read by ranged GETs."""
 
     def __init__(self, url: str) -> None:
         """Args: url: s3://bucket/key."""
@@ -142,14 +142,14 @@ class S3Object:
         self._bucket, _, self._key = url.removeprefix(S3_SCHEME).partition("/")
         if not self._bucket or not self._key:
             raise DataError(f"{url} is no object: write s3://bucket/key")
-        _s3_client(os.getpid())  # boto3 missing: said when the data is opened
+        _s3_client(os.getpid())  # fails here if boto3 is missing
 
     def size(self) -> int:
-        """Bytes in the object."""
+        """Return the size of the object."""
         return int(self._request("head_object")["ContentLength"])
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`."""
+        """Read exactly `length` bytes at `offset`."""
         if not length:
             return b""
         answer = self._request("get_object", Range=f"bytes={offset}-{offset + length - 1}")
@@ -167,9 +167,9 @@ class S3Object:
 
 @functools.cache
 def _s3_client(process: int) -> Any:
-    """One client per process: it may be shared by threads, but not across a fork.
+    """Return the client of this process: threads may share it, forked processes must not.
 
-    State of the whole process, listed in docs/design.md.
+    Global state of the process, listed in docs/design.md.
     """
     try:
         import boto3
@@ -178,7 +178,7 @@ def _s3_client(process: int) -> Any:
         raise DataError(
             f"s3:// data needs boto3, which does not import ({error}): pip install -e '.[s3]'"
         ) from error
-    # Retries are `retry`'s, so that they are logged and counted once.
+    # `retry` repeats calls; without retries of boto3 each is logged and counted once.
     config = Config(
         retries={"total_max_attempts": 1},
         max_pool_connections=64,
@@ -190,16 +190,16 @@ def _s3_client(process: int) -> Any:
 
 @contextmanager
 def _as_os_error(location: str) -> Iterator[None]:
-    """boto3's errors as OSErrors that name the location."""
+    """Convert boto3's errors to OSErrors that name the location."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if status == 416:  # the range begins behind the end
+        if status == 416:  # the range begins after the end
             raise DataError(
-                f"{location} ends before the bytes asked for: it was cut; copy it again"
+                f"{location} ends before the bytes asked for: it is truncated; copy it again"
             ) from error
         kind = {404: FileNotFoundError, 403: PermissionError}.get(status, OSError)
         raise kind(f"{location}: {first_line(error)}") from error
@@ -210,5 +210,5 @@ def _as_os_error(location: str) -> Iterator[None]:
 
 
 def _is_transfer(error: BaseException) -> bool:
-    """urllib3's errors, which escape while a body is read."""
+    """Return True for urllib3's errors, which boto3 does not wrap while it reads a body."""
     return type(error).__module__.startswith("urllib3")

@@ -1,11 +1,11 @@
-"""A bounded folder of whole remote files, shared by every process of a node.
+"""Cache of remote files in a local folder of bounded size, shared by the processes of a node.
 
     remote tar --download, digest checked--> .<sha256>.part --rename--> <sha256>
 
-A file is named by its digest, so what is there is right, whichever run brought it. The `.part` file
-is locked by whoever downloads; others wait for it. Room is made by removing the files used longest
-ago, but none used within KEEP_SECONDS: data larger than the cache would push itself out, shard
-after shard, for a few samples each. What finds no room is read from afar, range by range.
+A file is named by its digest, so runs can share it. The downloading process locks the `.part` file;
+others wait for the lock. The least recently used files are removed to make room, but none that was
+used in the last KEEP_SECONDS: otherwise data larger than the cache would replace each shard after a
+few samples. Ranges of a file without room are read from the remote storage.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 
 KEEP_SECONDS = 3600.0
-"""A file used this recently is not removed to make room."""
+"""Time since its last use in which a file is not removed."""
 
 PIECE_BYTES = 8 << 20
 """Bytes of one ranged GET of a download."""
@@ -32,13 +32,13 @@ logger = get_logger(__name__)
 
 
 class StorageCache:
-    """Local copies of remote files, at most `max_bytes` of them."""
+    """Local copies of remote files, at most `max_bytes` together."""
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
-        """Args: folder: made when missing; local to the node. max_bytes: of all files together.
+        """Args: folder: on the node; created if missing. max_bytes: of all files together.
 
         Raises:
-            DataError: the folder cannot be made.
+            DataError: the folder cannot be created.
         """
         self.folder = Path(folder)
         self.max_bytes = max_bytes
@@ -50,26 +50,26 @@ class StorageCache:
             ) from error
 
     def open(self, remote: Storage, *, digest: str, size: int) -> Storage:
-        """The local copy of a file, downloaded when there is room for it; else the file itself.
+        """Return the local copy of a file, downloaded if there is room; else the remote file.
 
         Args:
-            remote: where it is.
-            digest: sha256 it must have, hex.
-            size: its bytes.
+            remote: the file.
+            digest: expected sha256, hex.
+            size: number of bytes.
 
         Raises:
-            DataError: what was downloaded has another digest.
-            OSError: the download failed again and again.
+            DataError: the downloaded file has another digest.
+            OSError: every attempt to download failed.
         """
         final, part = self.folder / digest, self.folder / f".{digest}.part"
         while True:
             try:
-                os.utime(final)  # when it was last used
+                os.utime(final)  # the time of last use
                 return LocalFile(final)
             except FileNotFoundError:
                 pass
             with _locked(part) as descriptor:
-                # Whoever held the lock before may have finished or removed the file.
+                # The previous holder of the lock may have finished or removed the file.
                 if not _is_same_file(part, descriptor) or final.exists():
                     continue
                 if not self._reserve(descriptor, size):
@@ -83,7 +83,7 @@ class StorageCache:
                 part.replace(final)
 
     def _reserve(self, descriptor: int, size: int) -> bool:
-        """Make room, and take it by growing the file; False when there is none."""
+        """Make room and reserve it by extending the file; return False if there is none."""
         with _locked(self.folder / ".lock"):
             now, used = time.time(), 0
             old: list[tuple[float, Path, int]] = []
@@ -107,7 +107,7 @@ class StorageCache:
             for _, path, length in old:
                 if used + size <= self.max_bytes:
                     break
-                path.unlink(missing_ok=True)  # those who read it keep it open
+                path.unlink(missing_ok=True)  # its readers keep it open
                 used -= length
             os.ftruncate(descriptor, size)
             return True
@@ -130,7 +130,7 @@ class StorageCache:
 
 
 def build_cache(data_cache_dir: str | None, data_cache_gb: float) -> StorageCache | None:
-    """The cache of a run; None when none is asked for."""
+    """Build the cache of a run; None if the run has none."""
     if data_cache_dir is None:
         return None
     return StorageCache(data_cache_dir, int(data_cache_gb * GIGABYTE))
@@ -138,7 +138,7 @@ def build_cache(data_cache_dir: str | None, data_cache_gb: float) -> StorageCach
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Hold the lock of a file, made when missing; also between threads of one process."""
+    """Hold the lock of a file, created if missing; excludes threads of this process too."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -155,7 +155,7 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds a download's lock: its process was killed."""
+    """Return True if no process holds the lock of a download: its process was killed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Arrays of a dataset folder, of which a few rows are looked up here and there."""
+"""Arrays of a dataset folder, read at random rows."""
 
 import io
 import mmap
@@ -11,37 +11,37 @@ import numpy as np
 from megatron_croc.data.store.storage import is_remote, read_whole
 
 _parsing = threading.Lock()
-"""State of the whole process, listed in docs/design.md."""
+"""Global state of the process, listed in docs/design.md."""
 
 
 def load_array(file: str | Path | BinaryIO, **options: Any) -> np.ndarray:
-    """`np.load` without pickles, which threads may call at once.
+    """Load an array with `np.load`, without pickles; safe to call from several threads.
 
-    It parses a header by Python's own parser, of which two at once may end in a SystemError before
-    Python 3.11.8 and 3.12.2 (python/cpython#106905).
+    `np.load` parses headers with Python's parser; two threads at once may raise a SystemError
+    before Python 3.11.8 and 3.12.2 (python/cpython#106905).
 
     Raises:
-        EOFError, OSError, ValueError: it cannot be read.
+        EOFError, OSError, ValueError: the array cannot be read.
     """
     with _parsing:
         return np.load(file, allow_pickle=False, **options)
 
 
 def open_array(location: str | Path) -> np.ndarray:
-    """A stored .npy array: a local one mapped into memory, a remote one read whole.
+    """Open a .npy array: memory-map a local file, read a remote one completely.
 
     Raises:
-        EOFError, OSError, ValueError: it cannot be read.
+        EOFError, OSError, ValueError: the array cannot be read.
     """
     if is_remote(location):
         return load_array(io.BytesIO(read_whole(location)))
     array = load_array(location, mmap_mode="r")
-    # Otherwise the system reads ahead of every number that is looked up.
+    # Without it the system reads ahead at every lookup.
     array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return array
 
 
 def let_go(array: np.ndarray) -> None:
-    """Unmap what was read of a mapped array; it stays in the system's cache of files."""
+    """Unmap the pages that were read of a mapped array; they stay in the page cache."""
     if isinstance(array, np.memmap):
         array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ def test_import_export_and_verify_leave_it_alone(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PASSED" in done.stdout
 
-    # What `generate` needs of a checkpoint is an export, made where it keeps its GPU.
+    # `generate` exports a checkpoint in a process that keeps its GPU.
     done = run(
         "from pathlib import Path",
         "from megatron_croc.convert.exporting import export_huggingface",

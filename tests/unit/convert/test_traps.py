@@ -1,4 +1,4 @@
-"""What an export must say so that no loader computes something else without a word."""
+"""Settings an export must contain, as loaders otherwise compute something else silently."""
 
 import io
 import json

@@ -312,7 +312,7 @@ def test_packed_rows_hold_whole_samples_up_to_the_capacity(dataset, make_run):
     separate = samples_of(read_batches(run, NUM_SAMPLES))
     run.data.packing, run.data.packing_length = True, 700
     plan = build_train_plan(run)
-    packs = read_batches(run, plan.num_rows(NUM_SAMPLES))
+    packs = read_batches(run, plan.num_packs(NUM_SAMPLES))
     assert len(packs) < NUM_SAMPLES / 2
     assert samples_of(packs) == separate
     for batch in packs:
@@ -328,7 +328,7 @@ def test_wrong_lengths_are_noticed(dataset, make_run):
     lengths = np.load(table)
     lengths[:, 0] -= 1
     np.save(table, lengths)
-    with pytest.raises(DataError, match=r"sample set/.* its row was packed for .*data lengths"):
+    with pytest.raises(DataError, match=r"sample set/.* its pack was planned for .*data lengths"):
         read_batches(run, 1)
 
 

@@ -1,4 +1,4 @@
-"""What is shown is what is trained on."""
+"""Views show exactly the samples of training."""
 
 import numpy as np
 import pytest

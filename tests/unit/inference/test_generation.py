@@ -222,7 +222,7 @@ def write_chatml(folder: Path) -> None:
 
 @pytest.mark.parametrize("template", ["v1", "plain", "qwen_1_5"])
 def test_answers_are_found_in_packed_rows(demo, template, tokenizers):
-    """What the finder calls an answer is what the record has as one, in every template."""
+    """The finder finds exactly the answers of the record, in every template."""
     import numpy as np
 
     from megatron_croc.data.sample.answer_spans import AnswerFinder

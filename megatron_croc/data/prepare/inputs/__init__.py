@@ -1,4 +1,4 @@
-"""What shards can be made of: each input is cut into slices that worker processes read alone.
+"""Inputs that shards are made of: each is cut into slices that worker processes read alone.
 
 json       a LLaVA-style list                          (the one kind that is loaded whole)
 jsonl      a record a line, streamed

@@ -1,4 +1,4 @@
-"""The interface of an input."""
+"""Interface of an input."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,42 +11,42 @@ InputFormat = Literal["json", "jsonl", "parquet", "webdataset"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputRecord:
-    """One record as found."""
+    """One record of an input."""
 
     number: int
-    """Place in the input, from 0."""
+    """Number of the record in the input, from 0."""
 
     source: str
-    """File it came from."""
+    """File of the record."""
 
     record: object
-    """A dict as in records.py; "image" is a name, encoded bytes, or a list of either."""
+    """A dict as in records.py; "image" is a name, encoded bytes, or a list of these."""
 
     fault: BadSampleError | None = None
-    """Why it could not be read; then `record` means nothing."""
+    """Fault of an unreadable record, whose `record` is then undefined; None: no fault."""
 
 
 class InputSlice(Protocol):
-    """Some neighbouring records; pickles small, and reads them where it is unpickled."""
+    """Consecutive records; its pickle is small, and the process that unpickles it reads them."""
 
     def read(self) -> Iterator[InputRecord]:
-        """The records. Raises DataError when the input itself is damaged, OSError."""
+        """Yield the records. Raises DataError if the input is damaged, and OSError."""
         ...
 
 
 class RecordInput(Protocol):
-    """An input whose records are counted."""
+    """An input with a known number of records."""
 
     num_records: int
 
     digest: str
-    """Changes when the input does; sha256, hex."""
+    """Hex sha256 that identifies the content of the input."""
 
     def slice(self, begin: int, end: int) -> InputSlice:
-        """Records begin .. end - 1."""
+        """Return the records begin .. end - 1."""
         ...
 
 
 def bad_record(number: int, kind: str, reason: str) -> BadSampleError:
-    """The fault of one record."""
+    """Build the error of one record."""
     return BadSampleError(f"record {number}", kind, reason)  # pyright: ignore[reportArgumentType]

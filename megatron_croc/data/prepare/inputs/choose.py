@@ -1,4 +1,4 @@
-"""From what the user names to an input."""
+"""Choice of the input class for the paths that a user gives."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +23,14 @@ _SUFFIXES: dict[str, InputFormat] = {
 
 
 def open_input(paths: Sequence[str | Path], input_format: InputFormat | None = None) -> RecordInput:
-    """Open what holds the records.
+    """Open the input of some paths.
 
     Args:
         paths: a file, several files of one kind, or a folder of parquet files or tars.
-        input_format: what they are; None: told by their suffix.
+        input_format: format of the files; None: given by their suffix.
 
     Raises:
-        DataError: nothing there, an unknown or mixed suffix, or an unusable file.
+        DataError: no file, an unknown suffix, several formats, or an unusable file.
     """
     files = expand_folders(paths)
     if input_format is None:
@@ -40,7 +40,7 @@ def open_input(paths: Sequence[str | Path], input_format: InputFormat | None = N
         told: InputFormat | None = kinds.pop()
         if kinds or told is None:
             raise DataError(
-                f"input {', '.join(map(str, paths))}: endings must be alike and one of "
+                f"input {', '.join(map(str, paths))}: files must have one suffix of "
                 f"{', '.join(_SUFFIXES)}; give the format ({', '.join(FORMATS)})"
             )
         input_format = told
@@ -55,10 +55,10 @@ def open_input(paths: Sequence[str | Path], input_format: InputFormat | None = N
 
 
 def expand_folders(paths: Sequence[str | Path]) -> list[str]:
-    """Folders replaced by their parquet files and tars, in order of name.
+    """Replace folders by their parquet files and tars, in order of name.
 
     Raises:
-        DataError: a folder without any, or no path at all.
+        DataError: a folder without such files, or no path.
     """
     files: list[str] = []
     for path in map(str, paths):

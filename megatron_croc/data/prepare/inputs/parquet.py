@@ -1,4 +1,4 @@
-"""Parquet files whose rows carry their images (the extra `parquet`).
+"""Parquet files that contain their images (needs the extra `parquet`).
 
 Columns: conversations, messages, caption or text (records.py; conversations may be JSON text), and
 image, images, jpg, png or webp: bytes, the hub's struct {bytes, path}, a name, or a list of these.
@@ -20,20 +20,20 @@ from megatron_croc.errors import DataError, first_line
 IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 TEXT_COLUMNS = ("conversations", "messages", *CAPTION_KEYS, "txt", "json")
 ROWS_PER_READ = 64
-"""Rows decoded at once; with images of a megabyte, 64 MB."""
+"""Rows decoded at once: 64 MB with images of one megabyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSlice:
-    """Rows of some files, numbered through."""
+    """Consecutive rows of several files."""
 
     files: tuple[tuple[Path, int, int, int], ...]
-    """(file, number of its first row in the input, first and last + 1 of its rows to read)."""
+    """(file, number of its first row in the input, begin and end of its rows to read)."""
 
     columns: tuple[str, ...]
 
     def read(self) -> Iterator[InputRecord]:
-        """The records."""
+        """Yield the records."""
         pyarrow = _import_pyarrow()
         for path, before, begin, end in self.files:
             file = _open(path)
@@ -59,10 +59,10 @@ class ParquetSlice:
 
 
 class ParquetInput:
-    """One or several files, in the order given."""
+    """One or several parquet files, in the given order."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Read the footers. Raises DataError: no parquet, or without text or pyarrow."""
+        """Read the footers. Raises DataError: not parquet, no text column, or no pyarrow."""
         digest, counts = hashlib.sha256(), []
         names: list[str] = []
         for path in paths:
@@ -84,7 +84,7 @@ class ParquetInput:
         self.digest = digest.hexdigest()
 
     def slice(self, begin: int, end: int) -> ParquetSlice:
-        """Records begin .. end - 1."""
+        """Return the records begin .. end - 1."""
         files = tuple(
             (path, start, max(begin - start, 0), min(end, stop) - start)
             for path, start, stop in zip(self._paths, self._starts, self._starts[1:], strict=False)
@@ -97,7 +97,7 @@ def _as_record(row: dict[str, Any]) -> dict[str, Any]:
     record = {key: value for key, value in row.items() if value is not None}
     for key in ("conversations", "messages"):
         if isinstance(text := record.get(key), str):
-            # What does not parse stays text: refused later, with the record's number.
+            # Invalid JSON stays text; the record is refused later, with its number.
             with contextlib.suppress(ValueError, RecursionError):
                 record[key] = json.loads(text)
     if "txt" in record:
@@ -111,7 +111,7 @@ def _as_record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image(value: object) -> object:
-    """Bytes where there are any, else the name."""
+    """Return the bytes of an image, else its name."""
     if isinstance(value, dict):
         return value.get("bytes") or value.get("path")
     return value
@@ -126,7 +126,7 @@ def _open(path: Path) -> Any:
 
 
 def _footer(path: Path) -> bytes:
-    """Size and footer of a file: it names every page, so another content has another one."""
+    """Read size and footer of a file; the footer lists every page, so it identifies the content."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(size - 8)

@@ -1,4 +1,4 @@
-"""WebDataset tars, read once to find their samples, and then by offset."""
+"""WebDataset tars: scanned once for their samples, then read by offset."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from megatron_croc.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class TarSlice:
-    """Samples of some tars."""
+    """Consecutive samples of several tars."""
 
     first: int
     samples: tuple[tuple[str, TextFormat, TarSample], ...]
-    """(location of the tar, kind of its texts, sample)."""
+    """(location of the tar, format of its texts, sample) of each record."""
 
     def read(self) -> Iterator[InputRecord]:
-        """The records."""
+        """Yield the records."""
         location, storage = None, None
         for number, (tar, text_format, sample) in enumerate(self.samples, start=self.first):
             if storage is None or tar != location:
@@ -40,7 +40,7 @@ class TarSlice:
                         f"record {number}", "missing_caption", f"{sample.key} has no {text_format}"
                     )
                 record = {"id": sample.key, **parse_text(read(place), text_format)}
-                # The tar's own images; a name in the JSON is what they were once called.
+                # Images of the tar; a name in the JSON is that of the original file.
                 record["image"] = [read(place) for _, place in sample.images]
             except BadSampleError as error:
                 fault = error
@@ -52,10 +52,10 @@ class TarSlice:
 
 
 class TarInput:
-    """Tars one after the other."""
+    """One or several WebDataset tars, in the given order."""
 
     def __init__(self, locations: Sequence[str]) -> None:
-        """Scan the tars. Raises DataError: one cannot be read."""
+        """Scan the tars. Raises DataError: a tar cannot be read."""
         digest = hashlib.sha256()
         self._samples: list[tuple[str, TextFormat, TarSample]] = []
         for location in locations:
@@ -71,12 +71,12 @@ class TarInput:
         self.digest = digest.hexdigest()
 
     def slice(self, begin: int, end: int) -> TarSlice:
-        """Records begin .. end - 1."""
+        """Return the records begin .. end - 1."""
         return TarSlice(first=begin, samples=tuple(self._samples[begin:end]))
 
 
 def with_damage(scan: TarScan) -> list[TarSample]:
-    """The samples, and one more that stands for what a damaged archive has lost."""
+    """Return the samples; for a damaged archive also one faulty sample for the lost rest."""
     if scan.damage is None:
         return scan.samples
     fault: tuple[BadKind, str] = ("damaged_tar", f"what follows is lost: {scan.damage}")

@@ -1,4 +1,4 @@
-"""JSON and JSONL files; images are names in a folder."""
+"""JSON and JSONL files, with names of images in a folder."""
 
 import hashlib
 import json
@@ -11,28 +11,28 @@ from megatron_croc.data.store.records import parse_text
 from megatron_croc.errors import DataError, first_line
 
 STRIDE = 1024
-"""Lines between two remembered offsets: 8 MB of memory at a billion lines."""
+"""Lines between two stored offsets: 8 MB of memory for a billion lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonSlice:
-    """Records of a list, by value."""
+    """Consecutive records of a JSON list; holds the records."""
 
     source: str
     first: int
     records: list
 
     def read(self) -> Iterator[InputRecord]:
-        """The records."""
+        """Yield the records."""
         for number, record in enumerate(self.records, start=self.first):
             yield InputRecord(number=number, source=self.source, record=record)
 
 
 class JsonInput:
-    """A JSON list, loaded whole."""
+    """A JSON list, loaded completely."""
 
     def __init__(self, path: Path) -> None:
-        """Read it. Raises DataError: no valid JSON list."""
+        """Load the file. Raises DataError: not a valid JSON list."""
         try:
             content = path.read_bytes()
             records = json.loads(content)
@@ -40,8 +40,8 @@ class JsonInput:
             raise DataError(f"input {path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"input {path} is not valid JSON: {first_line(error)} (a record a line is JSONL: "
-                "call it .jsonl, or give the format)"
+                f"input {path} is not valid JSON: {first_line(error)} (one record per line is "
+                "JSONL: name it .jsonl, or give the format)"
             ) from error
         if not isinstance(records, list):
             raise DataError(f"input {path} must be a JSON list, got {type(records).__name__}")
@@ -50,24 +50,24 @@ class JsonInput:
         self.digest = hashlib.sha256(content).hexdigest()
 
     def slice(self, begin: int, end: int) -> JsonSlice:
-        """Records begin .. end - 1."""
+        """Return the records begin .. end - 1."""
         return JsonSlice(source=self._path.name, first=begin, records=self._records[begin:end])
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSlice:
-    """Lines of a file."""
+    """Consecutive lines of a JSONL file."""
 
     path: Path
     offset: int
-    """Where line `offset_line` begins."""
+    """Byte offset of line `offset_line`."""
 
     offset_line: int
     begin: int
     end: int
 
     def read(self) -> Iterator[InputRecord]:
-        """The records."""
+        """Yield the records."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             number = self.offset_line
@@ -90,10 +90,10 @@ class JsonlSlice:
 
 
 class JsonlInput:
-    """A record a line; read once for its digest and the places of lines. Blank lines are none."""
+    """A file with one record per line, read once for digest and offsets. Ignores blank lines."""
 
     def __init__(self, path: Path) -> None:
-        """Read it. Raises DataError: it cannot be read."""
+        """Read the file once. Raises DataError: it cannot be read."""
         self._path = path
         self._offsets: list[int] = []
         digest, offset, self.num_records = hashlib.sha256(), 0, 0
@@ -111,7 +111,7 @@ class JsonlInput:
         self.digest = digest.hexdigest()
 
     def slice(self, begin: int, end: int) -> JsonlSlice:
-        """Records begin .. end - 1."""
+        """Return the records begin .. end - 1."""
         stride = begin // STRIDE
         return JsonlSlice(
             path=self._path,

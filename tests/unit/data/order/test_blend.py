@@ -42,7 +42,7 @@ def test_within_one_sample_of_its_share_at_every_prefix(shares):
 
 
 def test_many_equal_sources_beside_a_large_one():
-    """Where taking the source that lags most falls behind by more than a sample."""
+    """Weights for which taking the source that lags most is off by more than one sample."""
     shares = [Fraction(1, 2)] + [Fraction(1, 200)] * 100
     check_prefixes(shares, blend_of(*shares).draw([0] * 101, 500))
 
@@ -145,7 +145,7 @@ def test_faults_name_entry_and_key(folders, text, says):
 
 
 def test_a_blend_stands_alone(folders):
-    with pytest.raises(DataError, match="a blend stands alone"):
+    with pytest.raises(DataError, match="a blend must be the only path"):
         read_blend([*written(folders, ""), str(folders / "chat")])
     with pytest.raises(DataError, match="data_path is empty"):
         read_blend([])

@@ -123,7 +123,7 @@ def test_any_schedule_of_layouts_reads_the_same_rows(kind, sources, schedule):
 @given(size=st.integers(1, 200), epochs=st.integers(1, 3), seed=st.integers(0, 99))
 def test_every_sample_once_per_epoch(kind, size, epochs, seed):
     plan = plan_of(kind, [size], [1], seed)
-    rows = RowStream(plan).take(plan.num_rows(size * epochs))
+    rows = RowStream(plan).take(plan.num_packs(size * epochs))
     slots = Counter((slot.epoch, slot.index) for row in rows for slot in row)
     assert slots == Counter((epoch, i) for epoch in range(epochs) for i in range(size))
     for row in rows:
@@ -134,7 +134,7 @@ def test_every_sample_once_per_epoch(kind, size, epochs, seed):
 def test_each_source_of_a_blend_once_per_its_own_epoch(kind):
     plan = plan_of(kind, [30, 50], [3, 1])
     stream = RowStream(plan)
-    slots = [slot for row in stream.take(plan.num_rows(800)) for slot in row]
+    slots = [slot for row in stream.take(plan.num_packs(800)) for slot in row]
     assert stream.state.consumed == (600, 200)
     assert stream.state.epochs == {"s0": 20.0, "s1": 4.0}
     counts = Counter((slot.epoch, slot.index) for slot in slots)
@@ -146,18 +146,18 @@ def test_each_source_of_a_blend_once_per_its_own_epoch(kind):
 def test_counted_rows_are_the_rows_of_the_epochs():
     plan = plan_of("packed", [150], [1])
     stream = RowStream(plan)
-    stream.take(plan.num_rows(150))
+    stream.take(plan.num_packs(150))
     assert stream.state.consumed == (150,)
-    stream.take(plan.num_rows(450) - plan.num_rows(150))
+    stream.take(plan.num_packs(450) - plan.num_packs(150))
     assert stream.state.consumed == (450,)
-    assert plan.num_rows(10) == 0 and plan.num_rows(0) == 0
+    assert plan.num_packs(10) == 0 and plan.num_packs(0) == 0
 
 
 @pytest.mark.parametrize("kind", ["separate", "grouped"])
 def test_a_sample_is_a_row_without_packing(kind):
     """Also in the middle of a window: a run may end there."""
     plan = plan_of(kind, [150], [1])
-    assert [plan.num_rows(n) for n in (0, 1, 7, 150, 301)] == [0, 1, 7, 150, 301]
+    assert [plan.num_packs(n) for n in (0, 1, 7, 150, 301)] == [0, 1, 7, 150, 301]
 
 
 def test_steps_that_cross_an_epoch_stay_grouped():

@@ -1,4 +1,4 @@
-"""What is written comes back; damaged and unfinished folders are refused by name."""
+"""Stored samples are read back; damaged and unfinished folders are refused by name."""
 
 import hashlib
 import json
