@@ -47,5 +47,20 @@ croc generate --model "$OUT/finetune" --tokenizer "$DEMO/tokenizer.model" \
     --max-new-tokens 16 --output "$OUT/finetune/answers.jsonl" \
     --report "$OUT/finetune/accuracy.json" --baseline "$DEMO/finetune.json"
 
-# 4. What happened, in pictures.
+# 4. What was learned, in a table and in pictures.
 croc report "$OUT"
+
+# 5. The next steps. The picture is the last one, which is held out.
+cat <<END
+
+The report: $(realpath "$OUT")/report/report.html
+
+Next, in $PWD (". .venv/bin/activate" makes croc known there):
+
+  python -m webbrowser "file://$(realpath "$OUT")/report/report.html"
+
+  croc generate --model $OUT/finetune --tokenizer $DEMO/tokenizer.model \\
+      --image $DEMO/images/$(printf %06d $((NUM_IMAGES - 1))).jpg --prompt "How many objects are there?"
+
+  less docs/own_pictures.md    # the same way with your own pictures
+END
