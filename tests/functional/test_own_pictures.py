@@ -112,7 +112,7 @@ def test_the_second_stage_starts_from_the_first(followed: tuple[Path, dict[int, 
     folder, said = followed
     for stage in ("pretrain_croc", "finetune"):
         assert (folder / "runs" / stage / "iter_0000002").is_dir()
-    assert "took weights from runs/pretrain_croc" in said[4]
+    assert "weights from runs/pretrain_croc" in said[4]
 
 
 def test_questions_are_answered(followed: tuple[Path, dict[int, str]]):
@@ -125,28 +125,39 @@ def test_questions_are_answered(followed: tuple[Path, dict[int, str]]):
 
 
 def test_easy_vqa_becomes_records(environment: dict[str, str], tmp_path: Path):
-    """The package's functions on three pictures; the package itself is 5,000 of them."""
-    package = tmp_path / "packages" / "easy_vqa"
+    """The package's functions on a few pictures; the package itself is 5,000 of them."""
+    package, work = tmp_path / "packages" / "easy_vqa", tmp_path / "work"
+    work.mkdir()
+    num_images = 6
     for split in ("train", "test"):
         folder = package / "data" / split / "images"
         folder.mkdir(parents=True)
-        for number in range(3):
+        for number in range(num_images):
             Image.new("RGB", (64, 64), "red").save(folder / f"{number}.png")
-    questions = [("what color is the shape?", "red"), ("what shape is this?", "circle")]
-    questions = [*questions, ("is there a red shape?", "yes")] * 10
-    columns = [[q for q, _ in questions], [a for _, a in questions], [i % 3 for i in range(30)]]
+    pairs = [
+        ("what color is the shape?", "red"),
+        ("what shape is in the image?", "circle"),
+        ("is there a red shape?", "yes"),
+        ("does the image not contain a circle?", "no"),
+    ]
+    columns = [[*column] * num_images for column in zip(*pairs, strict=True)]
+    columns.append([number for number in range(num_images) for _ in pairs])
     (package / "__init__.py").write_text(
         f"def get_train_questions():\n    return {columns!r}\nget_test_questions = "
         "get_train_questions\ndef get_answers():\n    return ['yes', 'no', 'circle', "
         "'rectangle', 'triangle', 'red']\n"
     )
     where = environment | {"PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"}
-    work = tmp_path / "work"
-    work.mkdir()
-    run(commands(6).replace("[::step]", "[::1]"), work, where)
+    said = run(commands(6), work, where)
+    assert said == "6 captions, 8 questions, 2 held out\n"
     records = json.loads((work / "questions.json").read_text())
     kinds = {r["conversations"][1]["value"]: r["conversations"][0]["type"] for r in records}
-    assert kinds == {"red": "colour", "circle": "shape", "yes": "yes or no"}
-    script = commands(2).split("\n\n")[1].replace("captions questions", "questions")
-    said = run(script, work, where)
-    assert said.count("30 samples (30 images") == 2 and said.count(" 0 skipped") == 2
+    assert kinds == {
+        "red": "colour",
+        "circle": "shape",
+        "yes": "yes or no, colour",
+        "no": "negated: yes or no, shape",
+    }
+    assert json.loads((work / "captions.json").read_text())[0]["caption"] == "A red circle."
+    said = run(commands(2), work, where)
+    assert said.count(" 0 skipped") == 3 and "6 samples (6 images" in said
