@@ -74,4 +74,14 @@ def quiet_megatron() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
+def quiet_torch() -> None:
+    """Silence torch's notes about CUDA and pynvml; `croc doctor` shows devices and versions."""
+    # A build for CUDA without a GPU: "No CUDA runtime is found, using CUDA_HOME=...".
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", message="The pynvml package is deprecated", category=FutureWarning
+    )
+
+
+quiet_torch()
 quiet_megatron()  # megatron warns while it is imported, which happens after this module

@@ -1,8 +1,14 @@
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_croc.log import get_logger, log_on_rank_zero, log_once
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -39,3 +45,27 @@ def test_once_is_once_per_message(lines: list[str], monkeypatch: pytest.MonkeyPa
     for number in (1, 1, 2, 2, 1):
         log_once(logger, logging.WARNING, "number %d", number)
     assert lines == ["WARNING megatron_croc.y: number 1", "WARNING megatron_croc.y: number 2"]
+
+
+def test_torch_says_nothing_about_the_machine(tmp_path: Path):
+    """A build for CUDA without a GPU, beside the old pynvml package: both write at import."""
+    (tmp_path / "pynvml.py").write_text(
+        "import warnings\n"
+        "warnings.warn('The pynvml package is deprecated. Use another', FutureWarning)\n"
+    )
+    program = (
+        "import megatron_croc.log, torch\n"
+        "torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False\n"
+        "torch.version.cuda = '13.0'\n"
+        "from torch.utils.cpp_extension import CUDA_HOME\n"
+        "import pynvml\n"
+        "print(CUDA_HOME)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"CUDA_HOME": "/cuda", "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("/cuda\n", "")
