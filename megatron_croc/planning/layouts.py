@@ -89,6 +89,10 @@ def memory_savings(run: RunConfig, world_size: int, gpus_per_node: int) -> list[
     parallelism: first each alone in this order, then two of them, and so on. Not checked for
     faults.
     """
+    training = run.training
+    recomputes_all = training.recompute_granularity == "full" and (
+        training.recompute_method == "uniform"
+    )
     found: dict[frozenset[tuple[str, Any]], Layout] = {}
     for layout in layouts(run, world_size, gpus_per_node):
         if layout[VPP] is not None or layout[FIRST] is not None:
@@ -96,7 +100,7 @@ def memory_savings(run: RunConfig, world_size: int, gpus_per_node: int) -> list[
         kept = set(LAYOUT) - set(OVERLAP)
         if layout[PP] == run.parallel.pipeline_model_parallel_size:
             kept -= {VPP, FIRST, LAST}
-        if layout[RECOMPUTE] == "none":  # the run keeps what it recomputes already
+        if layout[RECOMPUTE] == "none" or recomputes_all:  # the run keeps what it recomputes
             kept -= {RECOMPUTE, METHOD, RECOMPUTED_LAYERS}
         changes = {k: v for k, v in layout.items() if k in kept and v != get_setting(run, k)}
         alternatives = [changes]
@@ -118,7 +122,8 @@ def _only_saves(run: RunConfig, changes: Layout) -> bool:
 
 def _size(run: RunConfig, changes: Layout) -> tuple:
     """Number of knobs that are turned, which, and how far."""
-    turned = [k for k in _KNOBS if k in changes and not (k == SP and TP in changes)]
+    names = {RECOMPUTE if k in (METHOD, RECOMPUTED_LAYERS) else k for k in changes}
+    turned = [k for k in _KNOBS if k in names and not (k == SP and TP in changes)]
     after = [changes.get(k, get_setting(run, k)) for k in (TP, CP, PP)]
     micro = changes.get(MICRO_BATCH, run.training.micro_batch_size)
     return len(turned), [_KNOBS.index(k) for k in turned], *after, -micro
