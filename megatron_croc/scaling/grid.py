@@ -112,12 +112,11 @@ def _resolve(
     if faults:
         return
     sizes: dict[str, Any] = tree.get("sizes") or {tree["recipe"].partition("/")[0]: {}}
-    seeds = tree.get("seeds") or [base.training.seed]
+    counts: list[int] = tree["samples"]
+    seeds: list[int] = tree.get("seeds") or [base.training.seed]
     combinations = itertools.product(*([(k, v) for v in vs] for k, vs in axes.items()))
     for values in combinations:
-        for (size, changes), samples, seed in itertools.product(
-            sizes.items(), tree["samples"], seeds
-        ):
+        for (size, changes), samples, seed in itertools.product(sizes.items(), counts, seeds):
             run = copy.deepcopy(base)
             apply_changes(run, changes_from_tree(RunConfig, changes, faults, source=source))
             for name, value in values:
