@@ -1,20 +1,26 @@
-"""Is this run what I mean, and does it fit? Answers in a second, without a GPU.
+"""The batches, parameters, memory and operations of a run, and if it fits; in a second, no GPU.
 
     croc check --recipe croc_7b/pretrain_croc --world-size 8
+    croc check --config run.yaml --world-size 16 --gpu h200 --shards data/captions
+    croc check --recipe tiny/finetune --settings     # every setting and its value, too
 
-Prints the resolved run, its batch arithmetic, parameters by part and rank, a memory estimate and
-operations per step; or every fault at once, and exits 1. Neither torch nor megatron is imported.
+The last two lines tell if the run fits the GPU: for the longest samples expected, and for samples
+of full seq_length. Exits 1 after a fault of the settings (all are told at once), or when the
+expected samples do not fit. Neither torch nor megatron is imported.
 """
 
+import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import ConfigError, DataError
+from megatron_croc.errors import CrocError, DataError
 from megatron_croc.model.parameters import (
     PARTS,
     Part,
@@ -22,8 +28,10 @@ from megatron_croc.model.parameters import (
     stage_parameters,
     trained_parts,
 )
+from megatron_croc.planning.fit import GIB, Fit, expected_fit, gpu_memory, way_out, worst_fit
 from megatron_croc.planning.flops import Work, count_flops
-from megatron_croc.planning.memory import estimate_memory
+from megatron_croc.planning.gpus import GPUS, get_gpu
+from megatron_croc.planning.workload import Workload
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 _WIDTH = 34
@@ -42,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, or every fault; return the exit status."""
     parser = run_parser(prog="croc check", description=__doc__ or "")
     parser.add_argument("--world-size", type=int, default=8, help="processes (default 8)")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
+    add_sample_options(parser)
+    parser.add_argument("--settings", action="store_true", help="also print every setting")
     parser.add_argument("--dump", action="store_true", help="print the run as YAML, nothing else")
     parser.add_argument(
         "--for-training", action="store_true", help="also require data and tokenizer to exist"
@@ -49,27 +60,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, run = parse_command(parser, argv)
         raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
-    except ConfigError as error:
+        device = gpu_memory(get_gpu(options.gpu))
+        workload = read_workload(options, run)
+    except CrocError as error:
         print(error, file=sys.stderr)
         return 1
     if options.dump:
         print(to_yaml(run), end="")
         return 0
-    print("\n".join(report(run, options.world_size)))
+    fit = expected_fit(run, options.world_size, device, workload)
+    lines = report(run, options.world_size, fit)
+    if options.settings:
+        lines = itertools.chain(_settings(to_tree(run)), lines)
+    print("\n".join(lines).lstrip("\n"), flush=True)
     for line in find_warnings(run, for_training=options.for_training):
         print(f"warning: {line}", file=sys.stderr)
-    return 0
+    print("\n" + "\n".join(verdict(options, run, fit, workload)))
+    return 0 if fit.fits else 1
 
 
-def report(run: RunConfig, world_size: int) -> Iterator[str]:
-    """The lines of the report."""
-    yield from _settings(to_tree(run))
+def report(run: RunConfig, world_size: int, fit: Fit) -> Iterator[str]:
+    """The lines of the report, without settings and verdict."""
     yield from _section("batch", _batch_lines(run, world_size))
     yield from _section("parameters", _parameter_lines(run))
     yield from _table("parameters of one rank", _rank_table(run))
-    yield from _table("memory of one rank (estimate, GiB)", _memory_table(run, world_size))
     yield from _section("operations of one step (TFLOP, at most)", _flops_lines(run))
     yield from _section("attention backends", _attention_lines(run))
+    title = "memory of one rank (estimate, GiB, longest samples expected)"
+    yield from _table(title, _memory_table(fit))
+
+
+def verdict(
+    options: argparse.Namespace, run: RunConfig, fit: Fit, workload: Workload
+) -> Iterator[str]:
+    """Two lines: if the expected samples fit and the way out, and if samples of seq_length do."""
+    if run.data.packing:
+        count = f"packs of {run.data.row_length:,} tokens"
+        expected, worst_lengths = f"full {count}, samples", f"{count} full of images"
+    else:
+        expected = "samples"
+        worst_lengths = f"every sample of {run.data.seq_length:,} tokens (seq_length)"
+    lengths = (
+        f"for {expected} of {workload.mean:,.0f} tokens, the longest {workload.peak_tokens:,.0f} "
+        f"({sample_flags(options)})"
+    )
+    yield f"{fit} {lengths}{'' if fit.fits else '; ' + _remedy(options, run, fit, workload)}"
+    worst = worst_fit(run, options.world_size, fit.device, workload)
+    yield f"worst case: {worst} with {worst_lengths}"
+
+
+def _remedy(options: argparse.Namespace, run: RunConfig, fit: Fit, workload: Workload) -> str:
+    flags = way_out(run, options.world_size, fit.device, workload)
+    if flags is not None:
+        return f"it fits with {flags}"
+    return f"no layout of {options.world_size} processes fits: take more, or another --gpu"
 
 
 def _section(title: str, lines: Iterator[tuple[str, str]]) -> Iterator[str]:
@@ -162,12 +206,11 @@ def _rank_table(run: RunConfig) -> Iterator[list[str]]:
         yield [str(stage), str(layers[stage]), *(f"{n:,}" for n in (sum(counts), *counts))]
 
 
-def _memory_table(run: RunConfig, world_size: int) -> Iterator[list[str]]:
-    estimates = estimate_memory(run, world_size)
-    yield ["pipeline stage", "total", *vars(estimates[0])]
-    for stage, memory in enumerate(estimates):
+def _memory_table(fit: Fit) -> Iterator[list[str]]:
+    yield ["pipeline stage", "total", *vars(fit.stages[0])]
+    for stage, memory in enumerate(fit.stages):
         sizes = (memory.total, *vars(memory).values())
-        yield [str(stage), *(f"{size / 2**30:.1f}" for size in sizes)]
+        yield [str(stage), *(f"{size / GIB:.1f}" for size in sizes)]
 
 
 def _table(title: str, rows: Iterator[list[str]]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.errors import CrocError
+from megatron_croc.errors import CheckpointError, CrocError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,11 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_croc.parallel.device import compute_on_cpu
 
     try:
+        _check_folders(arguments)
         compute_on_cpu()
         return arguments.command(arguments)
     except CrocError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _check_folders(arguments: argparse.Namespace) -> None:
+    """Refuse Hugging Face folders that are not there, by the name of their option."""
+    for option in ("from_hf", "vision", "hf"):
+        folder: Path | None = getattr(arguments, option, None)
+        if folder is not None and not folder.is_dir():
+            name = option.replace("_", "-")
+            raise CheckpointError(f"--{name} {folder}: no such folder; give a downloaded model")
 
 
 def _parser() -> argparse.ArgumentParser:

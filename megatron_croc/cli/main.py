@@ -16,7 +16,7 @@ from megatron_croc.log import rank
 
 COMMANDS = {
     "train": ("train:main", "train one stage; under torchrun for more than one process"),
-    "check": ("check:main", "the resolved run, its batches, parameters, memory and operations"),
+    "check": ("check:main", "batches, parameters and memory of a run, and if it fits a GPU"),
     "recipes": ("recipes:main", "the named complete configurations"),
     "doctor": ("doctor.command:main", "versions and devices here, and which of them are wrong"),
     "plan": ("plan:main", "the fastest layouts for a number of GPUs"),

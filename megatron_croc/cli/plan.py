@@ -1,25 +1,33 @@
-"""Which layout for these GPUs? Prints the best five, why popular others lose, and their flags.
+"""The fastest layouts for a number of GPUs: the best five, why popular others lose, and flags.
 
     croc plan --recipe croc_7b/pretrain_croc --gpus 64 --gpu h100 --text-tokens 200
     croc plan --recipe victor_7b/finetune --gpus 16 --gpu a100 --shards FOLDER --json
+    croc plan --recipe croc_7b/pretrain_croc --gpus 16 --write run.yaml
 
-Settings may follow as for `croc train` (--global-batch-size 512). Memory is the estimate that
-`croc check` prints, for the longest samples expected; time is a model of compute, links and bubble
-(docs/planning.md says how far off it was). Neither torch nor a GPU is needed.
+Settings may follow as for `croc train` (--global-batch-size 512). --write makes a file of the first
+layout and the settings given, for --config. Memory is the estimate that `croc check` prints for the
+same samples; time is a model of compute, links and bubble (docs/planning.md says how far off it
+was). Neither torch nor a GPU is needed.
 
     croc plan --published        # the time model against published throughputs
 """
 
+import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.errors import CrocError
+from megatron_croc.planning.fit import GIB
 from megatron_croc.planning.gpus import GPUS, Gpu, get_gpu
+from megatron_croc.planning.layouts import LAYOUT
 from megatron_croc.planning.search import Candidate, popular, reason, search
-from megatron_croc.planning.workload import describe, from_numbers, from_shards
+from megatron_croc.planning.workload import describe
 from megatron_croc.recipes.command_line import parse_command, run_parser
+from megatron_croc.recipes.run_file import as_run_file, write_run_file
 
 NUM_SHOWN = 5
 
@@ -35,23 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = run_parser(prog="croc plan", description=__doc__ or "")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     parser.add_argument("--gpu", default="h100", help=", ".join(GPUS))
-    parser.add_argument("--text-tokens", type=float, default=200.0, help="mean of a sample")
-    parser.add_argument("--text-spread", type=float, default=0.5, help="sd of the log of it")
-    parser.add_argument("--images", type=float, default=1.0, help="mean of a sample")
-    parser.add_argument("--shards", type=Path, help="dataset folder to take samples from instead")
+    add_sample_options(parser)
+    parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the first layout")
     parser.add_argument("--json", action="store_true", help="print JSON")
     try:
         options, run = parse_command(parser, words)
         gpu = get_gpu(options.gpu)
-        if options.shards is not None:
-            workload = from_shards(run, options.shards)
-        else:
-            workload = from_numbers(
-                run,
-                text_tokens=options.text_tokens,
-                images=options.images,
-                spread=options.text_spread,
-            )
+        workload = read_workload(options, run)
         candidates = search(run, options.gpus, gpu, workload)
     except CrocError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    if options.write is not None:
+        comment = f"{best.name} for {options.gpus} x {gpu.name}\n{next_commands(options, gpu)}"
+        text = as_run_file(best.run, options.recipe, always=LAYOUT, comment=comment)
+        write_run_file(options.write, text)
     if options.json:
         print(json.dumps([as_dict(c, options.gpus, gpu, best) for c in candidates[:NUM_SHOWN]]))
         return 0
@@ -73,24 +75,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, candidate in popular(candidates).items():
         print(f"  {label:<32} {candidate.name:<26} {reason(candidate, best)}")
     print(f"\n{best.flags}")
+    if options.write is not None:
+        print(f"\n{best.name} is written to {options.write}:\n{next_commands(options, gpu)}")
     return 0
+
+
+def next_commands(options: argparse.Namespace, gpu: Gpu) -> str:
+    """Commands that take the written file, a line each."""
+    file, count = shlex.quote(str(options.write)), options.gpus
+    check = f"croc check --config {file} --world-size {count} --gpu {gpu.name}"
+    nodes = -(-count // gpu.gpus_per_node)
+    train = "croc" if count == 1 else f"torchrun --nproc-per-node {count} -m megatron_croc"
+    if nodes > 1:  # addresses of the nodes: docs/launching.md
+        train = f"torchrun --nnodes {nodes} --nproc-per-node {count // nodes} -m megatron_croc"
+    return f"{check} {sample_flags(options)}\n{train} train --config {file}"
 
 
 def table(candidates: Sequence[Candidate], world_size: int, gpu: Gpu) -> str:
     """Markdown, the best first."""
     lines = [
-        "| layout | s/step | tokens/s/GPU | MFU | GB on a GPU | compute | bubble | TP+CP+PP | DP |"
+        "| layout | s/step | tokens/s/GPU | MFU | GiB on a GPU | compute | bubble | TP+CP+PP | DP |"
         " matching, imbalance |",
         "|---" * 10 + "|",
     ]
     for candidate in candidates:
         time, parts = candidate.time, candidate.time.parts
         links = sum(parts[n] for n in ("tensor_parallel", "context_parallel", "pipeline_traffic"))
-        worst = max(stage.total for stage in candidate.memory) / 1e9
         rate = time.tokens / time.total / world_size
         lines.append(
             f"| {candidate.name} | {time.total:.2f} | {rate:,.0f} |"
-            f" {time.mfu(world_size, gpu):.0%} | {worst:.0f} | "
+            f" {time.mfu(world_size, gpu):.0%} | {candidate.fit.tensors / GIB:.1f} | "
             f"{parts['compute'] + parts['recompute']:.2f} | {parts['bubble']:.2f} | {links:.2f} | "
             f"{parts['data_parallel']:.2f} | {parts['matching'] + parts['imbalance']:.2f} |"
         )
@@ -105,7 +119,7 @@ def praise(candidate: Candidate) -> str:
         for name, seconds in parts
         if seconds > 0.005 * candidate.time.total
     ]
-    return f"{', '.join(shares)}; {candidate.free / 1e9:.0f} GB stay free after the reserve"
+    return f"{', '.join(shares)}; {candidate.free / GIB:.0f} GiB stay free after the reserve"
 
 
 def as_dict(candidate: Candidate, world_size: int, gpu: Gpu, best: Candidate) -> dict:
@@ -117,7 +131,7 @@ def as_dict(candidate: Candidate, world_size: int, gpu: Gpu, best: Candidate) ->
         "parts": candidate.time.parts,
         "tokens_per_second_per_gpu": candidate.time.tokens / candidate.time.total / world_size,
         "mfu": candidate.time.mfu(world_size, gpu),
-        "memory": [vars(stage) for stage in candidate.memory],
+        "memory": [vars(stage) for stage in candidate.fit.stages],
         "free_bytes": candidate.free,
         "reason": "the fastest that fits" if candidate is best else reason(candidate, best),
     }

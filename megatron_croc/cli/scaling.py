@@ -66,10 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(grid: Grid, out: Path) -> None:
-    """Print and keep the table of runs."""
+    """Print and keep the table of runs, and the groups that are too small for a law."""
+    from megatron_croc.scaling.collect import shortages
     from megatron_croc.scaling.price import price_table
 
     table = price_table(grid)
+    for label, reason in shortages(grid).items():
+        table += f"\n\nNo law can be fitted to {label or 'these runs'}: {reason}."
     (out / "plan.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 

@@ -22,6 +22,7 @@ import yaml
 from megatron_croc.config.settings import (
     Setting,
     Value,
+    get_setting,
     set_setting,
     settings_of,
 )
@@ -174,6 +175,18 @@ def to_yaml(config: object) -> str:
     return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=False)
 
 
+def as_sections(changes: Mapping[str, Value]) -> dict[str, Any]:
+    """Convert changes to nested dicts of plain values, as they are written in YAML."""
+    tree: dict[str, Any] = {}
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        section = tree
+        for word in sections:
+            section = section.setdefault(word, {})
+        section[name] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
 # ---------------------------------------------------------------------------------------------
 # Words of a command line
 
@@ -256,18 +269,33 @@ def _values(
     return words[position:end], end
 
 
-def settings_help(config_type: type) -> str:
-    """Help text: every flag with default and docstring, grouped by section."""
+def as_flags(config_type: type, changes: Mapping[str, Value]) -> str:
+    """Write changes as flags of a command line, in the order of the fields."""
+    words: list[str] = []
+    for setting in settings_of(config_type):
+        if setting.path not in changes:
+            continue
+        value = changes[setting.path]
+        if setting.is_bool:
+            words.append(setting.flag if value else f"--no-{setting.flag[2:]}")
+        else:
+            words.append(f"{setting.flag} {shown(value)}")
+    return " ".join(words)
+
+
+def settings_help(config: object) -> str:
+    """Help text: every flag with docstring and its value in `config`, grouped by section."""
     lines: list[str] = []
     section = None
-    for setting in settings_of(config_type):
+    for setting in settings_of(type(config)):
         if setting.section != section:
             section = setting.section
             lines.append(f"\n{section or 'run'}:")
         flag = setting.flag
         if setting.is_bool:
             flag = f"{flag}, --no-{flag[2:]}"
-        lines.append(f"  {flag}  [{setting.expected}; default {shown(setting.default)}]")
+        default = shown(get_setting(config, setting.path))
+        lines.append(f"  {flag}  [{setting.expected}; default {default}]")
         lines.append(f"      {setting.doc}")
     return "\n".join(lines)
 

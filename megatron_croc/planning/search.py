@@ -1,24 +1,16 @@
 """Every layout the configuration checks accept, with its memory and its time."""
 
-import copy
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_croc.config.checks import find_faults
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
+from megatron_croc.planning.fit import GIB, Fit, expected_fit, gpu_memory
 from megatron_croc.planning.gpus import Gpu
-from megatron_croc.planning.memory import MemoryEstimate, estimate_memory
+from megatron_croc.planning.layouts import changed, layouts
 from megatron_croc.planning.step_time import StepTime, estimate_step
 from megatron_croc.planning.workload import Workload
-
-RESERVED = 4e9
-"""Bytes of a GPU kept for CUDA, NCCL and the kernels' workspaces (an assumption)."""
-
-FRAGMENTATION = 1.1
-"""Ratio of the memory that the allocator reserves to that of the tensors (assumption)."""
-
 
 INDISTINGUISHABLE = 0.05
 """Relative difference of two times below which the estimate cannot rank them."""
@@ -29,10 +21,13 @@ class Candidate:
     """One layout."""
 
     run: RunConfig
-    memory: list[MemoryEstimate]
+    fit: Fit
     time: StepTime
-    free: float
-    """Bytes left on the fullest GPU; negative: it does not fit."""
+
+    @property
+    def free(self) -> float:
+        """Bytes left on the fullest GPU; negative: it does not fit."""
+        return self.fit.free
 
     @property
     def name(self) -> str:
@@ -77,13 +72,10 @@ class Candidate:
 
 def assess(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> Candidate:
     """Memory and time of one layout that the checks accept."""
-    memory = estimate_memory(run, world_size, workload.pack(run))
-    worst = max(stage.total for stage in memory)
     return Candidate(
         run=run,
-        memory=memory,
+        fit=expected_fit(run, world_size, gpu_memory(gpu), workload),
         time=estimate_step(run, world_size, gpu, workload),
-        free=gpu.memory - RESERVED - FRAGMENTATION * worst,
     )
 
 
@@ -95,8 +87,8 @@ def search(base: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> li
     """
     found = [
         assess(run, world_size, gpu, workload)
-        for run in _layouts(base, world_size, gpu)
-        if not find_faults(run, world_size)
+        for changes in layouts(base, world_size, gpu.gpus_per_node)
+        if not find_faults(run := changed(base, changes), world_size)
     ]
     if not found:
         raise ConfigError(
@@ -114,48 +106,6 @@ def search(base: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> li
         return candidate.free < 0, not is_tied, cuts if is_tied else 0, seconds
 
     return sorted(found, key=order)
-
-
-def _layouts(base: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
-    layers = base.model.language_model.num_layers
-    powers = [2**n for n in range(world_size.bit_length()) if world_size % 2**n == 0]
-    tensor = [n for n in powers if n <= gpu.gpus_per_node]
-    pipeline = [n for n in powers if n <= min(layers, 16)]
-    micro = [n for n in (1, 2, 4, 8, 16, 32) if n <= base.training.global_batch_size]
-    for tp, pp, cp, mbs, recompute in itertools.product(
-        tensor, pipeline, (1, 2, 4), micro, ("none", "full")
-    ):
-        if world_size % (tp * pp * cp):
-            continue
-        for vpp, first in _pipelines(layers, pp):
-            run = copy.deepcopy(base)
-            parallel = run.parallel
-            parallel.tensor_model_parallel_size = tp
-            parallel.sequence_parallel = tp > 1
-            parallel.pipeline_model_parallel_size = pp
-            parallel.virtual_pipeline_model_parallel_size = vpp
-            parallel.context_parallel_size = cp
-            parallel.decoder_first_pipeline_num_layers = first
-            parallel.decoder_last_pipeline_num_layers = None
-            run.training.micro_batch_size = mbs
-            run.training.recompute_granularity = recompute
-            run.training.recompute_method = "uniform"
-            run.training.recompute_num_layers = 1
-            replicas = parallel.data_parallel_size(world_size) * cp
-            run.optimizer.overlap_grad_reduce = replicas > 1
-            run.optimizer.overlap_param_gather = replicas > 1
-            yield run
-
-
-def _pipelines(layers: int, pp: int) -> Iterator[tuple[int | None, int | None]]:
-    """Chunks per stage, and layers of the first stage where it gets fewer than the others."""
-    yield None, None
-    if pp == 1:
-        return
-    for vpp in (2, 4):
-        yield vpp, None
-    for first in range(max(1, layers // pp - 3), layers // pp):
-        yield None, first
 
 
 def popular(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
@@ -189,13 +139,14 @@ def popular(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
 def reason(candidate: Candidate, best: Candidate) -> str:
     """Main reason for preferring the best layout to this one."""
     if candidate.free < 0:
-        stage = max(range(len(candidate.memory)), key=lambda n: candidate.memory[n].total)
-        parts = vars(candidate.memory[stage])
+        stages = candidate.fit.stages
+        stage = max(range(len(stages)), key=lambda n: stages[n].total)
+        parts = vars(stages[stage])
         largest = max(parts, key=lambda name: parts[name])
         return (
-            f"lacks {-candidate.free / 1e9:.0f} GB on stage {stage}, even at "
+            f"lacks {-candidate.free / GIB:.0f} GiB on stage {stage}, even at "
             f"micro-batch {candidate.run.training.micro_batch_size}: mostly {largest} "
-            f"({parts[largest] / 1e9:.0f} GB)"
+            f"({parts[largest] / GIB:.0f} GiB)"
         )
     slower = candidate.time.total / best.time.total - 1
     if abs(slower) <= INDISTINGUISHABLE:

@@ -1,15 +1,14 @@
 """Distribution of sample lengths, from numbers on the command line or a folder of shards."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from statistics import NormalDist, fmean
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.store.shards import ShardedDataset
-from megatron_croc.errors import ConfigError
+from megatron_croc.errors import ConfigError, DataError
 from megatron_croc.planning.flops import Work
 from megatron_croc.planning.memory import Pack
 
@@ -18,6 +17,9 @@ SCANNED = 512
 
 CHARACTERS_PER_TOKEN = 4.0
 """Approximate length of a Llama token in English, for counting without a tokenizer."""
+
+_MIDDLES = tuple((n + 0.5) / 100 for n in range(100))
+"""Middle of each percentile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,11 @@ class Workload:
     @property
     def mean(self) -> float:
         """Mean tokens of a sample."""
-        return float(np.mean(self.lengths))
+        return fmean(self.lengths)
 
     def work(self, run: RunConfig, samples: float) -> Work:
         """Average work of `samples` such samples."""
-        lengths = np.array(self.lengths)
-        pairs = float((lengths * (lengths + 1) / 2).mean())
+        pairs = fmean(length * (length + 1) / 2 for length in self.lengths)
         if run.model.attention_mask_type != "causal":  # prefix: at least the images
             span = run.model.vision_tower.num_visual_tokens
             pairs += self.images * span * (span - 1) / 2
@@ -52,9 +53,12 @@ class Workload:
         )
 
     def pack(self, run: RunConfig) -> Pack:
-        """Largest pack of a micro-batch: every sample as long as the longest."""
-        samples = run.training.micro_batch_size
-        return Pack(tokens=samples * self.peak_tokens, images=samples * max(self.images, 1.0))
+        """Largest pack of a micro-batch: every sample as long as the longest; full with packing."""
+        count = run.training.micro_batch_size
+        if run.data.packing:  # the micro-batch counts packs, each of as many samples as fit
+            tokens = count * run.data.row_length
+            return Pack(tokens=tokens, images=max(tokens / self.mean * self.images, 1.0))
+        return Pack(tokens=count * self.peak_tokens, images=count * max(self.images, 1.0))
 
 
 def from_numbers(
@@ -71,34 +75,40 @@ def from_numbers(
     Raises:
         ConfigError: a number out of range.
     """
-    for name, value in {"--text-tokens": text_tokens, "--images": images}.items():
-        if not 0 <= value < 1e6:
-            raise ConfigError(f"{name} {value}: must lie between 0 and 1,000,000")
-    quantiles = (np.arange(100) + 0.5) / 100
-    from scipy.stats import norm
-
-    text = np.exp(norm.ppf(quantiles) * spread - spread**2 / 2) * text_tokens
+    limits = {"--text-tokens": 1e6, "--images": 1e6, "--text-spread": 10.0}
+    for name, value in zip(limits, (text_tokens, images, spread), strict=True):
+        if not 0 <= value < limits[name]:
+            raise ConfigError(f"{name} {value}: must lie between 0 and {limits[name]:,.0f}")
+    if text_tokens + images == 0:
+        raise ConfigError("--text-tokens 0 --images 0: a sample of no tokens; give one of them")
+    normal = NormalDist()
+    text = [math.exp(normal.inv_cdf(p) * spread - spread**2 / 2) * text_tokens for p in _MIDDLES]
     visual = images * run.model.vision_tower.num_visual_tokens
-    return _build(run, text + visual, images)
+    return _build(run, [length + visual for length in text], images)
 
 
 def from_shards(run: RunConfig, folder: Path) -> Workload:
     """Samples of a dataset folder; text is counted in characters, no tokenizer is needed.
 
     Raises:
-        DataError: not a finished dataset.
+        DataError: not a finished dataset, or an empty one.
     """
+    from megatron_croc.data.store.shards import ShardedDataset  # numpy: only to read samples
+
     dataset = ShardedDataset(folder)
     count = len(dataset)
-    numbers = np.unique(np.linspace(0, count - 1, min(count, SCANNED)).astype(int))
-    lengths, images = [], []
-    for number in numbers:
-        sample = dataset.read(int(number))
+    if not count:
+        raise DataError(f"{folder}: no samples there; give a dataset with samples to --shards")
+    scanned = min(count, SCANNED)
+    lengths: list[float] = []
+    images: list[int] = []
+    for number in range(scanned):
+        sample = dataset.read(number * (count - 1) // max(scanned - 1, 1))
         characters = sum(len(text) for text in _texts(sample.conversations))
         images.append(len(sample.image_bytes))
         visual = images[-1] * run.model.vision_tower.num_visual_tokens
         lengths.append(characters / CHARACTERS_PER_TOKEN + visual)
-    return _build(run, np.array(lengths), float(np.mean(images)))
+    return _build(run, lengths, fmean(images))
 
 
 def _texts(conversations: object) -> Iterator[str]:
@@ -107,25 +117,31 @@ def _texts(conversations: object) -> Iterator[str]:
             yield str(message.get("value", ""))
 
 
-def _build(run: RunConfig, lengths: np.ndarray, images: float) -> Workload:
-    cut = np.sort(np.minimum(lengths, run.data.seq_length))
-    marks = np.quantile(cut, (np.arange(100) + 0.5) / 100)
+def _build(run: RunConfig, lengths: Sequence[float], images: float) -> Workload:
+    cut = sorted(min(length, run.data.seq_length) for length in lengths)
     return Workload(
-        lengths=tuple(float(x) for x in marks),
+        lengths=tuple(_quantile(cut, p) for p in _MIDDLES),
         images=images,
         # One sample in a thousand is longer than its percentiles show; a quarter more covers it.
-        peak_tokens=float(min(cut.max() * 1.25, run.data.seq_length)),
+        peak_tokens=float(min(cut[-1] * 1.25, run.data.seq_length)),
     )
+
+
+def _quantile(values: Sequence[float], p: float) -> float:
+    """Quantile of ascending values, linear between neighbours (numpy's default)."""
+    place = p * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
 
 
 def describe(workload: Workload) -> str:
     """Format the main numbers as one line of JSON."""
-    marks = np.quantile(workload.lengths, [0.5, 0.95])
     return json.dumps(
         {
             "mean_tokens": round(workload.mean),
-            "median_tokens": round(float(marks[0])),
-            "p95_tokens": round(float(marks[1])),
+            "median_tokens": round(_quantile(workload.lengths, 0.5)),
+            "p95_tokens": round(_quantile(workload.lengths, 0.95)),
             "planned_longest": round(workload.peak_tokens),
             "images": round(workload.images, 2),
         }

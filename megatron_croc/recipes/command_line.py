@@ -54,30 +54,46 @@ def parse_command(
         parser: from `run_parser`, with the command's own options added.
         argv: words after the program's name; default sys.argv[1:].
 
+    Returns:
+        The options, with `recipe` as the flag or the file names it, and the run. `--help` prints
+        the values of recipe and file as the defaults, and exits.
+
     Raises:
         ConfigError: with every fault of recipe, file, flags and overrides, a line each.
     """
     options, words = parser.parse_known_args(argv)
-    if options.help:
-        print(parser.format_help().rstrip() + "\n" + settings_help(RunConfig))
-        parser.exit()
     faults: list[str] = []
-    tree = _config_file(options.config, faults)
-    named = tree.pop("recipe", None)
-    recipe = options.recipe or named
-    run = RunConfig()
-    if recipe is not None:
-        try:
-            run = get_recipe(str(recipe))
-        except ConfigError as error:
-            faults.append(str(error))
-    elif options.config is None:
+    run = _recipe_and_file(options, faults)
+    if options.help:
+        raise_faults(faults)
+        print(parser.format_help().rstrip())
+        if options.recipe is not None:
+            print(f"\ndefaults of the settings: those of {options.recipe}", end="")
+            print(f" changed by {options.config}" if options.config else "")
+        print(settings_help(run))
+        parser.exit()
+    if options.recipe is None and options.config is None:
         faults.append(f"--recipe is not given; there are {', '.join(list_recipes())}")
-    source = options.config or "--config"
-    apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=source))
     apply_changes(run, changes_from_words(RunConfig, words, faults))
     raise_faults(faults)
     return options, run
+
+
+def _recipe_and_file(options: argparse.Namespace, faults: list[str]) -> RunConfig:
+    """Build the run of recipe and file; `options.recipe` becomes the name that either gives."""
+    tree = _config_file(options.config, faults)
+    named = tree.pop("recipe", None)
+    if options.recipe is None and named is not None:
+        options.recipe = str(named)
+    run = RunConfig()
+    if options.recipe is not None:
+        try:
+            run = get_recipe(options.recipe)
+        except ConfigError as error:
+            faults.append(str(error))
+    source = options.config or "--config"
+    apply_changes(run, changes_from_tree(RunConfig, tree, faults, source=source))
+    return run
 
 
 def _config_file(path: str | None, faults: list[str]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_croc.errors import ConfigError
-from megatron_croc.scaling.fit import Points
+from megatron_croc.errors import ConfigError, DataError
+from megatron_croc.scaling.fit import Points, check_points
 from megatron_croc.scaling.grid import Grid, GridRun
 from megatron_croc.scaling.launch import final_validation, folder_of, read_metrics
 
@@ -46,6 +46,30 @@ def collect(grid: Grid) -> list[Result]:
     return [Result(entry=entry, validation=final_validation(entry)) for entry in grid.runs]
 
 
+def label_of(entry: GridRun) -> str:
+    """Name of the group a run is fitted with: its values of the further axes."""
+    return ", ".join(f"{name} {value}" for name, value in entry.axes.items())
+
+
+def shortages(grid: Grid) -> dict[str, str]:
+    """Groups that no law can be fitted to even when every run finishes -> the reason."""
+    planned: dict[str, list[GridRun]] = {}
+    for entry in grid.runs:
+        planned.setdefault(label_of(entry), []).append(entry)
+    found: dict[str, str] = {}
+    for label, entries in planned.items():
+        points = Points(
+            parameters=np.array([entry.num_parameters for entry in entries], float),
+            samples=np.array([entry.num_samples for entry in entries], float),
+            losses=np.ones(len(entries)),
+        )
+        try:
+            check_points(points)
+        except DataError as error:
+            found[label] = str(error)
+    return found
+
+
 def groups(results: Sequence[Result], metric: str) -> dict[str, list[Result]]:
     """Usable results by the values of the further axes: each is fitted on its own.
 
@@ -55,8 +79,7 @@ def groups(results: Sequence[Result], metric: str) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for result in results:
         if result.loss(metric) is not None:
-            label = ", ".join(f"{k} {v}" for k, v in result.entry.axes.items())
-            found.setdefault(label, []).append(result)
+            found.setdefault(label_of(result.entry), []).append(result)
     if not found:
         reasons = sorted({str(r.why_left_out(metric)) for r in results})
         raise ConfigError(

@@ -138,7 +138,7 @@ def fit_law(points: Points, *, resamples: int = 200, seed: int = 0) -> Fit:
     Raises:
         DataError: too few points, sizes or sample counts to hold the parameters.
     """
-    _check(points)
+    check_points(points)
     law = _fit(points)
     residuals = np.log(points.losses) - np.log(law.predict(points.parameters, points.samples))
     # Residuals of a fit are smaller than the noise; this undoes it for a linear one.
@@ -160,7 +160,12 @@ def fit_law(points: Points, *, resamples: int = 200, seed: int = 0) -> Fit:
     return fit
 
 
-def _check(points: Points) -> None:
+def check_points(points: Points) -> None:
+    """Refuse points that cannot hold the parameters of a law.
+
+    Raises:
+        DataError: too few points, sizes or sample counts, or a loss that is not positive.
+    """
     if not (np.isfinite(points.losses).all() and (points.losses > 0).all()):
         raise DataError("a loss is not a positive number: leave that run out of the fit")
     sizes, counts = len(set(points.parameters)), len(set(points.samples))
@@ -168,7 +173,7 @@ def _check(points: Points) -> None:
     needed = num_parameters + SPARE_POINTS
     if len(points) < needed:
         raise DataError(
-            f"{len(points)} finished runs: {num_parameters} parameters need at least {needed}; "
+            f"{len(points)} runs: {num_parameters} parameters need at least {needed}; "
             "add samples or sizes to the grid"
         )
     if counts < 3:
@@ -225,7 +230,7 @@ def _held_out_error(points: Points) -> float | None:
     kept = points.samples < points.samples.max()
     rest, out = points.select(kept), points.select(~kept)
     try:
-        _check(rest)
+        check_points(rest)
     except DataError:
         return None
     law = _fit(rest)

@@ -4,9 +4,9 @@ recipe: tiny/pretrain_croc
 world_size: 1                        # processes of each run
 gpu: h100                            # for the price; see croc plan
 settings: {optimizer: {lr: 2e-3}}    # of all runs, as in a --config file
-sizes:                               # settings of each model size
+samples: [100000, 300000]            # several of them; a law needs three or more
+sizes:                               # optional; settings of each model size
   small: {model: {language_model: {hidden_size: 64}}}
-samples: [100000, 300000]
 axes: {pool_size: [1024, 2048]}      # optional; any settings, by their leaf names
 seeds: [1, 2]                        # optional
 """
@@ -80,7 +80,7 @@ def read_grid(path: Path, out: Path, *, data: Path | None = None) -> Grid:
     """
     tree = read_yaml(path)
     faults = [f"{path}: unknown key {k}{nearest(k, _KEYS)}" for k in tree if k not in _KEYS]
-    faults += [f"{path}: {k} is missing" for k in ("recipe", "sizes", "samples") if not tree.get(k)]
+    faults += [f"{path}: {k} is missing" for k in ("recipe", "samples") if not tree.get(k)]
     for key, kind in {"sizes": dict, "axes": dict, "samples": list, "seeds": list}.items():
         if key in tree and not isinstance(tree[key], kind):
             name = "a mapping" if kind is dict else "a list"
@@ -111,12 +111,12 @@ def _resolve(
         faults.append(f"{source}: axes: unknown setting {name}{nearest(name, settings)}")
     if faults:
         return
-    seeds = tree.get("seeds") or [base.training.seed]
+    sizes: dict[str, Any] = tree.get("sizes") or {tree["recipe"].partition("/")[0]: {}}
+    counts: list[int] = tree["samples"]
+    seeds: list[int] = tree.get("seeds") or [base.training.seed]
     combinations = itertools.product(*([(k, v) for v in vs] for k, vs in axes.items()))
     for values in combinations:
-        for (size, changes), samples, seed in itertools.product(
-            tree["sizes"].items(), tree["samples"], seeds
-        ):
+        for (size, changes), samples, seed in itertools.product(sizes.items(), counts, seeds):
             run = copy.deepcopy(base)
             apply_changes(run, changes_from_tree(RunConfig, changes, faults, source=source))
             for name, value in values:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_croc.errors import DataError
+from megatron_croc.monitoring.run_report.page import Section, write_page
+from megatron_croc.monitoring.run_report.stages import Table
 from megatron_croc.scaling.collect import METRICS, Result, collect, groups, to_points
 from megatron_croc.scaling.fit import LEVEL, Fit, extrapolation_doubt, fit_law
 from megatron_croc.scaling.grid import Grid
@@ -125,16 +127,17 @@ def write_json(path: Path, fits: Sequence[GroupFit], targets: Sequence[float]) -
 
 def write_report(out: Path, fits: Sequence[GroupFit], targets: Sequence[float]) -> None:
     """Write report.md, report.html and one picture per group."""
-    from megatron_croc.monitoring.run_report.page import Section, write_page
-
     lines, sections = ["# Scaling: held-out loss over model size and samples", ""], []
     for number, group in enumerate(fits):
         picture = draw(group, targets, out / f"scaling_{number}.png")
         title = group.label or "all runs"
-        text = describe(group, targets)
-        lines += [f"## {title}", "", *text, "", f"![{title}]({picture.name})", ""]
-        plain = [line for line in text if line]
-        sections.append(Section(title=title, paragraphs=plain, pictures=[picture]))
+        parts = describe(group, targets)
+        text = "\n\n".join(part if isinstance(part, str) else markdown(part) for part in parts)
+        lines += [f"## {title}", "", text, "", f"![{title}]({picture.name})", ""]
+        paragraphs: list[str | Table] = []
+        for part in parts:  # each line of a list is a paragraph
+            paragraphs.extend(part.splitlines() if isinstance(part, str) else [part])
+        sections.append(Section(title=title, paragraphs=paragraphs, pictures=[picture]))
     (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
     write_page(
         out / "report.html",
@@ -144,44 +147,52 @@ def write_report(out: Path, fits: Sequence[GroupFit], targets: Sequence[float]) 
     )
 
 
-def describe(group: GroupFit, targets: Sequence[float]) -> list[str]:
-    """Describe one group in Markdown lines."""
-    lines = ["| run | parameters | samples | " + " | ".join(METRICS) + " |", "|---" * 6 + "|"]
+def markdown(table: Table) -> str:
+    """Write a table as Markdown; its first row is the head."""
+    rows = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
+
+
+def describe(group: GroupFit, targets: Sequence[float]) -> list[str | Table]:
+    """Describe one group: paragraphs, Markdown lists and tables."""
+    runs: Table = [["run", "parameters", "samples", *METRICS]]
     for result in group.results:
         values = [result.loss(name) for name in METRICS]
-        cells = " | ".join("-" if v is None else f"{v:.4f}" for v in values)
+        cells = ["-" if v is None else f"{v:.4f}" for v in values]
         entry = result.entry
-        lines.append(
-            f"| {entry.name} | {entry.num_parameters:,} | {entry.num_samples:,} | {cells} |"
-        )
+        runs.append([entry.name, f"{entry.num_parameters:,}", f"{entry.num_samples:,}", *cells])
+    parts: list[str | Table] = [runs]
     if group.left_out:
-        lines += ["", *(f"- left out: {name}: {why}" for name, why in group.left_out.items())]
+        lines = [f"- left out: {name}: {why}" for name, why in group.left_out.items()]
+        parts.append("\n".join(lines))
     if group.fit is None:
-        return [*lines, "", f"No fit: {group.refusal}."]
+        return [*parts, f"No fit: {group.refusal}."]
     law, intervals = group.fit.law.named(), group.fit.intervals()
     formula = "E + A / N^a + B / D^b" if "a" in law else "E + B / D^b"
-    lines += ["", f"{group.metric} = {formula}, {LEVEL:.0%} intervals from resampled residuals:"]
-    lines += ["", "| parameter | value | interval |", "|---|---|---|"]
+    parts.append(f"{group.metric} = {formula}, {LEVEL:.0%} intervals from resampled residuals:")
+    parameters: Table = [["parameter", "value", "interval"]]
     for name, value in law.items():
-        low, high = intervals[name]
-        lines.append(f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |")
+        parameters.append([name, f"{value:.4g}", _range(intervals[name])])
+    parts.append(parameters)
     if group.fit.held_out_error is not None:
-        lines += [
-            "",
+        parts.append(
             "A fit without the largest D predicts it with an error of at most "
-            f"{group.fit.held_out_error:.1%}.",
-        ]
-    lines += ["", "| largest model at | loss | interval | doubt |", "|---|---|---|---|"]
-    for row in predictions(group, targets):
-        low, high = row["interval"]
-        lines.append(
-            f"| {row['samples']:,.0f} samples | {row['loss']:.4g} | {low:.4g} to {high:.4g} | "
-            f"{row['doubt'] or '-'} |"
+            f"{group.fit.held_out_error:.1%}."
         )
+    predicted: Table = [["largest model at", "loss", "interval", "doubt"]]
+    for row in predictions(group, targets):
+        samples, loss = f"{row['samples']:,.0f} samples", f"{row['loss']:.4g}"
+        predicted.append([samples, loss, _range(row["interval"]), row["doubt"] or "-"])
+    parts.append(predicted)
     if group.fit.warnings:
-        lines += ["", "Where this fit is weak:", ""]
-        lines += [f"- {warning}" for warning in group.fit.warnings]
-    return lines
+        parts.append("Where this fit is weak:")
+        parts.append("\n".join(f"- {warning}" for warning in group.fit.warnings))
+    return parts
+
+
+def _range(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{low:.4g} to {high:.4g}"
 
 
 def draw(group: GroupFit, targets: Sequence[float], path: Path) -> Path:

@@ -4,8 +4,10 @@
     torchrun ... -m megatron_croc doctor --network           all ranks: all-reduce, clocks
     croc doctor --recipe croc_7b/pretrain_croc --disk checkpoints \
         --data-path data/captions --tokenizer-model tokenizer.model
+    croc doctor --recipe croc_7b/pretrain_croc --world-size 16 --shards data/captions
 
-Exits with 1 when something would make training fail.
+Compares the memory that the run needs, for samples described as for `croc check`, with the GPUs
+here, or with the RAM where there is none. Exits with 1 when something would make training fail.
 """
 
 import argparse
@@ -15,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_croc.cli.doctor.finding import Finding
+from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank, world_size
+from megatron_croc.planning.workload import Workload
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 
@@ -30,16 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--loader-seconds", type=float, default=5.0, help="reading time when --data-path is given"
     )
+    parser.add_argument(
+        "--world-size", type=int, help="processes of the run (default torchrun's, or the GPUs here)"
+    )
+    add_sample_options(parser)
     words = list(sys.argv[1:] if argv is None else argv)
-    if not any(word.startswith(("--recipe", "--config")) for word in words):
+    is_example = not any(word.startswith(("--recipe", "--config")) for word in words)
+    if is_example:
         words += ["--recipe", "croc_7b/pretrain_croc"]
     try:
         options, run = parse_command(parser, words)
+        workload = read_workload(options, run)
     except CrocError as error:
         print(error, file=sys.stderr)
         return 1
     found: list[Finding] = []
-    for finding in examine(options, run):
+    for finding in examine(options, run, workload, is_example=is_example):
         found.append(finding)
         if rank() == 0 and not (options.brief and finding.level in ("ok", "note")):
             print(finding, flush=True)
@@ -51,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def examine(options: argparse.Namespace, run: RunConfig) -> Iterator[Finding]:
+def examine(
+    options: argparse.Namespace, run: RunConfig, workload: Workload, *, is_example: bool
+) -> Iterator[Finding]:
     """Everything the options ask for, cheap things first; a missing torch ends it."""
     from megatron_croc.cli.doctor.installed import look_at_packages
 
@@ -60,13 +72,20 @@ def examine(options: argparse.Namespace, run: RunConfig) -> Iterator[Finding]:
     if any(finding.level == "error" for finding in packages):
         yield Finding("note", "device", "not looked at: packages are missing")
         return
-    from megatron_croc.cli.doctor import accelerators, environment, machine
+    from megatron_croc.cli.doctor import accelerators, environment, machine, memory
     from megatron_croc.parallel.device import has_cuda
 
     yield from accelerators.look_at_devices()
     if has_cuda():
         yield from environment.look_at_environment()
     yield from accelerators.look_at_choices(run)
+    yield memory.look_at_memory(
+        run,
+        workload,
+        processes=options.world_size,
+        is_example=is_example,
+        samples=sample_flags(options),
+    )
     if options.network:
         yield from _network(run, machine.look_at_network)
     if options.disk is not None:

@@ -34,8 +34,8 @@ class Section:
     """One part of the page: a heading, then paragraphs, tables and pictures in this order."""
 
     title: str
-    paragraphs: Sequence[str] = ()
-    """Plain text; `word` becomes code."""
+    paragraphs: Sequence[str | Table] = ()
+    """Plain text, where `word` becomes code, and tables between it."""
 
     tables: Sequence[Table] = ()
     pictures: list[Path] = field(default_factory=list)
@@ -57,7 +57,10 @@ def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]
 
 def _section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>"]
-    parts += [f"<p>{_text(paragraph)}</p>" for paragraph in section.paragraphs]
+    parts += [
+        f"<p>{_text(part)}</p>" if isinstance(part, str) else _table(part)
+        for part in section.paragraphs
+    ]
     parts += [_table(table) for table in section.tables]
     parts += [_picture(picture) for picture in section.pictures]
     return "<section>\n" + "\n".join(parts) + "\n</section>"

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,14 @@ import pytest
 
 from megatron_croc.cli.check import ATTENTION_BACKENDS, count_samples, main
 from megatron_croc.config.model import AttentionBackend
-from megatron_croc.data.store.shard_writer import FORMAT_NAME, FORMAT_VERSION, ShardInfo, shard_name
+from megatron_croc.data.store.shard_writer import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    ShardInfo,
+    ShardWriter,
+    shard_name,
+    write_manifest,
+)
 from megatron_croc.recipes import list_recipes
 
 COMMAND = [sys.executable, "-m", "megatron_croc", "check"]
@@ -22,7 +30,7 @@ def check(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_reports_quickly():
     start = time.monotonic()
-    done = check("--recipe", "croc_7b/pretrain_croc", "--world-size", "8")
+    done = check("--recipe", "croc_7b/pretrain_croc", "--world-size", "8", "--settings")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 10  # 0.2 s on an idle machine
     for line in (
@@ -35,6 +43,129 @@ def test_the_command_reports_quickly():
     ):
         assert line in done.stdout.splitlines()
     assert "made for 4096 positions" in done.stderr
+
+
+def test_settings_are_listed_only_on_request(capsys: pytest.CaptureFixture[str]):
+    words = ["--recipe", "tiny/finetune", "--world-size", "1"]
+    assert main(words) == 0
+    brief = capsys.readouterr().out
+    assert main([*words, "--settings"]) == 0
+    full = capsys.readouterr().out
+    assert brief.startswith("batch\n") and full.startswith("run\n") and full.endswith(brief)
+
+
+README_EXAMPLE = (
+    "--recipe croc_7b/pretrain_croc --world-size 16 --tensor-model-parallel-size 2 "
+    "--sequence-parallel --micro-batch-size 4"
+)
+
+
+def verdict(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
+    """Exit status, and the last two lines of the output."""
+    status = main(line.split())
+    expected, worst = capsys.readouterr().out.splitlines()[-2:]
+    return status, expected, worst
+
+
+def test_the_last_two_lines_are_the_verdict(capsys: pytest.CaptureFixture[str]):
+    status, expected, worst = verdict(capsys, README_EXAMPLE)
+    assert status == 0
+    assert expected == (
+        "fits on h100: needs 48.6 of 74.5 GiB (tensors 40.8, fragmentation 4.1, reserve 3.7) for "
+        "samples of 774 tokens, the longest 1,520 (--text-tokens 200 --text-spread 0.5 --images 1)"
+    )
+    assert worst == (
+        "worst case: does not fit on h100: needs 117.8 of 74.5 GiB (tensors 103.7, fragmentation "
+        "10.4, reserve 3.7) with every sample of 8,192 tokens (seq_length)"
+    )
+
+
+def test_warnings_stand_before_the_verdict():
+    command = [*COMMAND, *README_EXAMPLE.split()]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=buffered
+    )
+    warning, _, expected, worst = done.stdout.splitlines()[-4:]
+    assert warning.startswith("warning: seq_length=8192")
+    assert expected.startswith("fits on h100") and worst.startswith("worst case: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ("--micro-batch-size 16", "--micro-batch-size 8"),
+        ("--text-tokens 1000 --text-spread 1", "--micro-batch-size 1"),
+        (
+            "--tensor-model-parallel-size 1 --no-sequence-parallel --gpu a100-40",
+            "--tensor-model-parallel-size 4 --sequence-parallel",
+        ),
+        (
+            "--micro-batch-size 1 --text-tokens 8000 --gpu a100-40",
+            "--recompute-granularity full",
+        ),
+    ],
+)
+def test_the_way_out_makes_it_fit(capsys: pytest.CaptureFixture[str], changes: str, flags: str):
+    status, expected, _ = verdict(capsys, f"{README_EXAMPLE} {changes}")
+    assert status == 1
+    assert expected.startswith("does not fit on ") and expected.endswith(f"; it fits with {flags}")
+    status, expected, _ = verdict(capsys, f"{README_EXAMPLE} {changes} {flags}")
+    assert status == 0 and expected.startswith("fits on ")
+
+
+def test_without_a_way_out_more_processes_are_asked_for(capsys: pytest.CaptureFixture[str]):
+    line = "--recipe croc_13b/pretrain_croc --world-size 4 --gpu a100-40"
+    status, expected, _ = verdict(capsys, line)
+    assert status == 1
+    assert expected.endswith("; no layout of 4 processes fits: take more, or another --gpu")
+
+
+def test_the_gpu_decides(capsys: pytest.CaptureFixture[str]):
+    line = f"{README_EXAMPLE} --micro-batch-size 16 --gpu"
+    assert verdict(capsys, f"{line} h100")[0] == 1
+    status, expected, _ = verdict(capsys, f"{line} h200")
+    assert status == 0 and expected.startswith("fits on h200: needs 99.0 of 131.3 GiB")
+    assert main([*line.split(), "h1000"]) == 1
+    assert "choose from h100" in capsys.readouterr().err
+
+
+def test_packs_are_full_whatever_the_samples(capsys: pytest.CaptureFixture[str]):
+    line = f"{README_EXAMPLE} --packing --seq-length 4096 --text-tokens"
+    short, long = (verdict(capsys, f"{line} {tokens} --images 0")[1] for tokens in (50, 500))
+    assert "for full packs of 4,096 tokens, samples of 50 tokens" in short
+    assert short.partition(" for ")[0] == long.partition(" for ")[0]
+
+
+def test_samples_are_read_from_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with ShardWriter(folder, 0) as writer:
+        for number in range(5):
+            text = "x" * 400 * (number + 1)  # 100, 200, ... 500 tokens
+            writer.add({"conversations": [{"from": "human", "value": text}]}, [])
+    assert writer.info is not None
+    write_manifest(folder, [writer.info])
+    _, expected, _ = verdict(capsys, f"{README_EXAMPLE} --shards {folder}")
+    assert f"samples of 300 tokens, the longest 625 (--shards {folder})" in expected
+    assert main([*README_EXAMPLE.split(), "--shards", str(tmp_path / "none")]) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def default(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        shown = capsys.readouterr().out
+        return next(x for x in shown.splitlines() if x.startswith("  --global-batch-size"))
+
+    assert default() == "  --global-batch-size  [an integer; default 128]"
+    assert default("--recipe", "tiny/finetune").endswith("default 32]")
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: tiny/finetune\ntraining: {global_batch_size: 24}\n")
+    assert default("--config", str(file)).endswith("default 24]")
+    assert main(["--recipe", "tinny/finetune", "--help"]) == 1
+    assert "did you mean tiny/finetune?" in capsys.readouterr().err
 
 
 def test_neither_torch_nor_megatron_is_imported():
@@ -161,7 +292,7 @@ def test_every_attention_backend_is_listed_and_the_chosen_one_marked(
     assert ["auto", *ATTENTION_BACKENDS] == list(get_args(AttentionBackend))
     words = ["--recipe", "tiny/pretrain_croc", "--world-size", "1", "--attention-backend", "flip"]
     assert main(words) == 0
-    lines = capsys.readouterr().out.split("attention backends\n")[1].splitlines()
+    lines = capsys.readouterr().out.split("attention backends\n")[1].split("\n\n")[0].splitlines()
     starts = [line.split()[0] for line in lines]
     assert starts[:4] == ["auto", "flip", "flex", "dense"]
     assert lines[1].startswith("  flip (chosen) ") and "(chosen)" not in lines[0]

@@ -2,10 +2,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_croc.cli.doctor import accelerators, environment, installed, machine
+from megatron_croc.cli import check
+from megatron_croc.cli.doctor import accelerators, environment, installed, machine, memory
 from megatron_croc.cli.doctor.command import main
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes import get_recipe
@@ -69,6 +71,70 @@ def test_data_that_is_not_there_is_an_error(capsys, tmp_path):
     words = ["--recipe", "tiny/pretrain_croc", "--data-path", str(tmp_path / "none")]
     assert main([*words, "--tokenizer-model", "none"]) == 1
     assert "X data" in capsys.readouterr().out
+
+
+def memory_line(capsys, *words: str) -> tuple[int, str]:
+    status = main([*words])
+    printed = capsys.readouterr().out.splitlines()
+    return status, next(line for line in printed if line[2:].startswith("memory "))
+
+
+def use_gpus(monkeypatch, *gibibytes: float) -> None:
+    """Let the memory check see GPUs of these sizes."""
+    gpus = [SimpleNamespace(name="Test GPU", total_memory=int(n * 2**30)) for n in gibibytes]
+    monkeypatch.setattr(memory, "has_cuda", lambda: True)
+    monkeypatch.setattr(memory.torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(memory.torch.cuda, "get_device_properties", lambda n: gpus[n])
+
+
+def test_a_run_is_compared_with_the_ram_of_a_cpu(capsys, monkeypatch):
+    ram = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 * 2**18}
+    monkeypatch.setattr(memory.os, "sysconf", ram.__getitem__)
+    words = ["--recipe", "tiny/pretrain_croc", "--world-size"]
+    status, line = memory_line(capsys, *words, "1")
+    assert status == 0 and " fits on the CPU: needs 1.0 of 4.0 GiB" in line
+    status, line = memory_line(capsys, *words, "8")  # they share it
+    assert status == 1 and line.startswith("X memory")
+    assert "over 8 processes: needs 1.0 of 0.5 GiB" in line and "croc check --gpu" in line
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of 8 processes, two run here
+    assert memory_line(capsys, *words, "8")[0] == 0
+
+
+def test_a_run_is_compared_with_the_smallest_gpu(capsys, monkeypatch):
+    words = ["--recipe", "croc_7b/pretrain_croc", "--micro-batch-size", "4"]
+    use_gpus(monkeypatch, 80, 80, 79, 80)
+    status, line = memory_line(capsys, *words)
+    assert status == 0
+    assert "a run of 4 process(es) fits on Test GPU: needs " in line and " of 79.0 GiB" in line
+    use_gpus(monkeypatch, *[48] * 4)
+    status, line = memory_line(capsys, *words)
+    assert status == 1 and line.startswith("X memory") and "does not fit on Test GPU" in line
+    flags = line.partition("-> it fits with ")[2].split()
+    assert flags == ["--tensor-model-parallel-size", "4", "--micro-batch-size", "2"]
+    assert memory_line(capsys, *words, *flags)[0] == 0
+
+
+def test_check_and_doctor_give_the_same_figures(capsys, monkeypatch):
+    words = ["--recipe", "croc_7b/pretrain_croc", "--world-size", "16", "--text-tokens", "300"]
+    use_gpus(monkeypatch, *[80e9 / 2**30] * 8)
+    figures = memory_line(capsys, *words)[1].partition("needs")[2].partition(")")[0]
+    assert figures
+    check.main(words)
+    assert f"fits on h100: needs{figures})" in capsys.readouterr().out
+
+
+def test_processes_are_a_whole_copy_of_the_model(capsys, monkeypatch):
+    use_gpus(monkeypatch, *[80] * 8)
+    words = ["--recipe", "croc_7b/pretrain_croc", "--pipeline-model-parallel-size", "8"]
+    assert "a run of 16 process(es)" in memory_line(capsys, *words)[1]  # TP 2 x PP 8
+    status, line = memory_line(capsys, *words, "--world-size", "8")
+    assert status == 0 and line.startswith("- memory") and "not compared: 1 fault(s)" in line
+
+
+def test_the_doctors_own_example_need_not_fit(capsys, monkeypatch):
+    use_gpus(monkeypatch, 8, 8)
+    status, line = memory_line(capsys)
+    assert status == 0 and line.startswith("- memory") and "does not fit" in line
 
 
 def _look(rank_of_fault: int) -> list[list[str]]:

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_croc.config.base import (
     apply_changes,
+    as_sections,
     changes_from_tree,
     changes_from_words,
     read_yaml,
@@ -145,13 +146,33 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_help_names_every_flag_in_its_section():
-    lines = settings_help(RunConfig).splitlines()
+    lines = settings_help(RunConfig()).splitlines()
     for setting in settings_of(RunConfig):
         heading = lines.index(f"{setting.section or 'run'}:")
         rest = lines[heading + 1 :]
         section = rest[: rest.index("") if "" in rest else None]
         assert any(line.startswith(f"  {setting.flag}") for line in section), setting.flag
         assert f"      {setting.doc}" in section
+
+
+def test_help_shows_the_values_of_the_given_run():
+    run = get_recipe("tiny/finetune")
+    run.data.data_path = ("a", "b")
+    shown = settings_help(run)
+    assert "  --num-layers  [an integer; default 4]\n" in shown
+    assert "  --bf16, --no-bf16  [true or false; default false]\n" in shown
+    assert "each a text; default a b]\n" in shown
+
+
+def test_changes_become_sections():
+    changes = {"stage": "finetune", "data.data_path": ("a", "b"), "model.prompt_pool.pool_size": 7}
+    tree = {
+        "stage": "finetune",
+        "data": {"data_path": ["a", "b"]},
+        "model": {"prompt_pool": {"pool_size": 7}},
+    }
+    assert as_sections(changes) == tree
+    assert changes_from_tree(RunConfig, tree, [], source="") == changes
 
 
 def test_changes_reach_nested_fields():

@@ -49,7 +49,7 @@ def test_one_size_has_no_size_term():
 @pytest.mark.parametrize(
     ("sizes", "samples", "message"),
     [
-        ([1e8, 1e9, 1e10], [1e4, 1e5], "6 finished runs: 5 parameters need at least 7"),
+        ([1e8, 1e9, 1e10], [1e4, 1e5], "6 runs: 5 parameters need at least 7"),
         ([1e8, 1e9, 1e10, 1e11], [1e4, 1e5], "2 different sample counts"),
         ([1e8, 1e9], [1e3, 1e4, 1e5, 1e6], "2 model sizes"),
     ],

@@ -1,8 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from megatron_croc.cli.scaling import main
 from megatron_croc.errors import ConfigError
 from megatron_croc.scaling.collect import collect
 from megatron_croc.scaling.grid import read_grid
@@ -87,3 +89,57 @@ def test_report_leaves_out_nan_and_hides_paths(grid, tmp_path):
     text = (tmp_path / "report.md").read_text() + (tmp_path / "fit.json").read_text()
     assert str(tmp_path) not in text and "beyond the data" in text
     assert (tmp_path / "scaling_1.png").stat().st_size > 5000
+
+
+def test_the_page_has_tables_where_the_markdown_has_them(grid, tmp_path):
+    finish(grid)
+    write_report(tmp_path, fit_groups(grid, "valid_loss", resamples=5), [1e6, 2e6])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<table>") == 2 * 3  # runs, parameters and predictions of both groups
+    assert "<th>largest model at</th>" in page and "<td>a_320_pool_size-256</td>" in page
+    assert "|---" not in page and "<p>|" not in page
+    first, second = page.index("<th>parameter</th>"), page.index("<th>largest model at</th>")
+    assert page.index("intervals from resampled residuals") < first < second  # as it is written
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("\n|---|") == 6 and "\n| 1,000,000 samples | " in text
+
+
+def test_sizes_are_optional(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("recipe: tiny/finetune\nsamples: [64, 128]\n")
+    runs = read_grid(path, tmp_path, data=tmp_path).runs
+    assert [entry.name for entry in runs] == ["tiny_64", "tiny_128"]
+    path.write_text("recipe: tiny/finetune\n")
+    with pytest.raises(ConfigError, match="samples is missing"):
+        read_grid(path, tmp_path)
+
+
+def plan(tmp_path: Path, capsys, text: str) -> str:
+    (tmp_path / "grid.yaml").write_text(text)
+    words = ["plan", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--data", "demo"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "out" / "plan.md").read_text()
+    return shown
+
+
+def test_the_plan_names_groups_that_are_too_small(tmp_path, capsys):
+    assert "No law" not in plan(tmp_path, capsys, GRID)
+    for line, reason in {
+        "samples: [100, 320]": "6 runs: 5 parameters need at least 7",
+        "samples: [100, 320, 330]": "2 different sample counts: an exponent needs at least 3",
+    }.items():
+        shown = plan(tmp_path, capsys, GRID.replace("samples: [100, 320, 1000]", line))
+        for size in (128, 256):
+            assert f"No law can be fitted to pool_size {size}: {reason}" in shown
+    shown = plan(tmp_path, capsys, "recipe: tiny/finetune\nsamples: [64, 128, 256, 512]\n")
+    assert "No law can be fitted to these runs: 4 runs: 3 parameters need at least 5; " in shown
+
+
+def test_the_smallest_grid_of_the_page_is_large_enough(tmp_path, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
+    text = page.split("```yaml\n")[1].split("```")[0]
+    shown = plan(tmp_path, capsys, text)
+    assert "No law" not in shown
+    fewer = re.sub(r", \d+\]", "]", text)
+    assert fewer != text and "No law can be fitted" in plan(tmp_path, capsys, fewer)
