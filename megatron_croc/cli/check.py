@@ -183,8 +183,11 @@ def count_samples(data_path: Sequence[str]) -> int | None:
 
 
 def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    counts, trained = count_parameters(run.model), trained_parts(run)
-    stages = stage_parameters(run)
+    counts, trained = (
+        count_parameters(run.model),
+        trained_parts(run.training, reconstructs=run.reconstructs),
+    )
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts: list[Part] = [part for part in PARTS if any(part in stage for stage in stages)]
     for part in parts:
         state = "trained" if part in trained else "frozen"
@@ -198,7 +201,7 @@ def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
 def _rank_table(run: RunConfig) -> Iterator[list[str]]:
     layers = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     tp = run.parallel.tensor_model_parallel_size
-    stages = stage_parameters(run)
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts = [part for part in PARTS if any(part in stage for stage in stages)]
     yield ["pipeline stage", "layers", "total", *parts]
     for stage, held in enumerate(stages):

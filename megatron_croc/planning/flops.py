@@ -58,7 +58,7 @@ def count_flops(run: RunConfig, work: Work) -> Flops:
     Returns:
         operations of each part that exists in this stage; sum them for the total.
     """
-    trained = trained_parts(run)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     # A part must pass gradients on to its input when something before it is trained.
     vision_trained = "vision_tower" in trained
     inputs_trained = vision_trained or bool({"projector", "prompt_pool"} & trained)

@@ -99,8 +99,8 @@ def _bytes(run: RunConfig) -> int:
 def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> MemoryEstimate:
     parallel, element = run.parallel, _bytes(run)
     tp = parallel.tensor_model_parallel_size
-    parts = stage_parameters(run)[stage]
-    trained_names = find_trained_parts(run)
+    parts = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)[stage]
+    trained_names = find_trained_parts(run.training, reconstructs=run.reconstructs)
     held = sum(parts.values(), Parameters()).on_rank(tp)
     trained = sum(p.on_rank(tp) for name, p in parts.items() if name in trained_names)
     per_parameter = _MAIN_AND_MOMENTS if run.training.bf16 else _MOMENTS
@@ -139,7 +139,9 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> 
 
 def _keeps_activations(run: RunConfig) -> bool:
     """True when the layers have a backward pass: they or their inputs are trained."""
-    return bool(find_trained_parts(run) - {"reconstruction_head"})
+    return bool(
+        find_trained_parts(run.training, reconstructs=run.reconstructs) - {"reconstruction_head"}
+    )
 
 
 def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:

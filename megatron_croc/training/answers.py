@@ -21,7 +21,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.data.sample.answer_spans import AnswerFinder
 from megatron_croc.data.sample.tokenization import build_tokenizer
-from megatron_croc.model.croc_model import ModelInputs, ModelOutput
+from megatron_croc.model.interface import ModelInputs, ModelOutput
 from megatron_croc.parallel.collectives import all_gather, all_reduce
 from megatron_croc.parallel.context import gather_sequence
 from megatron_croc.parallel.device import current_device

@@ -293,6 +293,6 @@ class StepTotals:
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:
-    trained = trained_parts(run)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     rates = {part_of_group(group): float(group["lr"]) for group in param_groups}
     return {part: rate for part, rate in rates.items() if part in trained}

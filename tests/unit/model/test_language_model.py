@@ -108,11 +108,18 @@ def build_pair(name, pg_collection):
     theirs = make()
     randomise(theirs)
     run = tiny_run(num_layers=2, **changes)
+    model = run.model.language_model
     ours = LanguageModel(
-        run, language_model_config(run), pg_collection, pre_process=True, post_process=True
+        model,
+        language_model_config(model, parallel=run.parallel, training=run.training),
+        pg_collection,
+        implementation="local",
+        attention_backend="auto",
+        pre_process=True,
+        post_process=True,
     ).eval()
     tensors = state_with_prefix(theirs, lambda key: key)
-    used = fill(ours, "language_model.", run, tensors)
+    used = fill(ours, "language_model.", run.model, tensors)
     tied = {"lm_head.weight"} if "tied" in name else set()  # the same tensor as the table
     assert set(tensors) - used == tied
     return theirs, ours
