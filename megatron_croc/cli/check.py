@@ -183,10 +183,8 @@ def count_samples(data_path: Sequence[str]) -> int | None:
 
 
 def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    counts, trained = (
-        count_parameters(run.model),
-        trained_parts(run.training, reconstructs=run.reconstructs),
-    )
+    counts = count_parameters(run.model)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts: list[Part] = [part for part in PARTS if any(part in stage for stage in stages)]
     for part in parts:
