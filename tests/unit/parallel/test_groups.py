@@ -48,7 +48,7 @@ def test_another_megatron_is_named_once_with_what_is_assumed_of_it(said):
     for _ in range(2):
         name_untried_megatron("0.23.0")
     (line,) = said
-    assert "megatron-core 0.23.0 was not tried (0.16.1, 0.19.2 were)" in line
+    assert "megatron-core 0.23.0 is not tested (0.16.1, 0.19.2 are)" in line
     assert "token count is not divided again" in line
 
 
