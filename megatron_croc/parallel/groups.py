@@ -14,7 +14,7 @@ from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.log import world_size
 from megatron_croc.parallel import device
-from megatron_croc.parallel.megatron_versions import name_untried_megatron
+from megatron_croc.parallel.megatron_versions import name_untested_megatron
 from megatron_croc.parallel.processes import tie_processes_together
 
 
@@ -40,7 +40,7 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
     tie_processes_together()
-    name_untried_megatron()
+    name_untested_megatron()
     start_torch(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,

@@ -8,7 +8,7 @@ from megatron_croc.log import get_logger, log_once
 
 logger = get_logger(__name__)
 
-TRIED = {
+TESTED = {
     "0.16.1": "marks weights as tensor-parallel only while it draws them; frees an activation that "
     "the interleaved schedule may still be sending",
     "0.19.2": "always marks them; asks torch.cuda for the current stream while it reduces",
@@ -23,14 +23,14 @@ ASSUMED = (
 """Behaviour that another version could change without an error, and with wrong results."""
 
 
-def name_untried_megatron(version: str = __version__) -> None:
+def name_untested_megatron(version: str = __version__) -> None:
     """Warn once about a version that was not tested, with the assumptions about it."""
-    if version.partition("+")[0] not in TRIED:
+    if version.partition("+")[0] not in TESTED:
         log_once(
             logger,
             logging.WARNING,
             "megatron-core %s is not tested (%s are); the run is right only if: %s",
             version,
-            ", ".join(TRIED),
+            ", ".join(TESTED),
             "; ".join(ASSUMED),
         )
