@@ -134,7 +134,7 @@ class LanguageModel(GPTModel):
         return self.compute_language_model_loss(ids_1L, self.logits(hidden_L1D)).squeeze(0)
 
     def logits(self, hidden_L1D: Tensor) -> Tensor:
-        """Logits [L, 1, C / TP] of some positions; the padded part of the vocabulary is excluded."""
+        """Logits [L, 1, C / TP] of some positions, without the padded part of the vocabulary."""
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
         logits, _ = self.output_layer(hidden_L1D, weight=weight)

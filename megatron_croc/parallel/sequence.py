@@ -1,7 +1,7 @@
 """Hidden states of sequence parallelism, gathered once for two readers.
 
-One reader splits its work over the tensor-parallel ranks (the output layer: each rank has some words
-of the vocabulary), so the ranks' gradients are summed. The other does the whole work on every rank
+One reader splits its work over the tensor-parallel ranks (the output layer: each rank has a part of
+the vocabulary), so the ranks' gradients are summed. The other does the whole work on every rank
 (the reconstruction head), so each rank already holds the whole gradient.
 """
 
@@ -15,8 +15,8 @@ def gather_for_split_and_whole_work(shard: Tensor, tp: dist.ProcessGroup) -> tup
     """Gather [S / TP, ...] to [S, ...], with one all-gather for two readers.
 
     Returns:
-        The same values twice. Backward sums the ranks' gradients of the first tensor, and takes this
-        rank's part of the gradient of the second, which must be equal on all ranks.
+        The same values twice. Backward sums the ranks' gradients of the first tensor, and takes
+        this rank's part of the gradient of the second, which must be equal on all ranks.
     """
     split, whole = _GatherForBoth.apply(shard, tp)  # type: ignore[misc]
     return split, whole
