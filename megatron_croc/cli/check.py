@@ -222,11 +222,13 @@ def _table(title: str, rows: Iterator[list[str]]) -> Iterator[str]:
 
 
 def _flops_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every sample as long as seq_length, with one image."""
+    """Every sample as long as seq_length, with one image and a label at every text token."""
     samples = run.training.global_batch_size
     has_spans = run.model.attention_mask_type != "causal"
     spans = [run.model.vision_tower.num_visual_tokens] if has_spans else []
-    work = Work.from_lengths([run.data.seq_length], num_images=1, span_lengths=spans)
+    length = run.data.seq_length
+    text_tokens = max(length - run.model.vision_tower.num_visual_tokens, 0)
+    work = Work.from_lengths([length], num_labels=text_tokens, num_images=1, span_lengths=spans)
     flops = count_flops(run, work)
     for name, count in flops.items():
         yield name, f"{count * samples / 1e12:>12,.3f}"

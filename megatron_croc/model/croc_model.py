@@ -128,6 +128,7 @@ class CrocModel(MegatronModule):
             pg_collection,
             implementation=implementation,
             attention_backend=run.model.attention_backend,
+            logits_chunk=run.training.logits_chunk,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -182,20 +183,17 @@ class CrocModel(MegatronModule):
         if context is None:
             context, upcoming = StepContext(), None
         decoder_input = self._embed(inputs, upcoming, context) if self.pre_process else None
-        labels = inputs.labels
-        if labels is not None:
-            labels = split_sequence(labels, self.pg_collection.cp)
         output = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
-            labels=None if labels is None else labels.unsqueeze(0),
+            labels=inputs.labels,
             packed_seq_params=MixedMaskParams.of(inputs.mixed_mask),
         )
         if not self.post_process:
             return output
-        return self._losses(output, labels, inputs)
+        return self._losses(output, inputs)
 
     def _embed(
         self, inputs: ModelInputs, upcoming: ModelInputs | None, context: StepContext
@@ -268,15 +266,12 @@ class CrocModel(MegatronModule):
             )
         return merged
 
-    def _losses(
-        self, output: LanguageModelOutput, labels: Tensor | None, inputs: ModelInputs
-    ) -> ModelOutput:
-        """Loss sums of this rank's part of the pack; `labels` are int64 [T / CP]."""
+    def _losses(self, output: LanguageModelOutput, inputs: ModelInputs) -> ModelOutput:
+        """Loss sums of this rank's part of the pack."""
         text_loss_sum = None
-        if labels is not None:
-            counted = labels != IGNORE_INDEX
+        if inputs.labels is not None:
             assert output.token_losses is not None
-            text_loss_sum = (output.token_losses * counted).sum()
+            text_loss_sum = (output.token_losses * (inputs.labels.ids != IGNORE_INDEX)).sum()
         reconstruction, loss = None, output.hidden_states.new_zeros((), dtype=torch.float32)
         if self.reconstruction_head is not None:
             reconstruction, loss = self._reconstruct(output.hidden_states, inputs)
@@ -295,12 +290,6 @@ class CrocModel(MegatronModule):
         Under context parallelism every rank computes this for its share of the images.
         """
         assert self.reconstruction_head is not None and self.target_channel is not None
-        if self.config.sequence_parallel:
-            # Every TP rank runs the whole head, so each one holds the whole gradient already:
-            # backward must return this rank's slice of it instead of a sum over the ranks.
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
         hidden_states = gather_sequence(hidden_states, self.pg_collection.cp)
         starts = self._own_images(inputs.image_starts)
         positions_nN = visual_positions(starts, self.num_visual_tokens)

@@ -1,17 +1,67 @@
 """Inputs and outputs of `CrocModel`, and the values that its forward passes of one step share.
 
 Letters in shapes: T positions of a pack, n images, N visual tokens of one image, R replaced tokens
-of one image, P pool tokens, D hidden size of the language model, C vocabulary.
+of one image, P pool tokens, D hidden size of the language model, C vocabulary, L labelled positions
+of one context-parallel rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_croc.model.prompt_pool import PendingReplacement, Replacement
 from megatron_croc.ops.mixed_mask import MixedMask
+from megatron_croc.ops.special_ids import IGNORE_INDEX
+from megatron_croc.parallel.context import split_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Positions of one pack with a text loss, those of one context-parallel rank.
+
+    Only these positions get logits. They are chosen on the CPU, before the forward pass, so that no
+    rank reads the device for their number.
+    """
+
+    positions: Tensor
+    """int64 [L], indices into this rank's part of the pack, ascending; L >= 1."""
+
+    ids: Tensor
+    """int64 [L], token that each position predicts. A rank without a label has one position with
+    IGNORE_INDEX, whose loss is not counted: its graph is the same as that of other ranks."""
+
+    num_in_pack: int
+    """Number of labelled positions of the whole pack, on all context-parallel ranks."""
+
+    @classmethod
+    def of_pack(cls, labels: Tensor, cp: dist.ProcessGroup) -> "Labels":
+        """Select this rank's labelled positions.
+
+        Args:
+            labels: int64 [T] on the CPU, shifted, IGNORE_INDEX without a text loss.
+            cp: context-parallel group.
+        """
+        own = split_sequence(labels, cp)
+        positions = (own != IGNORE_INDEX).nonzero().squeeze(1)
+        if positions.numel() == 0:
+            positions = positions.new_zeros(1)
+        return cls(
+            positions=positions,
+            ids=own[positions],
+            num_in_pack=int((labels != IGNORE_INDEX).sum()),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Labels":
+        """Copy the positions and ids to `device`."""
+        return replace(
+            self,
+            positions=self.positions.to(device, non_blocking=non_blocking),
+            ids=self.ids.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +71,8 @@ class ModelInputs:
     input_ids: Tensor
     """int64 [T], negative at visual tokens."""
 
-    labels: Tensor | None
-    """int64 [T], shifted, IGNORE_INDEX without a text loss; None: the model returns logits."""
+    labels: Labels | None
+    """Labelled positions; None: the model returns the logits of every position."""
 
     mixed_mask: MixedMask
     """Attention mask of length T."""
@@ -51,10 +101,10 @@ class ModelOutput:
     """float32 scalar over every element of this CP rank's images; 0 outside pretrain_croc."""
 
     logits: Tensor | None = None
-    """[T, C / TP]; only without labels."""
+    """[T / CP, C / TP]; only without labels."""
 
     hidden_states: Tensor | None = None
-    """[T, 1, D] (this rank's part under CP and SP), after the final norm."""
+    """[T / CP, 1, D], after the final norm."""
 
     reconstruction: Tensor | None = None
     """[n, N, D], output of the reconstruction head for this CP rank's images."""

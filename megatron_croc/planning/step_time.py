@@ -87,7 +87,7 @@ def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload)
 
     # Seconds of one micro-batch: of one layer, and of what only the first and last stage have.
     model = flops["language_model"]
-    logits = 2.0 * work.num_tokens * config.hidden_size * config.vocab_size
+    logits = 2.0 * work.num_labels * config.hidden_size * config.vocab_size
     forward = count_flops(_frozen(run), work)["language_model"]
     logits *= model / forward
     layer = (model - logits) / config.num_layers / tp / cp / rate

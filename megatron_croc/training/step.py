@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.model.croc_model import CrocModel
-from megatron_croc.model.interface import ModelInputs, ModelOutput, StepContext
-from megatron_croc.ops.special_ids import IGNORE_INDEX
+from megatron_croc.model.interface import Labels, ModelInputs, ModelOutput, StepContext
 from megatron_croc.parallel.collectives import all_reduce
 from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
@@ -42,12 +42,14 @@ class Denominators:
     """Number of elements of all visual tokens, float64 scalar on the device."""
 
 
-def to_model_inputs(batch: Batch) -> ModelInputs:
-    """Copy a batch to the device, in the form the model takes."""
-    batch = batch.to(current_device(), non_blocking=True)
+def to_model_inputs(batch: Batch, cp: dist.ProcessGroup) -> ModelInputs:
+    """Convert a batch on the CPU to inputs of the model on the device."""
+    device = current_device()
+    labels = Labels.of_pack(batch.labels, cp)
+    batch = batch.to(device, non_blocking=True)
     return ModelInputs(
         input_ids=batch.input_ids,
-        labels=batch.labels,
+        labels=labels.to(device, non_blocking=True),
         mixed_mask=batch.mixed_mask,
         image_starts=batch.image_starts,
         replaced=batch.replaced,
@@ -128,7 +130,7 @@ class TrainStep:
             totals=totals,
             context=StepContext(on_replacement=totals.count_replacement),
         )
-        inputs = [to_model_inputs(batch) for batch in batches]
+        inputs = [to_model_inputs(batch, self.pg.cp) for batch in batches]
         with_next = list(zip(inputs, [*inputs[1:], None], strict=True))
         losses = run_schedule(
             step,
@@ -202,9 +204,8 @@ def _micro_batch_denominators(
 ) -> Denominators:
     """Denominators for a mean of micro-batch means, as in the released code."""
     assert inputs.labels is not None
-    hidden_size = run.model.language_model.hidden_size
-    labelled = (inputs.labels != IGNORE_INDEX).sum().double().clamp(min=1.0)
-    elements = torch.full_like(labelled, max(inputs.replaced.numel() * hidden_size, 1))
-    return Denominators(
-        text=labelled * num_microbatches, reconstruction=elements * num_microbatches
-    )
+    labelled = max(inputs.labels.num_in_pack, 1)
+    elements = max(inputs.replaced.numel() * run.model.language_model.hidden_size, 1)
+    counts = to_device(torch.tensor([labelled, elements], dtype=torch.float64))
+    text, reconstruction = counts * num_microbatches
+    return Denominators(text=text, reconstruction=reconstruction)

@@ -126,7 +126,7 @@ def _observe_batch(model: CrocModel, batch: Batch, original: list[Tensor]) -> di
     original.clear()
     replacements: list[Replacement] = []
     context = StepContext(on_replacement=replacements.append)
-    output = model(to_model_inputs(batch), context=context)
+    output = model(to_model_inputs(batch, model.pg_collection.cp), context=context)
     assert isinstance(output, ModelOutput) and output.reconstruction is not None
     assert batch.pixel_values is not None
     (replacement,) = replacements

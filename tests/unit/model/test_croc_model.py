@@ -22,7 +22,7 @@ def forward(run, model, images, context=None):
     from megatron_croc.training.step import to_model_inputs
 
     batch = make_batch(run, [make_sample(run, n, k) for n, k in enumerate(images)])
-    return model(to_model_inputs(batch), context=context), batch
+    return model(to_model_inputs(batch, model.pg_collection.cp), context=context), batch
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_sums_are_taken_over_labels_and_visual_elements(pg_collection):
     seen = {}
     model.projector.register_forward_hook(lambda *args: seen.update(target=args[-1].detach()))
     batch = make_batch(run, [make_sample(run, 0, 2), make_sample(run, 1, 0)])
-    inputs = to_model_inputs(batch)
+    inputs = to_model_inputs(batch, pg_collection.cp)
     with torch.no_grad():
         output = model(inputs)
         logits = model(type(inputs)(**{**vars(inputs), "labels": None})).logits
@@ -125,7 +125,7 @@ def test_forward_passes_leave_nothing_on_the_model(pg_collection):
     run = tiny_run()
     model = build(run, pg_collection).train()
     batches = [make_batch(run, [make_sample(run, n, 1)]) for n in range(2)]
-    first, second = (to_model_inputs(batch) for batch in batches)
+    first, second = (to_model_inputs(batch, pg_collection.cp) for batch in batches)
     calls, replacements = [], []
     model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     attributes = dict(vars(model))
