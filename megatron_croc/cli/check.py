@@ -42,7 +42,7 @@ ATTENTION_BACKENDS = {
     "flex": "FlexAttention: CUDA (on a CPU without gradients)",
     "dense": "SDPA with a dense mask: everywhere, memory quadratic in a sample's length",
 }
-"""What `attention_backend` can force, in the order `auto` tries them on CUDA."""
+"""Values of `attention_backend` besides auto, in the order in which auto tries them on CUDA."""
 
 _FLASH_MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 

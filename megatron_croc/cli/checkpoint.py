@@ -48,7 +48,7 @@ def verify(argv: Sequence[str] | None = None) -> int:
 
 
 def examine(folder: Path) -> tuple[str, bool]:
-    """What is to be said of a checkpoint, and whether it is whole."""
+    """Return one line about a checkpoint, and True if it is whole."""
     with being_read(folder):
         if damage := find_damage(folder):
             return f"DAMAGED, {'; '.join(damage)}", False

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _style() -> Style:
-    """What this output can show; NO_COLOR and a dumb terminal are respected."""
+    """Style for this output; respects NO_COLOR and a dumb terminal."""
     is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     return Style(

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_wrong_again(findings: "Findings", report: dict[str, Any]) -> bool:
-    """Whether the replayed step shows the fault that was reported."""
+    """Return True if the replayed step shows the fault of the report."""
     values = (findings.metrics.loss, findings.metrics.grad_norm or 0.0)
     if not all(map(math.isfinite, values)):
         return True

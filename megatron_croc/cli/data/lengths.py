@@ -18,7 +18,7 @@ from megatron_croc.data.store.manifest import read_manifest
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """What lengths are measured with."""
+    """Add the options of tokenizer and template."""
     parser.add_argument("--tokenizer-model", required=required, help="file or folder")
     parser.add_argument(
         "--tokenizer-type",
