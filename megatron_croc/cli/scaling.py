@@ -8,7 +8,7 @@
 
 GRID.yaml is described in megatron_croc/scaling/grid.py. --data FOLDER names a folder of the demo's
 form (shards/STAGE, shards/valid_STAGE, tokenizer.model) instead of paths in the grid. Unfinished
-runs are started again by the same command; finished ones are left alone.
+runs are started again by the same command; finished ones are not changed.
 """
 
 import argparse
