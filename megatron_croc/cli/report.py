@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.errors import CrocError
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.monitoring.run_report.report import pool_stage, write_report
 from megatron_croc.monitoring.run_report.stages import as_text, check_files, load_stage, loss_table
 
@@ -33,8 +33,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report; 1 after a fault the user can mend."""
+    """Write the report; return the exit status."""
     arguments = parse_arguments(argv)
     # What libraries say about optional packages and their own plans is not this tool's to repeat.
     warnings.filterwarnings("ignore", module="megatron")
@@ -46,9 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_files(stage)
         print(as_text(loss_table(stages)), flush=True)
         page = write_report(arguments.run_dir, stages, num_images=max(1, arguments.images))
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
