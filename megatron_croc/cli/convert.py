@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CheckpointError, CrocError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -22,11 +23,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 1 after a fault the user can mend, or a comparison that failed."""
     arguments = _parser().parse_args(argv)
-    from megatron_croc.parallel.device import compute_on_cpu
-
     try:
         _check_folders(arguments)
-        compute_on_cpu()
+        if arguments.command is not _inspect:
+            from megatron_croc.parallel.device import compute_on_cpu
+
+            compute_on_cpu()
         return arguments.command(arguments)
     except CrocError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,7 +45,7 @@ def _check_folders(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError, CrocError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    print(f"loading {arguments.model}", file=sys.stderr, flush=True)
     import torch
 
     from megatron_croc.inference.generation import Sampling, open_generator
@@ -78,7 +81,6 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         use_cache=not arguments.no_cache,
     )
-    _check(arguments)
     questions = _questions(arguments)
     with open_generator(
         arguments.model,

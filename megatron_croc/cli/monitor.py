@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CrocError
 from megatron_croc.monitoring.live.page import write_page
 from megatron_croc.monitoring.live.reading import find_runs, read_run
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc monitor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

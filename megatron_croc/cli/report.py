@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CrocError
 from megatron_croc.monitoring.run_report.report import pool_stage, write_report
 from megatron_croc.monitoring.run_report.stages import as_text, check_files, load_stage, loss_table
@@ -21,7 +22,7 @@ STAGES = ("pretrain_mlp", "pretrain_croc", "finetune")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CrocError
 from megatron_croc.scaling.grid import Grid, read_grid
 
@@ -25,7 +26,7 @@ COMMANDS = ("plan", "launch", "fit", "report", "all")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

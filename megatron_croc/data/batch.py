@@ -10,13 +10,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from megatron_croc.data.special_ids import IGNORE_INDEX as IGNORE_INDEX
+from megatron_croc.data.special_ids import IMAGE_TOKEN_INDEX as IMAGE_TOKEN_INDEX
 from megatron_croc.ops.mixed_mask import MixedMask
-
-IGNORE_INDEX = -100
-"""Label of a position without a text loss."""
-
-IMAGE_TOKEN_INDEX = -200
-"""Input id of a visual token; never looked up in the embedding table."""
 
 
 @dataclass(frozen=True, kw_only=True)

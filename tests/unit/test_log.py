@@ -1,6 +1,7 @@
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_libraries_are_silent_and_other_code_is_heard():
         check=True,
     )
     told = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
-    assert [line.rsplit(": ", 1)[-1] for line in told] == [
+    assert [re.split(r"[:\]] ", line)[-1] for line in told] == [
         "of the user",
         "of the user too",
         "of a neighbour",

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 
 from megatron_croc.config.data import TemplateName
-from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.conversation import (
     BOS,
     EOS,
@@ -30,6 +29,7 @@ from megatron_croc.data.sample.conversation import (
     render_conversation,
     render_prompt,
 )
+from megatron_croc.data.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from megatron_croc.errors import DataError
 
 Follows = Literal["start", "special", "text"]

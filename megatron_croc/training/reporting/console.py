@@ -84,7 +84,7 @@ def _short(number: float) -> str:
 
 def _span(rates: Mapping[str, float]) -> str:
     """Learning rate of all parts, or the smallest and the largest."""
-    ends = sorted({f"{rate:.1e}" for rate in rates.values()}, key=float)
+    ends = sorted({f"{rate:.1e}".replace("e-0", "e-") for rate in rates.values()}, key=float)
     return ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
 
 

@@ -113,7 +113,7 @@ def test_dali_takes_a_stream():
     [
         (b"iCCP", b"icc\0\0" + zlib.compress(b"junk" * 50)),
         (b"sRGB", b"\x09"),
-        (b"pHYs", bytes(4)),
+        (b"sBIT", bytes(3)),
         (b"tRNS", bytes(300)),
         (b"gAMA", struct.pack(">I", 10_000)),
     ],

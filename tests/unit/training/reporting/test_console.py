@@ -27,7 +27,7 @@ def test_a_line_fits_a_terminal() -> None:
     ((level, line),) = console_lines(ROW, 20000, wide=False)
     assert level == logging.INFO
     assert line == (
-        "step 12000/20000  text 1.235  recon 0.0925  grad 0.812  lr 1.0e-03  1.41 s/step"
+        "step 12000/20000  text 1.235  recon 0.0925  grad 0.812  lr 1.0e-3  1.41 s/step"
         "  212k tok/s  MFU 41%  3.1 h left"
     )
     assert len(CLOCK + line) <= 120
@@ -41,7 +41,7 @@ def test_the_wide_line_has_the_rest() -> None:
 
 def test_different_rates_are_a_span() -> None:
     ((_, line),) = console_lines(ROW | {"lr/vision_tower": 2e-5}, 20000, wide=False)
-    assert "lr 2.0e-05 to 1.0e-03" in line
+    assert "lr 2.0e-5 to 1.0e-3" in line
 
 
 def test_skipped_steps_have_their_own_line() -> None:
