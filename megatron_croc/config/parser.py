@@ -26,5 +26,5 @@ def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _option_names(inner)
+            for inner in action.choices.values():  # type: ignore[reportUnknown]
+                yield from _option_names(inner)  # type: ignore[reportUnknown]

@@ -198,7 +198,7 @@ def read_release(folder: Path, vision_folder: Path | None) -> CrocModelConfig:
     else:
         raise CheckpointError(
             f"{path}: mm_vision_tower {name!r} is not known: "
-            "give the tower: croc convert import --vision DIR"
+            "add --vision DIR to croc convert import"
         )
     model.vision_tower.vision_select_layer = int(config.get("mm_vision_select_layer", -2))
     return model

@@ -85,8 +85,8 @@ def open_source(folder: Path, vision_folder: Path | None = None) -> Source:
         language_model = parse_language_model(config, folder / "config.json")
         if vision_folder is None:
             raise CheckpointError(
-                f"{folder}: a language model alone ({kind}); give its vision tower: "
-                "croc convert import --vision DIR, a CLIP or SigLIP"
+                f"{folder}: a language model alone ({kind}); add --vision DIR to "
+                "croc convert import, a CLIP or SigLIP"
             )
         assert kind in LANGUAGE_MODELS
         vision = read_vision_tower(vision_folder)
