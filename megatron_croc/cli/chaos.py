@@ -20,12 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_croc.config.parser import CommandParser
-from megatron_croc.verification.faults.scenarios import (
-    SCENARIOS,
-    BrokenPromiseError,
-    Outcome,
-    Workplace,
-)
+from megatron_croc.verification.faults.promises import BrokenPromiseError
+from megatron_croc.verification.faults.scenarios import SCENARIOS
+from megatron_croc.verification.faults.workplace import Outcome, Workplace
 
 HEAD = ("fault", "promise", "result", "samples seen exactly once", "steps lost", "s to recover")
 

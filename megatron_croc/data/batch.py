@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_croc.data.special_ids import IGNORE_INDEX as IGNORE_INDEX
-from megatron_croc.data.special_ids import IMAGE_TOKEN_INDEX as IMAGE_TOKEN_INDEX
 from megatron_croc.ops.mixed_mask import MixedMask
+from megatron_croc.ops.special_ids import IGNORE_INDEX as IGNORE_INDEX
+from megatron_croc.ops.special_ids import IMAGE_TOKEN_INDEX as IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,6 @@ class Batch:
 
     labels: Tensor
     """int64 [T], shifted: labels[t] is the token after t in the same sample, or IGNORE_INDEX."""
-
-    position_ids: Tensor
-    """int64 [T], 0, 1, ... within each sample."""
 
     mixed_mask: MixedMask
     """Sample boundaries and bidirectional spans."""

@@ -29,8 +29,8 @@ from megatron_croc.data.sample.conversation import (
     render_conversation,
     render_prompt,
 )
-from megatron_croc.data.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from megatron_croc.errors import DataError
+from megatron_croc.ops.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 Follows = Literal["start", "special", "text"]
 """Predecessor of a text: nothing (or an image), a special token, or more text."""

@@ -1,8 +1,8 @@
 """One process against parallel layouts: same weights, same batches, and a self-test.
 
-    croc parity layouts --recipe tiny/pretrain_croc --layouts "tp2 tp2+sp pp2+vpp2 cp2"
-    croc parity layouts --recipe tiny/pretrain_croc --layouts all4    # all on up to 4
-    croc parity layouts --recipe tiny/pretrain_croc --self-test       # faults are seen
+croc parity layouts --recipe tiny/pretrain_croc --layouts "tp2 tp2+sp pp2+vpp2 cp2"
+croc parity layouts --recipe tiny/pretrain_croc --layouts all4    # all on up to 4
+croc parity layouts --recipe tiny/pretrain_croc --self-test       # faults are seen
 """
 
 from collections.abc import Sequence
