@@ -114,7 +114,7 @@ class Parsed(Exception):
 def examples(name: str, text: str) -> list[list[str]]:
     """Words of every example of a command in its help."""
     joined = re.sub(r"\\?\\\n *", " ", text)
-    lines = re.findall(rf"(?:(?:^ +|: )croc|-m megatron_croc) ({name}\b.*)", joined, re.M)
+    lines = re.findall(rf"(?:(?:^ *|: )croc|-m megatron_croc) ({name}\b.*)", joined, re.M)
     found = []
     for line in lines:
         line = re.split(r" #| {6,}", line)[0].replace("[", " ").replace("]", " ")
