@@ -15,12 +15,13 @@ from pathlib import Path
 from megatron_croc.checkpoint.manifest import find_damage, read_manifest
 from megatron_croc.checkpoint.retention import REMOVED, STAGED, being_read
 from megatron_croc.checkpoint.state import TrainState, resume_candidates
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CheckpointError
 
 
 def verify(argv: Sequence[str] | None = None) -> int:
     """Verify, and print a line as soon as it is known."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc checkpoint verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.lengths import index_lengths
 from megatron_croc.data.sample.conversation import TEMPLATES
 from megatron_croc.data.store.manifest import read_manifest
@@ -48,7 +49,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the folders one after the other."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc data lengths",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_croc.cli.data.lengths import add_tokenizer_arguments, measure
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.inputs import FORMATS
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
@@ -29,7 +30,7 @@ from megatron_croc.data.prepare.tar_index import TarIndexer
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc data preprocess",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
