@@ -36,12 +36,18 @@ def being_read(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def sweep(root: Path) -> None:
-    """Delete half-written and half-deleted checkpoints of killed runs."""
-    for ending in (STAGED, REMOVED):
-        for left in root.glob(f"iter_*{ending}"):
-            if iteration_of(left.with_suffix("")) is not None:
-                shutil.rmtree(left, ignore_errors=True)
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Lock a checkpoint that is to be renamed; False inside if another process reads it."""
+    try:
+        handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        yield _lock(handle, fcntl.LOCK_EX)
+    finally:
+        os.close(handle)
 
 
 def retire(folder: Path) -> Path | None:
@@ -52,17 +58,10 @@ def retire(folder: Path) -> Path | None:
     """
     away = folder.with_name(folder.name + REMOVED)
     shutil.rmtree(away, ignore_errors=True)
-    try:
-        handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
-    except FileNotFoundError:
-        os.replace(folder, away)
-        return away
-    try:
-        if not _lock(handle, fcntl.LOCK_EX):
+    with claimed(folder) as is_free:
+        if not is_free:
             return None
         os.replace(folder, away)
-    finally:
-        os.close(handle)
     return away
 
 

@@ -6,10 +6,16 @@ from pathlib import Path
 
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.order.row_plan import OrderState
-from megatron_croc.errors import CheckpointError
+from megatron_croc.errors import CheckpointError, first_line
 
 STATE_FILE = "train_state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+_WRITE_ONE = f"write the name of a whole checkpoint into {LATEST_FILE}"
+"""Way out of a damaged tracker, for messages."""
+
+_MAX_DIGITS, _MAX_NAME = 18, 255
+"""Most characters of an iteration and of a folder's name."""
 
 
 @dataclass(kw_only=True)
@@ -99,7 +105,8 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 def iteration_of(folder: Path) -> int | None:
     """Iteration in a folder's name; None if it is not the name of a checkpoint."""
     digits = folder.name.removeprefix("iter_")
-    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= _MAX_DIGITS
+    return int(digits) if folder.name.startswith("iter_") and is_number else None
 
 
 def resume_candidates(root: str | Path) -> list[Path]:
@@ -113,7 +120,7 @@ def resume_candidates(root: str | Path) -> list[Path]:
         return [root]
     there = {n: folder for folder in root.glob("iter_*") if (n := iteration_of(folder)) is not None}
     folders = [there[n] for n in sorted(there, reverse=True)]
-    if (latest := _tracked(root)) is None:
+    if (latest := tracked_checkpoint(root)) is None:
         return folders
     last = iteration_of(latest)
     return [latest, *(f for f in folders if last is None or iteration_of(f) < last)]  # type: ignore[operator]
@@ -128,7 +135,7 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     root = Path(root)
     if (root / STATE_FILE).exists():
         return root
-    folder = _tracked(root)
+    folder = tracked_checkpoint(root)
     if folder is not None and not (folder / STATE_FILE).exists():
         raise CheckpointError(
             f"{root / LATEST_FILE} names {folder.name}, which is not a complete checkpoint; "
@@ -137,9 +144,24 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return folder
 
 
-def _tracked(root: Path) -> Path | None:
+def tracked_checkpoint(root: Path) -> Path | None:
+    """Path of the checkpoint that the tracker file names; None without a tracker.
+
+    Raises:
+        CheckpointError: the tracker cannot be read, or does not hold a name.
+    """
     tracker = root / LATEST_FILE
-    if not tracker.exists():
+    try:
+        with tracker.open("rb") as file:
+            word = file.read(_MAX_NAME + 1).decode("ascii").strip()
+    except FileNotFoundError:
         return None
-    word = tracker.read_text().strip()
-    return root / word if not word.isdigit() else iteration_folder(root, int(word))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{tracker} cannot be read: {first_line(error)}; {_WRITE_ONE}"
+        ) from error
+    if word.isdigit() and len(word) <= _MAX_DIGITS:
+        return iteration_folder(root, int(word))
+    if not word.isprintable() or Path(word).name != word or len(word) > _MAX_NAME:
+        raise CheckpointError(f"{tracker} holds {word!r:.60}, which is no name; {_WRITE_ONE}")
+    return root / word

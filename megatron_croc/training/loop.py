@@ -2,7 +2,7 @@
 
 import time
 
-from megatron_croc.checkpoint.saving import CheckpointSaver
+from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
@@ -38,6 +38,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     """
     # Build model, optimizer and data order, or restore them from the last checkpoint.
     pg = start_distributed(run.parallel, seed=run.training.seed)
+    clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
     if folder is not None and rank() == 0:
@@ -51,7 +52,12 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
         run.reliability, state, pg, settings=to_tree(run), train_iters=last, folder=folder
     )
     saver = CheckpointSaver(
-        run.checkpoint, training.chunks, training.optimizer, pg, settings=to_yaml(run)
+        run.checkpoint,
+        training.chunks,
+        training.optimizer,
+        pg,
+        settings=to_yaml(run),
+        resumed_at=state.iteration,
     )
 
     def is_due(interval: int) -> bool:
@@ -84,8 +90,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
             if guard.gives_up():
                 enter("saving a checkpoint", collective="barrier")
                 saver.save(guard.last_good)
-                saver.close()
-                raise guard.error()
+                raise guard.error(unsaved=saver.close_quietly())
 
             # Validate.
             if is_due(run.training.eval_interval):

@@ -265,9 +265,15 @@ def test_retention_through_saves(saved, pg_collection):
     assert trainer_of(training.run, pg_collection).state.iteration == 8
 
 
-def test_the_same_iteration_can_be_saved_again(saved, pg_collection):
+def test_the_same_iteration_can_be_saved_again_by_another_run(saved, pg_collection):
     training, root = saved
+    before = first_weight(training)
     shift_weights(training)
     save(training, pg_collection, 3)
-    assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
+    kept = root / "iter_0000003.superseded"
+    assert sorted(os.listdir(root)) == ["iter_0000003", kept.name, LATEST_FILE]
+    assert find_damage(kept) == []
+    training.run.checkpoint.load = str(kept)
+    assert first_weight(trainer_of(training.run, pg_collection)) == before
+    training.run.checkpoint.load = str(root)
     assert first_weight(trainer_of(training.run, pg_collection)) == first_weight(training)
