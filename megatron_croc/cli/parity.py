@@ -50,9 +50,6 @@ def golden(words: Sequence[str]) -> int:
         launcher += ["parity", "golden", *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         return subprocess.run(launcher, env=environment, check=False).returncode
-    from megatron_croc.log import quiet_megatron
-
-    quiet_megatron()  # before it is imported
     from megatron_croc.verification.golden.run import run_golden
 
     return run_golden(

@@ -9,7 +9,6 @@ RUN_DIR/report/report.html, readable on its own, and its pictures as PNG files b
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,9 +35,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; 1 after a fault the user can mend."""
     arguments = parse_arguments(argv)
-    # What libraries say about optional packages and their own plans is not this tool's to repeat.
-    warnings.filterwarnings("ignore", module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
         stages = [load_stage(arguments.run_dir, name) for name in arguments.stages]
         for stage in (stages[-1], pool_stage(stages)):

@@ -7,13 +7,14 @@ Every fault of the configuration is reported at once, and data and tokenizer are
 anything is built.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 
 from megatron_croc.config.checks import check_run
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
-from megatron_croc.log import rank, world_size
+from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.recipes.command_line import parse_run
 
 
@@ -46,6 +47,10 @@ def _checked_run(argv: Sequence[str] | None) -> RunConfig:
     """The run, once everything that can be known beforehand is known to be right."""
     run = parse_run(argv, prog="croc train", description=__doc__ or "")
     check_run(run, world_size(), for_training=True)
+    # Importing takes some seconds, and so does opening many shards.
+    log_on_rank_zero(
+        get_logger(__name__), logging.INFO, "settings checked, importing torch and megatron-core"
+    )
     from megatron_croc.data.loader import check_data
 
     check_data(run)

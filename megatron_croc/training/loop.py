@@ -1,12 +1,13 @@
 """The training loop."""
 
+import logging
 import time
 
 from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
-from megatron_croc.log import rank, world_size
+from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.batch_broadcast import open_batch_broadcast
@@ -20,6 +21,8 @@ from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
 from megatron_croc.training.safety.watchdog import watch_over
+
+logger = get_logger(__name__)
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
@@ -39,8 +42,11 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     # Build model, optimizer and data order, or restore them from the last checkpoint.
     pg = start_distributed(run.parallel, seed=run.training.seed)
     clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
+    began = time.perf_counter()
+    log_on_rank_zero(logger, logging.INFO, "building the model")
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
+    _log_duration("model built in %.1f s, opening the data", began)
     if folder is not None and rank() == 0:
         drop_undone_steps(folder, state.iteration)
 
@@ -70,13 +76,16 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
             run, pg, build_train_loader, state=state.resume_point()
         ) as broadcaster,
     ):
-        is_over = state.iteration >= last
+        began, is_first, is_over = time.perf_counter(), True, state.iteration >= last
         while not is_over:
             # Load the micro-batches of one step.
             started = time.perf_counter()
             enter("waiting for data", iteration=state.iteration + 1)
             batches = broadcaster.next_step()
             waited = time.perf_counter() - started
+            if is_first:
+                _log_duration("first batch after %.1f s; the first step is the slowest", began)
+                is_first = False
 
             # Train one step, and report it.
             metrics = training.train_step.train(
@@ -113,3 +122,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     profile.close()
     reporter.close()
     return training
+
+
+def _log_duration(message: str, began: float) -> None:
+    log_on_rank_zero(logger, logging.INFO, message, time.perf_counter() - began)

@@ -57,9 +57,6 @@ def _parse_layouts(words: str) -> list[Layout]:
 
 def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
     """Run one process of one layout."""
-    from megatron_croc.log import quiet_megatron
-
-    quiet_megatron()  # before it is imported
     from megatron_croc.verification.layouts.faults import FAULTS
     from megatron_croc.verification.layouts.observe import work
 
