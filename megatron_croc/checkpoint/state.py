@@ -31,6 +31,9 @@ class TrainState:
     stage: str = ""
     """Training stage of the run."""
 
+    run_id: str = ""
+    """Id of the run (run_folder.py); empty in a checkpoint that was made before there were ids."""
+
     num_skipped: int = 0
     """Number of steps skipped because of an anomaly in loss or gradient."""
 

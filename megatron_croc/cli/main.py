@@ -6,6 +6,7 @@ module is imported only when it is called, so that `croc --help` answers at once
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
@@ -60,8 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends the process, no traceback
+        if rank() == 0:
+            print(str(interrupt) or "stopped by Ctrl-C", file=sys.stderr)
+        # torchrun starts workers again that end with another status than 0.
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
     except BrokenPipeError:  # `croc ... | head`: what is left to print has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -334,7 +334,9 @@ def _warnings(run: RunConfig, *, for_training: bool) -> Iterator[str]:
         yield "valid_data_path is given, but eval_interval=0 never validates"
     if not for_training:
         return
-    if run.checkpoint.pretrained_checkpoint is None and run.checkpoint.load is None:
-        yield "neither load nor pretrained_checkpoint is given: training starts from random weights"
-    if run.checkpoint.save is None:
+    checkpoint = run.checkpoint
+    resumes = checkpoint.save is not None and any(Path(checkpoint.save).glob("iter_*"))
+    if checkpoint.pretrained_checkpoint is None and checkpoint.load is None and not resumes:
+        yield "pretrained_checkpoint is not given: training starts from random weights"
+    if checkpoint.save is None:
         yield "save is not given: nothing of this run is kept"
