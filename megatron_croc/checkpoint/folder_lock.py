@@ -86,11 +86,18 @@ class Holder:
         job = f", job {self.job}" if self.job else ""
         return f"{self.host}, pid {self.pid}{job}, since {self.since}"
 
-    def is_gone(self, here: "Holder") -> bool:
-        """Return True if the process is known to have ended: looked up, or the same job again."""
+    def is_gone(self, here: "Holder", *, age: float) -> bool:
+        """Return True if the process has ended, as far as the process `here` can know.
+
+        Args:
+            here: this process.
+            age: seconds since the lock was touched.
+        """
         if self.job and self.job == here.job and self.restart < here.restart:
             return True
-        return self.namespace == here.namespace and _start_of(self.pid) != self.start
+        if self.namespace == here.namespace:
+            return _start_of(self.pid) != self.start
+        return age >= STALE
 
 
 def _job() -> tuple[str, int]:
@@ -166,13 +173,8 @@ class FolderLock:
                 who = "an unknown process"
             else:
                 who = str(holder)
-                if not holder.is_gone(self.own) and age < STALE:
-                    raise CheckpointError(
-                        f"--save {self.path.parent} is in use by another run ({who}): save to "
-                        "another folder, or stop that run (its last sign of life is "
-                        f"{age:.0f} s old; it is taken for dead after {STALE:.0f} s, or once "
-                        f"{self.path} is removed)"
-                    )
+                if not holder.is_gone(self.own, age=age):
+                    raise CheckpointError(_refusal(self.path, holder, self.own, age))
             if _remove(self.path, holder):
                 logger.warning("took over %s from a run that is gone (%s)", self.path.parent, who)
 
@@ -196,6 +198,16 @@ class FolderLock:
             os.utime(self.path)  # the file server's time
         except OSError:
             pass  # a disk that fails for a moment: the next touch may succeed
+
+
+def _refusal(path: Path, holder: Holder, here: Holder, age: float) -> str:
+    way_out = "save to another folder, or stop that run"
+    if holder.namespace != here.namespace:
+        way_out += (
+            f" (last sign of life {age:.0f} s ago; it counts as dead after {STALE:.0f} s, or once "
+            f"you remove {path})"
+        )
+    return f"--save {path.parent} is in use by another run ({holder}): {way_out}"
 
 
 def _create(path: Path, holder: Holder) -> bool:

@@ -147,7 +147,6 @@ def test_resuming_gives_the_very_numbers_of_the_run_that_went_on(
         demo,
         "pretrain_croc",
         f"--save={again}",
-        f"--load={again}",
         "--train-iters=6",
         "--global-batch-size=2",
         "--eval-interval=3",
