@@ -3,10 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_croc.atomic_files import write_atomically
-from megatron_croc.data.order.row_plan import OrderState
 from megatron_croc.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:  # it imports torch, and croc check reads states without it
+    from megatron_croc.data.order.row_plan import OrderState
 
 STATE_FILE = "train_state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -43,10 +46,10 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     """Recent losses that spikes are found from; empty without spike detection."""
 
-    order: OrderState | None = None
+    order: "OrderState | None" = None
     """Position in the order of samples; None before the first step."""
 
-    def resume_point(self) -> OrderState | None:
+    def resume_point(self) -> "OrderState | None":
         """Position in the order of samples to continue from; None at the start of a run.
 
         Raises:
@@ -60,7 +63,7 @@ class TrainState:
             )
         return self.order
 
-    def advance(self, num_samples: int, order: OrderState | None) -> None:
+    def advance(self, num_samples: int, order: "OrderState | None") -> None:
         """Count a step of `num_samples`; `order` is the position after it."""
         self.iteration += 1
         self.consumed_samples += num_samples
@@ -91,6 +94,8 @@ class TrainState:
         try:
             tree = json.loads(path.read_text())
             if tree.get("order") is not None:
+                from megatron_croc.data.order.row_plan import OrderState
+
                 tree["order"] = OrderState.from_tree(tree["order"])
             return cls(**tree)
         except (AttributeError, OSError, TypeError, ValueError) as error:

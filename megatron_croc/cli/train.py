@@ -3,8 +3,9 @@
     croc train --recipe tiny/pretrain_croc --data-path shards --tokenizer-model tokenizer.model
     torchrun --nproc-per-node 8 -m megatron_croc train --recipe croc_7b/pretrain_croc ...
 
-Every fault of the configuration is reported at once, and data and tokenizer are opened, before
-anything is built.
+A run that finds its own checkpoints in --save goes on from the latest; another run's folder is
+refused. Every fault of the configuration is reported at once, and data and tokenizer are opened,
+before anything is built.
 """
 
 import logging
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.checkpoint.run_folder import refuse_other_run
 from megatron_croc.config.checks import check_run
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
@@ -74,6 +76,7 @@ def _checked_run(argv: Sequence[str] | None) -> RunConfig:
     """The run, once everything that can be known beforehand is known to be right."""
     run = parse_run(argv, prog="croc train", description=__doc__ or "")
     check_run(run, world_size(), for_training=True)
+    refuse_other_run(run)
     # Importing takes some seconds, and so does opening many shards.
     log_on_rank_zero(
         get_logger(__name__), logging.INFO, "settings checked, importing torch and megatron-core"
