@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_croc.checkpoint.manifest import find_damage
+from megatron_croc.checkpoint.manifest import MANIFEST_FILE, find_damage, read_manifest
 from megatron_croc.checkpoint.retention import being_read
 from megatron_croc.checkpoint.run_folder import RUN_ID_FILE, own_checkpoints
+from megatron_croc.checkpoint.safe_reading import read_index, tensor_files
 from megatron_croc.checkpoint.state import LATEST_FILE, latest_checkpoint
 from megatron_croc.config.checkpoint import CheckpointConfig
 from megatron_croc.errors import CheckpointError
@@ -82,10 +83,20 @@ def open_for_start(root: str | Path, *, verify: bool) -> Iterator[Path]:
 
 def agreed_damage(folder: Path) -> list[str]:
     """Check a checkpoint, each rank a share of the files; return the damage that all found."""
-    mine = find_damage(folder, share=rank(), shares=world_size())
+    mine = find_damage(folder, share=rank(), shares=world_size()) or unlisted_files(folder)
     everyone: list[list[str]] = [[] for _ in range(world_size())]
     dist.all_gather_object(everyone, mine)
     return sorted({line for lines in everyone for line in lines})
+
+
+def unlisted_files(folder: Path) -> list[str]:
+    """Name a file of tensors that the index needs and the manifest does not list."""
+    try:
+        needed = tensor_files(read_index(folder))
+        listed = set(read_manifest(folder))
+    except CheckpointError as error:
+        return [str(error).removeprefix(f"{folder}/")]
+    return [f"{MANIFEST_FILE} does not list {name}" for name in sorted(needed - listed)[:1]]
 
 
 def _line(folder: Path, damage: list[str]) -> str:

@@ -12,7 +12,8 @@ from megatron_croc.checkpoint.run_folder import begin_run
 from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.loader import build_train_loader
+from megatron_croc.data.loader import build_train_loader, build_train_plan
+from megatron_croc.data.order.row_plan import RowStream
 from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
@@ -66,7 +67,13 @@ def _train(
     state, last, folder = training.state, training.train_iters, run.log_folder
     _log_duration("model built in %.1f s, opening the data", began)
     folders = [Path(f) for f in (run.checkpoint.save, folder) if f is not None]
-    others = on_rank_zero(lambda: begin_run(run.checkpoint, folders, state, settings))
+
+    def begin() -> list[Path]:
+        if state.iteration:  # other data is refused before anything is written
+            RowStream(build_train_plan(run), state.resume_point())
+        return begin_run(run.checkpoint, folders, state, settings)
+
+    others = on_rank_zero(begin)
     if folder is not None and rank() == 0:
         drop_undone_steps(folder, 0 if folder in others else state.iteration)
 
