@@ -1,4 +1,4 @@
-"""Opening of a run's folder, by all ranks together: one run at a time, and the same run for ever."""
+"""Opening of a run's folder by all ranks together: one run at a time, and always the same run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 
 from megatron_croc import __version__
+from megatron_croc.cli.errors import print_error
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank
 
@@ -63,10 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _function(name)(words[len(name.split()) :]) or 0
         return _list_commands(words)
     except CrocError as error:
-        print(
-            f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}",
-            file=sys.stderr,
-        )
+        print_error(error)
         return 1
     except BrokenPipeError:  # `croc ... | head`: what is left to print has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,6 @@ from megatron_croc.errors import CrocError
 from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.recipes.command_line import parse_run
 
-
 ERROR_FILE = "CROC_ERROR_FILE"
 """Variable of the launch scripts: file for the error that no restart mends."""
 

@@ -294,8 +294,7 @@ def run_stub(cluster: dict[str, str], folder: Path, script: str) -> subprocess.P
     """Start run_torchrun with a made-up torchrun, in a process group of its own."""
     path = f"{stub_torchrun(folder, script)}:{cluster['PATH']}"
     command = (
-        f"cd {ROOT}; source examples/launch/torchrun.sh; cd {folder}; "
-        "run_torchrun; exit $status"
+        f"cd {ROOT}; source examples/launch/torchrun.sh; cd {folder}; run_torchrun; exit $status"
     )
     return subprocess.Popen(
         ["bash", "-euc", command], env=cluster | {"PATH": path}, text=True,

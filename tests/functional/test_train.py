@@ -239,7 +239,10 @@ def test_a_run_goes_on_in_its_own_folder_and_in_no_other(demo: Path, tmp_path: P
     commands = {
         "a new run": command("--train-iters=1"),
         "it goes on": command("--train-iters=2", "--lr=1e-4"),
-        "a branch": [*command("--train-iters=3", f"--load={save}"), f"--save={tmp_path / 'branch'}"],
+        "a branch": [
+            *command("--train-iters=3", f"--load={save}"),
+            f"--save={tmp_path / 'branch'}",
+        ],
         "the branch again": [
             *command("--train-iters=4", f"--load={save}"),
             f"--save={tmp_path / 'branch'}",

@@ -38,7 +38,13 @@ def test_a_second_run_is_refused_with_who_holds_it_and_the_way_out(tmp_path: Pat
     with pytest.raises(CheckpointError) as error:
         FolderLock(folder)
     message = str(error.value)
-    for word in (str(folder), lock.own.host, f"pid {os.getpid()}", lock.own.since, "another folder"):
+    for word in (
+        str(folder),
+        lock.own.host,
+        f"pid {os.getpid()}",
+        lock.own.since,
+        "another folder",
+    ):
         assert word in message
     assert "\n" not in message
     lock.release()

@@ -164,7 +164,9 @@ def test_a_folder_without_a_checkpoint_is_not_the_stage_before(pg_collection, tm
 
 
 @pytest.mark.parametrize("name", ["load", "pretrained_checkpoint"])
-@pytest.mark.parametrize("damage", ["no weights", "unlisted", "no metadata", "torn", "lost file", "flipped"])
+@pytest.mark.parametrize(
+    "damage", ["no weights", "unlisted", "no metadata", "torn", "lost file", "flipped"]
+)
 def test_a_damaged_checkpoint_is_named(saved, pg_collection, name, damage):
     """Damage is found with the digests; without them, all but a flipped bit."""
     _, root = saved

@@ -42,7 +42,14 @@ def test_digests_are_sha256_of_pieces(folder: Path):
 @pytest.mark.parametrize("shares", [1, 3, 50])
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("a.distcp", 0), ("a.distcp", 99), ("a.distcp", 100), ("a.distcp", 1279), ("c.bin", 0), ("c.bin", 299)],
+    [
+        ("a.distcp", 0),
+        ("a.distcp", 99),
+        ("a.distcp", 100),
+        ("a.distcp", 1279),
+        ("c.bin", 0),
+        ("c.bin", 299),
+    ],
 )
 def test_one_flipped_bit_is_found_by_exactly_one_share(
     folder: Path, shares: int, name: str, place: int

@@ -133,8 +133,8 @@ def test_changed_settings_are_kept_beside(tmp_path: Path):
     def settings_of(name: str) -> str:
         return (tmp_path / name).read_text()
 
-    def resume(**changes: object) -> None:
-        run = tiny_run(save=str(tmp_path), load=str(tmp_path), **changes)
+    def resume(**changes: float) -> None:
+        run = tiny_run(save=str(tmp_path), load=str(tmp_path), **changes)  # type: ignore[arg-type]
         begin(run, TrainState(iteration=4, run_id="a"))
 
     resume()
