@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_croc.atomic_files import why_unwritable
 from megatron_croc.cli.errors import reports_errors
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError
@@ -111,6 +112,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in (arguments.output, arguments.report):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}")
+        if path is not None and (reason := why_unwritable(path.parent)) is not None:
+            raise ConfigError(f"{path}: cannot be written ({reason}); name another")
 
 
 def _questions(arguments: argparse.Namespace) -> "list[Question]":

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import cast, NoReturn
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -25,6 +25,7 @@ def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Options of a parser and of its subcommands."""
     for action in parser._actions:
         yield from action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():  # type: ignore[reportUnknown]
-                yield from _option_names(inner)  # type: ignore[reportUnknown]
+        if isinstance(action.choices, dict):
+            subcommands = cast(dict[str, argparse.ArgumentParser], action.choices)
+            for subcommand in subcommands.values():
+                yield from _option_names(subcommand)

@@ -13,8 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_croc.config.parser import CommandParser
-from megatron_croc.data.prepare.lengths import index_lengths
+from megatron_croc.data.prepare.lengths import TokenizerType, index_lengths
 from megatron_croc.data.sample.conversation import TEMPLATES
+from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.store.manifest import read_manifest
 
 
@@ -29,13 +30,23 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool) 
     parser.add_argument("--conversation-template", choices=list(TEMPLATES), default="v1")
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write the lengths of one folder, with a progress bar."""
+def tokenizer_type(arguments: argparse.Namespace) -> TokenizerType:
+    """The type that was given, or the one that a file or a folder has."""
     is_folder = Path(arguments.tokenizer_model).is_dir()
     guessed = "HuggingFaceTokenizer" if is_folder else "SentencePieceTokenizer"
+    return arguments.tokenizer_type or guessed
+
+
+def check_tokenizer(arguments: argparse.Namespace) -> None:
+    """Load the tokenizer once, before hours of other work; DataError if it cannot be."""
+    build_tokenizer(tokenizer_type(arguments), arguments.tokenizer_model)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the lengths of one folder, with a progress bar."""
     parts = index_lengths(
         folder,
-        tokenizer_type=arguments.tokenizer_type or guessed,
+        tokenizer_type=tokenizer_type(arguments),
         tokenizer_model=arguments.tokenizer_model,
         template=arguments.conversation_template,
         num_workers=arguments.workers,
