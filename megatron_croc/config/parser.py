@@ -3,7 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Iterator
-from typing import cast, NoReturn
+from typing import NoReturn, cast
 
 _UNKNOWN = "unrecognized arguments: "
 
