@@ -52,6 +52,9 @@ class TokenizedSample:
     labels: np.ndarray
     """int64 [L], unshifted: the token itself if it is supervised, else IGNORE_INDEX."""
 
+    answer: int = 0
+    """Place of the first token of the first answer in `input_ids`; 0: not known."""
+
 
 class Tokenizer:
     """Converts text to ids and back, for every tokenizer library. Safe to share between threads."""
@@ -290,6 +293,7 @@ def _tokenize_parts(
 ) -> TokenizedSample:
     ids: list[int] = []
     supervised: list[bool] = []
+    answer = 0
     follows: Follows = "start"
     for part in parts:
         match part:
@@ -298,8 +302,10 @@ def _tokenize_parts(
             case Special(name, label):
                 new = [tokenizer.special_ids[name]]
                 follows_next = "start" if name == BOS else "special"
-            case Text(text, label):
+            case Text(text, label, role):
                 new, follows_next = tokenizer.encode(text, follows=follows), "text"
+                if label and not answer:
+                    answer = len(ids) + len(tokenizer.encode(role, follows=follows) if role else ())
         ids += new
         supervised += [label] * len(new)
         follows = follows_next
@@ -311,4 +317,5 @@ def _tokenize_parts(
         sample_id=sample_id,
         input_ids=input_ids,
         labels=np.where(keep, input_ids, IGNORE_INDEX),
+        answer=answer,
     )
