@@ -60,6 +60,8 @@ def make(arguments: argparse.Namespace) -> Report:
         samples_per_shard=arguments.samples_per_shard,
         input_format=arguments.input_format,
     )
+    if job.note is not None:
+        print(job.note)
     with tqdm(total=job.num_unfinished, unit="record", disable=None) as progress:
         for num_records in job.make_shards(arguments.workers):
             progress.update(num_records)
@@ -69,6 +71,8 @@ def make(arguments: argparse.Namespace) -> Report:
 def index(arguments: argparse.Namespace) -> Report:
     """Index the tars that are left, then write the manifest."""
     job = TarIndexer(input_path=arguments.input, output=arguments.output)
+    if job.note is not None:
+        print(job.note)
     total, begin = job.num_unfinished_bytes, time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
         for num_bytes in job.make_indices(arguments.workers):

@@ -23,6 +23,7 @@ from megatron_croc.config.data import TemplateName
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_conversation
+from megatron_croc.data.sample.tokenizer_check import announce_tokenizer
 from megatron_croc.data.store.manifest import read_manifest
 from megatron_croc.data.store.sample_lengths import tokenizer_digest
 from megatron_croc.data.store.shard_writer import LengthsInfo, add_lengths
@@ -55,6 +56,7 @@ def index_lengths(
     """
     num_samples = read_manifest(folder).num_samples
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
+    announce_tokenizer(tokenizer, template)
     ranges = [range(b, min(b + CHUNK, num_samples)) for b in range(0, num_samples, CHUNK)]
     table = np.empty((num_samples, 2), dtype=np.int32)
     arguments = (folder, tokenizer_type, tokenizer_model, template)
@@ -82,6 +84,7 @@ def index_lengths(
         tokenizer_sha256=digest,
         tokenizer_model=Path(tokenizer_model).name,
         conversation_template=template,
+        legacy=tokenizer.legacy,
     )
     add_lengths(folder, info)
 

@@ -5,10 +5,9 @@
 
 LLaMA tokenizers put a space before a text ("dummy prefix"). With Hugging Face's `legacy` flag they
 also do so after a special token: "</s>USER" is [.., "_US", "ER"] with legacy and [.., "USER"]
-without. The released code uses both; the tokenizer_config.json of a checkpoint holds its flag.
+without. The released code uses both; legacy.py decides it from the files of a checkpoint.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron_croc.data.sample.conversation import (
     render_conversation,
     render_prompt,
 )
+from megatron_croc.data.sample.legacy import Legacy, decide_legacy
 from megatron_croc.errors import DataError
 
 Follows = Literal["start", "special", "text"]
@@ -69,6 +69,7 @@ class Tokenizer:
         decode: Callable[[list[int]], str],
         adds_prefix: bool,
         legacy: bool,
+        legacy_reason: str = "",
     ) -> None:
         """Wrap a tokenizer library.
 
@@ -80,12 +81,14 @@ class Tokenizer:
             decode: ids -> text, without special tokens.
             adds_prefix: True if `encode` puts a space before the text.
             legacy: True if it also does so after a special token.
+            legacy_reason: source of `legacy`, for messages.
         """
         self.name = name
         self.size = size
         self.special_ids = special_ids
         self.adds_prefix = adds_prefix
         self.legacy = legacy
+        self.legacy_reason = legacy_reason
         self._encode = encode
         self._decode = decode
         self._anchor_ids = encode(_ANCHOR)
@@ -129,8 +132,7 @@ def build_tokenizer(
     Args:
         tokenizer_type: SentencePieceTokenizer reads a .model file, HuggingFaceTokenizer a folder.
         tokenizer_model: path of the tokenizer.
-        legacy: overrides the flag in the tokenizer_config.json beside it (default: True, as in
-            transformers).
+        legacy: overrides the flag that the files beside it say (legacy.py).
 
     Raises:
         DataError: no such path, or not a tokenizer of that type.
@@ -142,21 +144,10 @@ def build_tokenizer(
         raise DataError(f"tokenizer_model {path} does not exist")
     build = _build_sentencepiece if tokenizer_type == "SentencePieceTokenizer" else _build_hf
     folder = path if path.is_dir() else path.parent
-    return build(path, _read_legacy(folder) if legacy is None else legacy)
+    return build(path, decide_legacy(folder) if legacy is None else Legacy(legacy, "as asked"))
 
 
-def _read_legacy(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    try:
-        flag = json.loads(config.read_text(encoding="utf-8")).get("legacy")
-    except FileNotFoundError:
-        flag = None
-    except ValueError as error:
-        raise DataError(f"{config} is not valid JSON: {error}") from error
-    return True if flag is None else bool(flag)
-
-
-def _build_sentencepiece(path: Path, legacy: bool) -> Tokenizer:
+def _build_sentencepiece(path: Path, legacy: Legacy) -> Tokenizer:
     import sentencepiece
 
     if path.is_dir():
@@ -179,11 +170,12 @@ def _build_sentencepiece(path: Path, legacy: bool) -> Tokenizer:
         encode=model.encode,
         decode=model.decode,
         adds_prefix=model.encode("a", out_type=str)[0].startswith("\u2581"),
-        legacy=legacy,
+        legacy=legacy.value,
+        legacy_reason=legacy.reason,
     )
 
 
-def _build_hf(path: Path, legacy: bool) -> Tokenizer:
+def _build_hf(path: Path, legacy: Legacy) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -212,7 +204,8 @@ def _build_hf(path: Path, legacy: bool) -> Tokenizer:
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
         adds_prefix=backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"),
-        legacy=legacy,
+        legacy=legacy.value,
+        legacy_reason=legacy.reason,
     )
 
 
