@@ -10,6 +10,7 @@ from megatron_croc.data.sample import tokenizer_check
 from megatron_croc.data.sample.legacy import decide_legacy
 from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.sample.tokenizer_check import announce_tokenizer, compare_with_transformers
+from megatron_croc.data.sample.tokenizer_training import PROMPT, train_sentencepiece
 from megatron_croc.errors import DataError
 
 PREPEND = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}]}}
@@ -65,8 +66,9 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path, golden_dir) -> Path:
-    shutil.copy(golden_dir / "tokens" / "tok.model", tmp_path / "tokenizer.model")
+def folder(tmp_path) -> Path:
+    texts = [PROMPT, "What is it? A red car.", "USER: two dogs and a quick brown fox"]
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(texts * 20, 400))
     return tmp_path
 
 
