@@ -133,6 +133,17 @@ class TruncationCount:
         """The seq_length that keeps KEPT_SHARE of the samples whole."""
         return -(-self.quantile(KEPT_SHARE) // ROUNDED_TO) * ROUNDED_TO
 
+    def as_tree(self) -> dict[str, float]:
+        """Return the counts for a JSON file."""
+        return {
+            "seq_length": self.seq_length,
+            "num_samples": self.num_samples,
+            "num_cut": self.num_cut,
+            "num_without_answer": self.num_without_answer,
+            "num_images_split": self.num_images_split,
+            "share_of_labels_lost": round(self.share_lost, 6),
+        }
+
     def describe(self) -> str:
         """Say in one line what is lost, and the seq_length that would keep it."""
         parts = [

@@ -25,6 +25,7 @@ from megatron_croc.data.prepare.inputs import FORMATS
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
 from megatron_croc.data.prepare.tar_index import TarIndexer
+from megatron_croc.errors import ConfigError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,6 +86,10 @@ def index(arguments: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is asked and say what became of the input."""
     arguments = parse_arguments(argv)
+    if arguments.tokenizer_model is None and (arguments.recipe or arguments.seq_length):
+        raise ConfigError(
+            "--recipe and --seq-length ask what a cut would remove: give --tokenizer-model too"
+        )
     report = index(arguments) if arguments.index else make(arguments)
     for line in report.lines():
         print(line)
