@@ -1,7 +1,7 @@
 """Facts about single samples, as training will read them.
 
-    sample --read, tokenise, header of each image--> Facts
-           --BatchBuilder (decode, cut)------------> its fault, if training cannot use it
+sample --read, tokenise, header of each image--> Facts
+       --BatchBuilder (decode, cut)------------> its fault, if training cannot use it
 """
 
 import hashlib
@@ -118,9 +118,7 @@ def open_builder(run: RunConfig) -> BatchBuilder:
     )
 
 
-def _facts_of(
-    run: RunConfig, dataset: ShardedDataset, tokenizer: Tokenizer, number: int
-) -> Facts:
+def _facts_of(run: RunConfig, dataset: ShardedDataset, tokenizer: Tokenizer, number: int) -> Facts:
     try:
         raw = dataset.read(number)
     except BadSampleError as error:

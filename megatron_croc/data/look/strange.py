@@ -35,6 +35,11 @@ def _largest_aspect(facts: Facts) -> float | None:
     return max((abs(math.log(image.aspect)) for image in facts.images), default=None)
 
 
+def _most_extreme(facts: Facts) -> str:
+    image = max(facts.images, key=lambda i: abs(math.log(i.aspect)))
+    return f"{image.width} x {image.height}"
+
+
 def _smallest_side(facts: Facts) -> float | None:
     sides = [min(image.width, image.height) for image in facts.images]
     return math.log(min(sides)) if sides else None
@@ -65,7 +70,7 @@ FEATURES: dict[str, tuple[Feature, Callable[[Facts], str]]] = {
     "turns": (lambda f: float(f.num_turns), lambda f: f"{f.num_turns} messages"),
     "aspect": (
         _largest_aspect,
-        lambda f: "image of " + max((f"{i.width} x {i.height}" for i in f.images), key=len),
+        lambda f: f"image of {_most_extreme(f)} pixels",
     ),
     "image size": (
         _smallest_side,

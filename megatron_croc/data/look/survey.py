@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,7 @@ def make_survey(
         "short_sides": _classes([min(i.width, i.height) for i in images], SIDES),
         "image_formats": dict(Counter(image.format for image in images).most_common()),
         "scripts": dict(Counter(facts.script for facts in found).most_common()),
-        "equal_images": _repeats(
-            (image.digest, f.sample_id) for f in found for image in f.images
-        ),
+        "equal_images": _repeats((image.digest, f.sample_id) for f in found for image in f.images),
         "equal_texts": _repeats((f.text_digest, f.sample_id) for f in found if f.text_digest),
         "bad": dict(faults.most_common()),
         "bad_examples": [
@@ -131,7 +130,7 @@ def _classes(values: Sequence[float], bounds: Sequence[float]) -> dict[str, int]
     if not values:
         return {}
     names = [f"< {bounds[0]:g}"]
-    names += [f"{a:g} - {b:g}" for a, b in zip(bounds, bounds[1:], strict=False)]
+    names += [f"{a:g} - {b:g}" for a, b in pairwise(bounds)]
     names += [f">= {bounds[-1]:g}"]
     counts = np.bincount(np.digitize(values, bounds), minlength=len(names))
     inside = np.flatnonzero(counts)
