@@ -26,7 +26,7 @@ section { background: #fff; border: 1px solid #e3e6eb; border-radius: 10px; padd
 .tile span { color: #5b6270; font-size: 13px }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 18px }
 .columns section { margin-top: 0 }
-.row { display: grid; grid-template-columns: 7.5em 1fr 6.5em; align-items: center; font-size: 13px;
+.row { display: grid; grid-template-columns: 7.5em 1fr 8.5em; align-items: center; font-size: 13px;
   font-variant-numeric: tabular-nums }
 .row i { display: block; height: 11px; border-radius: 3px; background: #2f6db5; min-width: 1px }
 .row span:last-child { text-align: right; color: #5b6270 }

@@ -88,12 +88,16 @@ FEATURES: dict[str, tuple[Feature, Callable[[Facts], str]]] = {
 """Name -> value of a sample (None: it has none), and the words for it."""
 
 
+UPWARDS = ("aspect",)
+"""Features in which only large values are strange: a square image is not."""
+
+
 def choose_strangest(found: Sequence[Facts], number: int) -> list[Strange]:
     """Choose the strangest samples, the strangest first."""
     scores: list[dict[str, float]] = [{} for _ in found]
     for name, (feature, _) in FEATURES.items():
         values = [feature(facts) for facts in found]
-        for place, z in _robust_z(values).items():
+        for place, z in _robust_z(values, upwards=name in UPWARDS).items():
             scores[place][name] = z
     common = Counter(facts.script for facts in found if facts.extent).most_common(1)
     for facts, score in zip(found, scores, strict=True):
@@ -105,6 +109,7 @@ def choose_strangest(found: Sequence[Facts], number: int) -> list[Strange]:
     ranked = sorted(
         ((max(score.values(), default=0.0), -n) for n, score in enumerate(scores)), reverse=True
     )
+    medians = _medians(found)
     used: Counter[str] = Counter()
     chosen: list[Strange] = []
     for z, negative in ranked:
@@ -116,27 +121,44 @@ def choose_strangest(found: Sequence[Facts], number: int) -> list[Strange]:
             continue
         used[first] += 1
         named = [n for n in sorted(score, key=lambda n: -score[n]) if score[n] >= NOTICEABLE]
-        chosen.append(Strange(facts=facts, reasons=[_words(facts, n) for n in named or [first]]))
+        chosen.append(
+            Strange(facts=facts, reasons=[_words(facts, n, medians) for n in named or [first]])
+        )
     return chosen
 
 
-def _words(facts: Facts, name: str) -> str:
+def _medians(found: Sequence[Facts]) -> dict[str, int]:
+    """Return the medians that are named beside a strange value."""
+    extents = [facts.extent for facts in found if facts.extent is not None]
+    if not extents:
+        return {}
+    return {
+        "length": int(np.median([extent.length for extent in extents])),
+        "labels": int(np.median([len(extent.labels) for extent in extents])),
+    }
+
+
+def _words(facts: Facts, name: str, medians: dict[str, int]) -> str:
     if name == "fault":
         assert facts.fault is not None
         return f"bad ({facts.fault.kind})"
     if name == "script":
         return f"script {facts.script}"
-    return FEATURES[name][1](facts)
+    beside = f" (median {medians[name]})" if name in medians else ""
+    return FEATURES[name][1](facts) + beside
 
 
-def _robust_z(values: Sequence[float | None]) -> dict[int, float]:
+def _robust_z(values: Sequence[float | None], *, upwards: bool) -> dict[int, float]:
     """Return the distance from the median in units of the spread, by place."""
     places = [place for place, value in enumerate(values) if value is not None]
     known = np.array([values[place] for place in places], dtype=float)
     if not len(known):
         return {}
-    distance = np.abs(known - np.median(known))
+    above = known - np.median(known)
+    distance = np.abs(above)
     spread = 1.4826 * np.median(distance) or distance.std()  # most values equal: the plain spread
+    if upwards:
+        distance = np.maximum(above, 0)
     if not spread:
         return {}
     return dict(zip(places, np.minimum(distance / spread, MAX_Z).tolist(), strict=True))
