@@ -193,9 +193,9 @@ class StepTotals:
         self.run, self.pg = run, pg_collection
         self.num_microbatches = 0
         self.last_started = -1
-        self.work = Work(num_tokens=0, num_pairs=0, num_images=0)
+        self.work = Work(num_tokens=0, num_pairs=0, num_labels=0, num_images=0)
         self.num_samples = 0
-        self.num_cut_samples = self.num_labels = self.num_labels_lost = 0
+        self.num_cut_samples = self.num_labels_lost = 0
         self.losses: list[dict[str, Tensor]] = []
         self.distance_sum: Tensor | None = None
         self.num_replaced = 0
@@ -213,17 +213,12 @@ class StepTotals:
         self.num_microbatches += 1
         self.num_samples += len(batch.sample_ids)
         self.num_cut_samples += len(batch.cuts)
-        self.num_labels += batch.num_label_tokens
         self.num_labels_lost += sum(cut.num_labels_lost for cut in batch.cuts)
-        more = Work.from_lengths(
+        self.work += Work.from_lengths(
             batch.mixed_mask.cu_seqlens.diff().tolist(),
+            num_labels=batch.num_label_tokens,
             num_images=batch.num_images,
             span_lengths=batch.mixed_mask.spans.diff(dim=1).flatten().tolist(),
-        )
-        self.work = Work(
-            num_tokens=self.work.num_tokens + more.num_tokens,
-            num_pairs=self.work.num_pairs + more.num_pairs,
-            num_images=self.work.num_images + more.num_images,
         )
 
     def start_micro_batch(self) -> int:
@@ -308,7 +303,8 @@ class StepTotals:
             sums.num_images = self.work.num_images
             sums.num_samples = self.num_samples
             sums.num_cut_samples = self.num_cut_samples
-            sums.num_labels, sums.num_labels_lost = self.num_labels, self.num_labels_lost
+            sums.num_labels = self.work.num_labels
+            sums.num_labels_lost = self.num_labels_lost
             sums.flops = sum(count_flops(self.run, self.work).values())
         sums.num_replaced = self.num_replaced
         sums.matching_seconds = self.matching_seconds
@@ -320,6 +316,6 @@ class StepTotals:
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:
-    trained = trained_parts(run)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     rates = {part_of_group(group): float(group["lr"]) for group in param_groups}
     return {part: rate for part, rate in rates.items() if part in trained}
