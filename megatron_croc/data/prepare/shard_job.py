@@ -1,6 +1,6 @@
 """Job that makes shards in parallel, each once; shared by preprocessing and indexing.
 
-    task of shard s --worker--> shard s --> made_from/shard-s.json   (it is finished)
+    task of shard s --worker--> shard s --> made_from/shard-s.made   (it is finished)
     all finished --> report.json, skipped.jsonl, manifest.json
 
 A shard depends on its own task only: any number of workers gives equal bytes, and a second run
