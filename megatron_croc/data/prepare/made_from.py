@@ -26,7 +26,7 @@ from megatron_croc.errors import DataError
 
 FOLDER = "made_from"
 _JOB = "job.made"
-"""The files end in .made: in a folder that is given as an input, .json would be taken for records."""
+"""The files end in .made: in a folder given as an input, .json would be taken for records."""
 
 STAT_THREADS = 16
 """Threads that look up files; a network file system answers many at a time."""
