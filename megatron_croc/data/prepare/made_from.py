@@ -195,7 +195,7 @@ def find_stale(
     if before.get("rules") != now.rules:
         change = f"version {before.get('rules')} of the rules made them, this is {now.rules}"
         return dict.fromkeys(shards, change)
-    if before.get("options") != now.options:
+    if before.get("options") != json.loads(json.dumps(now.options)):  # as stored: tuples are lists
         change = f"the options were {before.get('options')}, now {now.options}"
         return dict.fromkeys(shards, change)
     is_changed = before["identity"].get(now.digest_key) != now.identity[now.digest_key]

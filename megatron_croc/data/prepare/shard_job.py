@@ -149,7 +149,9 @@ class ShardJob:
             except ValueError as error:
                 raise DataError(f"{path} is damaged: remove the folder and begin again") from error
         same_paths = before is not None and before.get("inputs") == self._made_from.inputs
-        for key, value in self._made_from.identity.items() if begun is not None else ():
+        if begun is None:
+            return
+        for key, value in self._made_from.identity.items():
             if begun.get(key) != value and not (same_paths and key == self._made_from.digest_key):
                 raise DataError(
                     f"{self.output} was begun with another input ({key} {begun.get(key)}, now "
