@@ -25,7 +25,7 @@ def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Options of a parser and of its subcommands."""
     for action in parser._actions:
         yield from action.option_strings
-        if isinstance(action.choices, dict):
-            subcommands = cast(dict[str, argparse.ArgumentParser], action.choices)
-            for subcommand in subcommands.values():
+        choices: object = action.choices
+        if isinstance(choices, dict):
+            for subcommand in cast(dict[str, argparse.ArgumentParser], choices).values():
                 yield from _option_names(subcommand)

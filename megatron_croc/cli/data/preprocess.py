@@ -27,7 +27,7 @@ from megatron_croc.data.prepare.inputs import FORMATS
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
 from megatron_croc.data.prepare.tar_index import TarIndexer
-from megatron_croc.errors import DataError
+from megatron_croc.errors import ConfigError, DataError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,6 +63,8 @@ def make(arguments: argparse.Namespace) -> Report:
         samples_per_shard=arguments.samples_per_shard,
         input_format=arguments.input_format,
     )
+    if job.note is not None:
+        print(job.note)
     with tqdm(total=job.num_unfinished, unit="record", disable=None) as progress:
         for num_records in job.make_shards(arguments.workers):
             progress.update(num_records)
@@ -72,6 +74,8 @@ def make(arguments: argparse.Namespace) -> Report:
 def index(arguments: argparse.Namespace) -> Report:
     """Index the tars that are left, then write the manifest."""
     job = TarIndexer(input_path=arguments.input, output=arguments.output)
+    if job.note is not None:
+        print(job.note)
     total, begin = job.num_unfinished_bytes, time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
         for num_bytes in job.make_indices(arguments.workers):
@@ -84,6 +88,10 @@ def index(arguments: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is asked and say what became of the input."""
     arguments = parse_arguments(argv)
+    if arguments.tokenizer_model is None and (arguments.recipe or arguments.seq_length):
+        raise ConfigError(
+            "--recipe and --seq-length ask what a cut would remove: give --tokenizer-model too"
+        )
     if (reason := why_unwritable(arguments.output)) is not None:
         raise DataError(
             f"--output {arguments.output}: cannot be written ({reason}); name another folder"

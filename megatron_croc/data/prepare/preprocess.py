@@ -7,17 +7,29 @@ shard_job.py holds the part shared with indexing, inputs/ the readers of each in
 """
 
 import errno
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.inputs import InputFormat, InputRecord, InputSlice, open_input
+from megatron_croc.data.prepare.made_from import (
+    MadeFrom,
+    SourceFiles,
+    absolute,
+    digest_records,
+    update_digest,
+)
 from megatron_croc.data.prepare.shard_job import Report, ShardJob, ShardResult, Skipped
 from megatron_croc.data.sample.conversation import check_conversation, is_unicode
 from megatron_croc.data.sample.image_transform import ImageError, read_header
 from megatron_croc.data.store.records import conversation_of
 from megatron_croc.data.store.shard_writer import ShardWriter
 from megatron_croc.errors import DataError, first_line
+
+RULES = 1
+"""Version of the rules by which a record becomes a sample. Raise it when they change: shards that
+were made by other rules are then made again."""
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """Extension of an image's member by its format; the name of its file may be wrong."""
@@ -58,9 +70,26 @@ class Preprocessor:
         self._samples_per_shard = samples_per_shard
         self._job = ShardJob(
             output,
-            {"input_sha256": self._input.digest, "samples_per_shard": samples_per_shard},
+            MadeFrom(
+                identity={
+                    "input_sha256": self._input.digest,
+                    "samples_per_shard": samples_per_shard,
+                },
+                digest_key="input_sha256",
+                inputs=absolute(paths),
+                rules=RULES,
+                options={},
+                image_folder=None if image_folder is None else str(image_folder.absolute()),
+            ),
             num_shards=-(-self._input.num_records // samples_per_shard),
+            records_of=lambda shard: digest_records(self._slice_of(shard).read()),
+            owns_tars=True,
         )
+
+    @property
+    def note(self) -> str | None:
+        """One line on shards of an earlier run that are made again; None: there are none."""
+        return self._job.note
 
     @property
     def num_unfinished(self) -> int:
@@ -81,8 +110,11 @@ class Preprocessor:
         return range(begin, min(begin + self._samples_per_shard, self._input.num_records))
 
     def _task_of(self, shard: int) -> tuple[Path | None, InputSlice]:
+        return self._image_folder, self._slice_of(shard)
+
+    def _slice_of(self, shard: int) -> InputSlice:
         records = self._records_of(shard)
-        return self._image_folder, self._input.slice(records.start, records.stop)
+        return self._input.slice(records.start, records.stop)
 
 
 def _make_shard(
@@ -90,12 +122,13 @@ def _make_shard(
 ) -> ShardResult:
     """Make one shard; runs in a worker process."""
     skipped: list[Skipped] = []
-    num_records = 0
+    num_records, digest, files = 0, hashlib.sha256(), SourceFiles()
     with ShardWriter(output, shard) as writer:
         for found in records.read():
             num_records += 1
+            update_digest(digest, found)
             try:
-                stored, images = _read_record(found, image_folder)
+                stored, images = _read_record(found, image_folder, files)
             except BadSampleError as error:
                 skipped.append(
                     Skipped(
@@ -108,11 +141,17 @@ def _make_shard(
                 continue
             writer.add({"source_index": found.number, **stored}, images)
     assert writer.info is not None
-    return ShardResult(info=writer.info, num_records=num_records, skipped=skipped)
+    return ShardResult(
+        info=writer.info,
+        num_records=num_records,
+        skipped=skipped,
+        records_sha256=digest.hexdigest(),
+        files=files.states,
+    )
 
 
 def _read_record(
-    found: InputRecord, image_folder: Path | None
+    found: InputRecord, image_folder: Path | None, files: SourceFiles
 ) -> tuple[dict, list[tuple[str, bytes]]]:
     """Check one record and read its images."""
     if found.fault is not None:
@@ -128,7 +167,7 @@ def _read_record(
     check_conversation(messages, num_images=len(images), sample_id=name)
     assert isinstance(messages, list)
     kept = [{"from": message["from"], "value": message["value"]} for message in messages]
-    encoded = [_read_image(image_folder, entry, name) for entry in images]
+    encoded = [_read_image(image_folder, entry, name, files) for entry in images]
     return {"id": _plain_id(record.get("id")), "conversations": kept}, encoded
 
 
@@ -139,10 +178,12 @@ def _plain_id(value: object) -> str | int | None:
     return value if isinstance(value, int) else None
 
 
-def _read_image(image_folder: Path | None, image: str | bytes, name: str) -> tuple[str, bytes]:
+def _read_image(
+    image_folder: Path | None, image: str | bytes, name: str, files: SourceFiles
+) -> tuple[str, bytes]:
     """Return (extension, bytes) of an image, from the record or from the image folder."""
     label = "image" if isinstance(image, bytes) else f"image {image}"
-    data = image if isinstance(image, bytes) else _read_named(image_folder, image, name)
+    data = image if isinstance(image, bytes) else _read_named(image_folder, image, name, files)
     try:
         header = read_header(data)
     except ImageError as error:
@@ -150,7 +191,7 @@ def _read_image(image_folder: Path | None, image: str | bytes, name: str) -> tup
     return EXTENSIONS.get(header.format, header.format.lower()), data
 
 
-def _read_named(image_folder: Path | None, image: str, name: str) -> bytes:
+def _read_named(image_folder: Path | None, image: str, name: str, files: SourceFiles) -> bytes:
     if image_folder is None:
         raise BadSampleError(
             name, "missing_image", f"image {image} is a name: say --image-folder to look it up"
@@ -159,7 +200,7 @@ def _read_named(image_folder: Path | None, image: str, name: str) -> bytes:
     if place.is_absolute() or ".." in place.parts:
         raise BadSampleError(name, "missing_image", f"image {image} lies outside the image folder")
     try:
-        return (image_folder / place).read_bytes()
+        return files.read(image_folder / place)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise BadSampleError(
             name, "missing_image", f"image {image} is not in the image folder"

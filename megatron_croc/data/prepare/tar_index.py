@@ -13,6 +13,8 @@ from pathlib import Path
 
 from megatron_croc.data.prepare.inputs.choose import expand_folders
 from megatron_croc.data.prepare.inputs.tars import with_damage
+from megatron_croc.data.prepare.made_from import MadeFrom, SourceFiles, absolute
+from megatron_croc.data.prepare.preprocess import RULES
 from megatron_croc.data.prepare.shard_job import Report, ShardJob, ShardResult, Skipped
 from megatron_croc.data.prepare.tar_scan import place_of_text, scan_tar
 from megatron_croc.data.store.shard_writer import ShardInfo, sha256_of, shard_name, write_index
@@ -38,7 +40,24 @@ class TarIndexer:
         """Size of each tar in bytes."""
         names = "\n".join(f"{n} {tar}" for tar, n in zip(self._tars, self.sizes, strict=True))
         digest = hashlib.sha256(names.encode()).hexdigest()
-        self._job = ShardJob(output, {"indexed_tars_sha256": digest}, num_shards=len(self._tars))
+        self._job = ShardJob(
+            output,
+            MadeFrom(
+                identity={"indexed_tars_sha256": digest},
+                digest_key="indexed_tars_sha256",
+                inputs=absolute(input_path),
+                rules=RULES,
+                options={},
+            ),
+            num_shards=len(self._tars),
+            records_of=lambda shard: _digest_of(self._tars[shard]),
+            owns_tars=False,
+        )
+
+    @property
+    def note(self) -> str | None:
+        """One line on tars indexed earlier that are indexed again; None: there are none."""
+        return self._job.note
 
     @property
     def num_unfinished_bytes(self) -> int:
@@ -57,6 +76,9 @@ class TarIndexer:
 
 def index_tar(output: Path, shard: int, tar: str) -> ShardResult:
     """Write one tar's index; runs in a worker process."""
+    files = SourceFiles()
+    if not is_remote(tar):
+        files.note(output / tar)
     scan = scan_tar(_open(output, tar))
     text_format = scan.text_format
     rows: list[tuple[int, int, int]] = []
@@ -89,7 +111,18 @@ def index_tar(output: Path, shard: int, tar: str) -> ShardResult:
         idx_bytes=index_path.stat().st_size,
         idx_sha256=sha256_of(index_path),
     )
-    return ShardResult(info=info, num_records=len(samples), skipped=skipped)
+    return ShardResult(
+        info=info,
+        num_records=len(samples),
+        skipped=skipped,
+        records_sha256=_digest_of(tar),
+        files=files.states,
+    )
+
+
+def _digest_of(tar: str) -> str:
+    """Compute the digest of a tar's place; its content is compared by size and time."""
+    return hashlib.sha256(tar.encode()).hexdigest()
 
 
 def _location(path: str, output: Path) -> str:
