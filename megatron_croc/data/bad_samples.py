@@ -25,6 +25,7 @@ BadKind = Literal[
     "duplicate_key",
     "unsafe_member",
     "damaged_tar",
+    "dotted_key",
 ]
 
 MIN_SAMPLES_TO_JUDGE = 100

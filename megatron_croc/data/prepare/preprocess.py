@@ -7,20 +7,34 @@ shard_job.py holds the part shared with indexing, inputs/ the readers of each in
 """
 
 import errno
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.inputs import InputFormat, InputRecord, InputSlice, open_input
-from megatron_croc.data.prepare.shard_job import Report, ShardJob, ShardResult, Skipped
-from megatron_croc.data.sample.conversation import check_conversation, is_unicode
-from megatron_croc.data.sample.image_transform import ImageError, read_header
-from megatron_croc.data.store.records import conversation_of
+from megatron_croc.data.prepare.shard_job import (
+    Notes,
+    Report,
+    ShardJob,
+    ShardResult,
+    Skipped,
+    add_notes,
+)
+from megatron_croc.data.records.fields import IMAGE_SUFFIXES, FieldRules, suffix_of
+from megatron_croc.data.records.reading import NO_RULES, read_record
+from megatron_croc.data.sample.conversation import is_unicode
+from megatron_croc.data.sample.image_transform import ImageError, check_shape, read_header
 from megatron_croc.data.store.shard_writer import ShardWriter
 from megatron_croc.errors import DataError, first_line
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """Extension of an image's member by its format; the name of its file may be wrong."""
+
+_COMMON_SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "JPG", "JPEG", "PNG")
+_LFS_POINTER = b"version https://git"
 
 
 class Preprocessor:
@@ -34,6 +48,9 @@ class Preprocessor:
         output: Path,
         samples_per_shard: int,
         input_format: InputFormat | None = None,
+        split: Sequence[str] = (),
+        rules: FieldRules = NO_RULES,
+        image_aspect_ratio: Literal["pad", "square"] = "pad",
     ) -> None:
         """Open the input and look for shards of an earlier, interrupted job.
 
@@ -43,6 +60,9 @@ class Preprocessor:
             output: dataset folder; created if missing.
             samples_per_shard: records of each shard.
             input_format: None: given by the suffix.
+            split: splits to take; empty: train.
+            rules: fields that are renamed or ignored.
+            image_aspect_ratio: setting of training, which refuses images that are too long for it.
 
         Raises:
             DataError: the input is unusable, the image folder is missing, or the output was started
@@ -52,13 +72,21 @@ class Preprocessor:
             raise DataError(f"samples_per_shard = {samples_per_shard} must be at least 1")
         if image_folder is not None and not image_folder.is_dir():
             raise DataError(f"image folder {image_folder} does not exist")
+        refuse_remote_output(output)
         paths = [input_path] if isinstance(input_path, str | Path) else list(input_path)
-        self._input = open_input(paths, input_format)
+        self._input = open_input(paths, input_format, split=split)
         self._image_folder = image_folder
+        self._options = ReadOptions(
+            image_folder=image_folder, rules=rules, image_aspect_ratio=image_aspect_ratio
+        )
         self._samples_per_shard = samples_per_shard
         self._job = ShardJob(
             output,
-            {"input_sha256": self._input.digest, "samples_per_shard": samples_per_shard},
+            {
+                "input_sha256": self._input.digest,
+                "samples_per_shard": samples_per_shard,
+                **({"fields": rules.as_json} if rules.as_json else {}),
+            },
             num_shards=-(-self._input.num_records // samples_per_shard),
         )
 
@@ -73,29 +101,65 @@ class Preprocessor:
             yield result.num_records
 
     def finish(self) -> Report:
-        """Write report and manifest once all shards are made (ShardJob.finish)."""
-        return self._job.finish()
+        """Write report and manifest once all shards are made (ShardJob.finish).
+
+        Raises:
+            DataError: also if an image folder was given and no record has an image.
+        """
+        notes: Notes = {note.text: [0, note.example] for note in self._input.notes}
+        return self._job.finish(notes, self._check_images)
+
+    def _check_images(self, report: Report) -> None:
+        if self._image_folder is None or report.num_images:
+            return
+        first = f"; the first record left out: {report.skipped[0].reason}" if report.skipped else ""
+        raise DataError(
+            f"--image-folder {self._image_folder} was given and none of {report.num_records} "
+            f"records has an image that can be read{first}; name the field of the images with "
+            "--rename FIELD=image, or leave --image-folder out"
+        )
 
     def _records_of(self, shard: int) -> range:
         begin = shard * self._samples_per_shard
         return range(begin, min(begin + self._samples_per_shard, self._input.num_records))
 
-    def _task_of(self, shard: int) -> tuple[Path | None, InputSlice]:
+    def _task_of(self, shard: int) -> tuple["ReadOptions", InputSlice]:
         records = self._records_of(shard)
-        return self._image_folder, self._input.slice(records.start, records.stop)
+        return self._options, self._input.slice(records.start, records.stop)
 
 
-def _make_shard(
-    output: Path, shard: int, image_folder: Path | None, records: InputSlice
-) -> ShardResult:
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Settings by which records are read."""
+
+    image_folder: Path | None
+    rules: FieldRules
+    image_aspect_ratio: Literal["pad", "square"]
+
+
+def refuse_remote_output(output: Path) -> None:
+    """Refuse an s3:// location, which Path has shortened to s3:/.
+
+    Raises:
+        DataError: says the way out.
+    """
+    if str(output).startswith("s3:/"):
+        raise DataError(
+            "--output is an object store: shards are written to a local disk; copy the finished "
+            "folder there (aws s3 sync), training reads s3://bucket/prefix"
+        )
+
+
+def _make_shard(output: Path, shard: int, options: ReadOptions, records: InputSlice) -> ShardResult:
     """Make one shard; runs in a worker process."""
     skipped: list[Skipped] = []
+    notes: Notes = {}
     num_records = 0
     with ShardWriter(output, shard) as writer:
         for found in records.read():
             num_records += 1
             try:
-                stored, images = _read_record(found, image_folder)
+                stored, images, decided = _read_record(found, options)
             except BadSampleError as error:
                 skipped.append(
                     Skipped(
@@ -107,29 +171,46 @@ def _make_shard(
                 )
                 continue
             writer.add({"source_index": found.number, **stored}, images)
+            add_notes(notes, {text: [1, example] for text, example in decided.items()})
     assert writer.info is not None
-    return ShardResult(info=writer.info, num_records=num_records, skipped=skipped)
+    return ShardResult(info=writer.info, num_records=num_records, skipped=skipped, notes=notes)
 
 
 def _read_record(
-    found: InputRecord, image_folder: Path | None
-) -> tuple[dict, list[tuple[str, bytes]]]:
-    """Check one record and read its images."""
+    found: InputRecord, options: ReadOptions
+) -> tuple[dict, list[tuple[str, bytes]], dict[str, str]]:
+    """Check one record and read its images; also return the decisions for the report."""
     if found.fault is not None:
         raise found.fault
     record, name = found.record, f"record {found.number}"
     if not isinstance(record, dict):
         raise BadSampleError(name, "record", f"must be a JSON object, got {record!r:.60}")
-    image = record.get("image") or []
-    images = image if isinstance(image, list) else [image]
-    if not all(isinstance(entry, str | bytes) for entry in images):
-        raise BadSampleError(name, "record", f'"image" must be a name or names, got {image!r:.60}')
-    messages = conversation_of(record, len(images), name)
-    check_conversation(messages, num_images=len(images), sample_id=name)
-    assert isinstance(messages, list)
-    kept = [{"from": message["from"], "value": message["value"]} for message in messages]
-    encoded = [_read_image(image_folder, entry, name) for entry in images]
-    return {"id": _plain_id(record.get("id")), "conversations": kept}, encoded
+    ignored = options.rules.ignore
+    members = [one for one in found.members if not _is_ignored_member(one[0], ignored)]
+    reading = read_record(
+        record,
+        name,
+        members=[member for member, _ in members],
+        other_members=[m for m in found.other_members if not _is_ignored_member(m, ignored)],
+        rules=options.rules,
+    )
+    notes = dict(reading.notes)
+    folder = options.image_folder or found.folder
+    encoded = [
+        _read_image(
+            name,
+            members[image] if isinstance(image, int) else image,
+            folder,
+            options.image_aspect_ratio,
+            notes,
+        )
+        for image in reading.images
+    ]
+    return {"id": _plain_id(record.get("id")), "conversations": reading.messages}, encoded, notes
+
+
+def _is_ignored_member(member: str, ignored: frozenset[str]) -> bool:
+    return PurePosixPath(member).name.partition(".")[2].lower() in ignored
 
 
 def _plain_id(value: object) -> str | int | None:
@@ -139,34 +220,72 @@ def _plain_id(value: object) -> str | int | None:
     return value if isinstance(value, int) else None
 
 
-def _read_image(image_folder: Path | None, image: str | bytes, name: str) -> tuple[str, bytes]:
+def _read_image(
+    name: str,
+    image: str | bytes | tuple[str, bytes],
+    image_folder: Path | None,
+    image_aspect_ratio: Literal["pad", "square"],
+    notes: dict[str, str],
+) -> tuple[str, bytes]:
     """Return (extension, bytes) of an image, from the record or from the image folder."""
-    label = "image" if isinstance(image, bytes) else f"image {image}"
-    data = image if isinstance(image, bytes) else _read_named(image_folder, image, name)
+    label, data = "image", image
+    if isinstance(image, str):
+        label, data = f"image {image}", _read_named(image_folder, image, name, notes)
+    elif isinstance(image, tuple):
+        label, data = f"image {image[0]}", image[1]
+    assert isinstance(data, bytes)
     try:
         header = read_header(data)
+        check_shape(header.width, header.height, image_aspect_ratio)
     except ImageError as error:
-        raise BadSampleError(name, "image", f"{label}: {error}") from error
+        cause = "a pointer of Git LFS: run git lfs pull" if data[:19] == _LFS_POINTER else error
+        raise BadSampleError(name, "image", f"{label}: {cause}") from error
     return EXTENSIONS.get(header.format, header.format.lower()), data
 
 
-def _read_named(image_folder: Path | None, image: str, name: str) -> bytes:
+def _read_named(image_folder: Path | None, image: str, name: str, notes: dict[str, str]) -> bytes:
+    if re.match(r"[a-z0-9]+://", image):
+        raise BadSampleError(
+            name,
+            "missing_image",
+            f"image {image:.120} is an address and not fetched: download it and name the file",
+        )
     if image_folder is None:
         raise BadSampleError(
-            name, "missing_image", f"image {image} is a name: say --image-folder to look it up"
+            name, "missing_image", f"image {image:.120} is a name: say --image-folder to look it up"
         )
     place = PurePosixPath(image)
+    if place.is_absolute() and place.is_relative_to(image_folder.absolute()):
+        place = place.relative_to(image_folder.absolute())
     if place.is_absolute() or ".." in place.parts:
-        raise BadSampleError(name, "missing_image", f"image {image} lies outside the image folder")
+        raise BadSampleError(
+            name, "missing_image", f"image {image:.120} lies outside the image folder"
+        )
     try:
         return (image_folder / place).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        if (other := _other_suffix(image_folder / place)) is not None:
+            note = "file found under another suffix than its record says"
+            notes.setdefault(note, f"{image} is {other.name}")
+            return other.read_bytes()
         raise BadSampleError(
-            name, "missing_image", f"image {image} is not in the image folder"
+            name, "missing_image", f"image {image:.120} is not in the image folder"
         ) from error
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            reason = f"image {image:.120} is a link that leads in a circle"
+            raise BadSampleError(name, "missing_image", reason) from error
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise DataError(f"image {image}: {first_line(error)}; run the command again") from error
         raise BadSampleError(
             name, "missing_image", f"image {image!r:.60} cannot be a file name"
         ) from error
+
+
+def _other_suffix(path: Path) -> Path | None:
+    """Return the one image of this name with another suffix: OCR-VQA's GIFs are listed as .jpg."""
+    if suffix_of(path.name) not in IMAGE_SUFFIXES:
+        return None
+    others = (path.with_suffix(f".{suffix}") for suffix in _COMMON_SUFFIXES)
+    there = [other for other in others if other != path and other.is_file()]
+    return there[0] if len(there) == 1 else None
