@@ -15,7 +15,7 @@ from megatron_croc.data.sample.conversation import IMAGE_MARK
 _NUMBERED = re.compile(r"<\|?image[ _-]?(\d{1,3})\|?>", re.IGNORECASE)
 _NAMED = re.compile(r"<img>([^<>\n]+)</img>", re.IGNORECASE)
 _PLAIN = re.compile(
-    r"<\|image\|>|<\|image_pad\|>|<image_?(?:here|placeholder|soft_token|pad|token)>|\[IMG\]"
+    r"<\|image\|>|<\|image_pad\|>|(?i:<image_?(?:here|placeholder|soft_token|pad|token)>)|\[IMG\]"
     r"|<img></img>|<(?:Image|IMAGE)>"
 )
 _VIDEO = re.compile(r"^\s*<video>|<video>\s*$|<\|video_pad\|>")

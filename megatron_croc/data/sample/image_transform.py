@@ -27,6 +27,9 @@ MAX_IMAGE_PIXELS = 89_478_485
 LARGEST_IMG_SIZE = 384
 """Largest img_size of the recipes, pixels; preprocessing does not know that of the run."""
 
+_PNG_BITS_AT = 24
+"""Byte of a PNG that says the bits of a level."""
+
 FORMATS_OF_16_BITS = frozenset({"PNG", "PPM", "JPEG2000"})
 """Formats whose mode I holds 16-bit levels (in a TIFF it holds 32-bit ones)."""
 
@@ -50,6 +53,9 @@ class ImageHeader:
 
     height: int
     """Pixels."""
+
+    bits: int = 8
+    """Bits of a level in a PNG, whose mode may be RGB with 16; else 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,11 @@ def read_header(encoded: bytes) -> ImageHeader:
             "range: save it with 8 or 16 bits"
         )
     return ImageHeader(
-        format=image.format or "", mode=image.mode, width=image.width, height=image.height
+        format=image.format or "",
+        mode=image.mode,
+        width=image.width,
+        height=image.height,
+        bits=encoded[_PNG_BITS_AT] if image.format == "PNG" else 8,
     )
 
 
