@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from megatron_croc.data.bad_samples import BadKind
 from megatron_croc.data.prepare.tar_stream import TarDamage, TarMember, TarStream, tar_members
-from megatron_croc.data.records.fields import IMAGE_SUFFIXES, is_image_bytes
+from megatron_croc.data.records.fields import IMAGE_SUFFIXES, is_image_bytes, suffix_of
 from megatron_croc.data.store.storage import Storage
 
 MAX_TEXT_BYTES = 64 << 20
@@ -21,6 +21,8 @@ MAX_TEXT_BYTES = 64 << 20
 
 _HEAD_BYTES = 32
 _TEXTS = ("json", "txt")
+_ABOUT = frozenset(("readme", "license", "licence", "notice", "copying", "changelog"))
+_PLAIN_SUFFIXES = frozenset(("md", "rst", "yaml", "yml", "toml", "cfg", "ini", "log", "sh", "py"))
 
 Place = tuple[int, int]
 """(offset, length) of a member's bytes."""
@@ -109,12 +111,12 @@ def _add(
     stem, _, suffix = path.name.partition(".")
     suffix = suffix.lower()
     last = suffix.rpartition(".")[2]
-    is_image = last in IMAGE_SUFFIXES
+    is_image = last in IMAGE_SUFFIXES and stem != ""  # a hidden 0.jpg of macOS is no image
     if not is_image and last not in _TEXTS and member.is_file:
         is_image = is_image_bytes(stream.take(min(_HEAD_BYTES, member.size)))
     if not suffix or not stem:
         # A README or a hidden file is no member of a sample; an image must not get lost.
-        if is_image and not stem.startswith("."):
+        if is_image:
             name = f"{member.name!r:.80} is an image without key and suffix: name it key.suffix"
             samples.append(TarSample(key=member.name, fault=("record", name)))
         return
@@ -155,12 +157,24 @@ def _add(
         sample.others.append(member.name)
 
 
+def _is_no_sample(sample: TarSample) -> bool:
+    """Return True for a README, a licence or another file of plain text that stands for itself."""
+    if sample.images or sample.fault is not None:
+        return False
+    if PurePosixPath(sample.key).name.lower() in _ABOUT:
+        return True
+    suffixes = {suffix_of(name) for name in sample.others}
+    return not sample.texts and suffixes <= _PLAIN_SUFFIXES
+
+
 def _without_dots(sample: TarSample) -> Iterator[TarSample]:
     """Yield a sample; of members whose keys have dots, one faulty sample for each such key.
 
     "shot.v1.0.jpg, shot.v1.0.txt, shot.v1.1.jpg, .." have the one key "shot" in WebDataset. A
     single text such as "000.caption.txt" is the text of its sample.
     """
+    if _is_no_sample(sample):
+        return
     dotted = [suffix for suffix in sample.texts if "." in suffix]
     if not dotted or sample.fault is not None:
         yield sample
@@ -176,10 +190,12 @@ def _without_dots(sample: TarSample) -> Iterator[TarSample]:
             )
             yield TarSample(key=f"{sample.key}.{stem}", fault=("dotted_key", reason))
         return
-    if not any(suffix in sample.texts for suffix in _TEXTS) and len(dotted) == 1:
-        sample.texts[dotted[0].rpartition(".")[2]] = sample.texts.pop(dotted[0])
-        if dotted[0] in sample.contents:
-            sample.contents[dotted[0].rpartition(".")[2]] = sample.contents.pop(dotted[0])
+    for kind in _TEXTS:
+        candidates = [suffix for suffix in dotted if suffix.endswith(f".{kind}")]
+        if kind not in sample.texts and len(candidates) == 1:
+            sample.texts[kind] = sample.texts.pop(candidates[0])
+            if candidates[0] in sample.contents:
+                sample.contents[kind] = sample.contents.pop(candidates[0])
     for suffix in [suffix for suffix in sample.texts if "." in suffix]:
         del sample.texts[suffix]
         sample.others.append(f"{sample.key}.{suffix}")

@@ -235,13 +235,13 @@ def test_splits_are_never_merged_in_silence(tmp_path):
     report = make(str(data / "*.parquet"), tmp_path / "c", split=["all"])
     assert sorted(captions(tmp_path / "c")) == ["test", "train", "validation"]
     assert "splits merged as asked" in told(report)
-    with pytest.raises(DataError, match="several splits, .*--split train"):
+    with pytest.raises(DataError, match=r"several splits, .*--split train"):
         find_files(sorted(data.iterdir()))
     with pytest.raises(DataError, match=r"has no split dev2, only .*train \(1 files\)"):
         find_files([data], split=["dev2"])
     assert find_files([data / "test-00000-of-00001.parquet"]).files  # named by the user
     (data / "train-00000-of-00001.parquet").unlink()
-    with pytest.raises(DataError, match="holds no split train, only .*--split"):
+    with pytest.raises(DataError, match=r"holds no split train, only .*--split"):
         find_files([data])
     for parts, split in (
         (("train_sft-00000-of-00002.parquet",), "train"),
@@ -337,7 +337,8 @@ TARS = {
         ["a", "b", "{c"], None,
     ),
     "a folder, a hidden file, a README": (
-        [("v1.0/", None), ("v1.0/0.txt", b"a"), ("._0.jpg", b"Mac"), ("README.md", b"x")],
+        [("v1.0/", None), ("v1.0/0.txt", b"a"), ("._0.jpg", b"Mac"), ("README.md", b"x"),
+         ("LICENSE.txt", b"MIT")],
         ["a"], None,
     ),
     "dots": (
@@ -345,7 +346,13 @@ TARS = {
          ("shot.v1.1.txt", b"b"), ("good.txt", b"c")],
         ["c"], {"dotted_key": 2},
     ),
-    "one dotted text": ([("0.jpg", 1), ("0.caption.txt", b"a"), ("0.meta.json", b"{}")], ["a"], None),
+    "one dotted text": (
+        [("0.jpg", 1), ("0.caption.txt", b"a"), ("0.meta.json", b"{}")], ["a"], None,
+    ),
+    "two dotted texts": (
+        [("0.jpg", 1), ("0.blip.txt", b"a"), ("0.alt.txt", b"b"), ("1.txt", b"c")],
+        ["c"], {"missing_caption": 1},
+    ),
     "image under no suffix": ([("0.txt", b"a"), ("1", 1)], ["a"], {"record": 1}),
     "image under an unknown suffix": ([("0.txt", b"a"), ("0.img", 1)], ["a"], None),
     "every suffix": (
