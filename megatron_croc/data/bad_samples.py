@@ -26,6 +26,7 @@ BadKind = Literal[
     "unsafe_member",
     "damaged_tar",
     "dotted_key",
+    "other_split",
 ]
 
 MIN_SAMPLES_TO_JUDGE = 100

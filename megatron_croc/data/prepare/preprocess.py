@@ -7,6 +7,9 @@ shard_job.py holds the part shared with indexing, inputs/ the readers of each in
 """
 
 import errno
+import functools
+import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from megatron_croc.data.prepare.shard_job import (
 )
 from megatron_croc.data.records.fields import IMAGE_SUFFIXES, FieldRules, suffix_of
 from megatron_croc.data.records.reading import NO_RULES, read_record
+from megatron_croc.data.records.splits import check_split, wanted_splits
 from megatron_croc.data.sample.conversation import is_unicode
 from megatron_croc.data.sample.image_transform import ImageError, check_shape, read_header
 from megatron_croc.data.store.shard_writer import ShardWriter
@@ -35,6 +39,8 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": 
 
 _COMMON_SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "JPG", "JPEG", "PNG")
 _LFS_POINTER = b"version https://git"
+_MAX_LOOKED_AT = 1000
+"""Entries of an image folder among which an archive is looked for."""
 
 
 class Preprocessor:
@@ -77,7 +83,10 @@ class Preprocessor:
         self._input = open_input(paths, input_format, split=split)
         self._image_folder = image_folder
         self._options = ReadOptions(
-            image_folder=image_folder, rules=rules, image_aspect_ratio=image_aspect_ratio
+            image_folder=image_folder,
+            rules=rules,
+            image_aspect_ratio=image_aspect_ratio,
+            splits=wanted_splits(split),
         )
         self._samples_per_shard = samples_per_shard
         self._job = ShardJob(
@@ -135,6 +144,7 @@ class ReadOptions:
     image_folder: Path | None
     rules: FieldRules
     image_aspect_ratio: Literal["pad", "square"]
+    splits: frozenset[str]
 
 
 def refuse_remote_output(output: Path) -> None:
@@ -185,6 +195,7 @@ def _read_record(
     record, name = found.record, f"record {found.number}"
     if not isinstance(record, dict):
         raise BadSampleError(name, "record", f"must be a JSON object, got {record!r:.60}")
+    check_split(record, options.splits, name)
     ignored = options.rules.ignore
     members = [one for one in found.members if not _is_ignored_member(one[0], ignored)]
     reading = read_record(
@@ -195,6 +206,9 @@ def _read_record(
         rules=options.rules,
     )
     notes = dict(reading.notes)
+    for image in reading.images if found.folder is not None else ():
+        if isinstance(image, str) and len(PurePosixPath(image).parts) > 1:
+            check_split({}, options.splits, name, PurePosixPath(image).parts[0])
     folder = options.image_folder or found.folder
     encoded = [
         _read_image(
@@ -268,9 +282,10 @@ def _read_named(image_folder: Path | None, image: str, name: str, notes: dict[st
             note = "file found under another suffix than its record says"
             notes.setdefault(note, f"{image} is {other.name}")
             return other.read_bytes()
-        raise BadSampleError(
-            name, "missing_image", f"image {image:.120} is not in the image folder"
-        ) from error
+        reason = f"image {image:.120} is not in the image folder"
+        if (packed := _archive_in(image_folder)) is not None:
+            reason += f"; unpack {packed} there first"
+        raise BadSampleError(name, "missing_image", reason) from error
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             reason = f"image {image:.120} is a link that leads in a circle"
@@ -280,6 +295,14 @@ def _read_named(image_folder: Path | None, image: str, name: str, notes: dict[st
         raise BadSampleError(
             name, "missing_image", f"image {image!r:.60} cannot be a file name"
         ) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _archive_in(folder: Path) -> str | None:
+    """Return the name of an archive in a folder, whose images are not files yet."""
+    with os.scandir(folder) as entries:
+        names = (entry.name for entry in itertools.islice(entries, _MAX_LOOKED_AT))
+        return next((name for name in names if name.endswith((".zip", ".tar", ".tar.gz"))), None)
 
 
 def _other_suffix(path: Path) -> Path | None:

@@ -31,6 +31,7 @@ from megatron_croc.data.records.reading import (
     join_texts,
     read_record,
 )
+from megatron_croc.data.records.splits import check_split, wanted_splits
 from megatron_croc.data.store.shard_writer import ShardInfo, sha256_of, shard_name, write_index
 from megatron_croc.data.store.storage import is_remote, join_location, open_storage, retry
 from megatron_croc.errors import DataError
@@ -55,6 +56,7 @@ class TarIndexer:
         refuse_remote_output(output)
         found = find_files(input_path, split=split, input_format="webdataset")
         self._notes: Notes = {note.text: [0, note.example] for note in found.notes}
+        self._splits = wanted_splits(split)
         self._tars = [_location(path, output) for path in found.files]
         self.sizes = [_size(output, tar) for tar in self._tars]
         """Size of each tar in bytes."""
@@ -69,15 +71,20 @@ class TarIndexer:
 
     def make_indices(self, num_workers: int) -> Iterator[int]:
         """Index the remaining tars; yield the size of each finished one."""
-        for shard, _ in self._job.make_shards(index_tar, lambda s: (self._tars[s],), num_workers):
+        for shard, _ in self._job.make_shards(index_tar, self._task_of, num_workers):
             yield self.sizes[shard]
+
+    def _task_of(self, shard: int) -> tuple[str, frozenset[str]]:
+        return self._tars[shard], self._splits
 
     def finish(self) -> Report:
         """Write report and manifest once all tars are indexed (ShardJob.finish)."""
         return self._job.finish(self._notes)
 
 
-def index_tar(output: Path, shard: int, tar: str) -> ShardResult:
+def index_tar(
+    output: Path, shard: int, tar: str, splits: frozenset[str] = frozenset()
+) -> ShardResult:
     """Write one tar's index; runs in a worker process."""
     scan = scan_tar(_open(output, tar), keeps_texts=True)
     rows: list[tuple[int, int, int]] = []
@@ -88,7 +95,7 @@ def index_tar(output: Path, shard: int, tar: str) -> ShardResult:
     samples = with_damage(scan)
     for number, sample in enumerate(samples):
         try:
-            read_format, places, decided = _read_sample(sample)
+            read_format, places, decided = _read_sample(sample, splits)
         except BadSampleError as error:
             reason = f"{sample.key!r:.80}: {error.reason}"
             skipped.append(Skipped(record=number, source=tar, kind=error.kind, reason=reason))
@@ -115,7 +122,9 @@ def index_tar(output: Path, shard: int, tar: str) -> ShardResult:
     return ShardResult(info=info, num_records=len(samples), skipped=skipped, notes=notes)
 
 
-def _read_sample(sample: TarSample) -> tuple[TextFormat, list[Place], dict[str, str]]:
+def _read_sample(
+    sample: TarSample, splits: frozenset[str]
+) -> tuple[TextFormat, list[Place], dict[str, str]]:
     """Return the format of a sample's text, the places of text and images, and the decisions."""
     if sample.fault is not None:
         raise BadSampleError(sample.key, *sample.fault)
@@ -129,6 +138,7 @@ def _read_sample(sample: TarSample) -> tuple[TextFormat, list[Place], dict[str, 
     text_format: TextFormat = "txt" if is_in_txt else "json"
     if is_in_txt and is_json_object(contents["txt"]):
         raise BadSampleError(sample.key, "record", "its .txt holds a JSON object: name it .json")
+    check_split(record, splits, sample.key)
     reading = read_record(
         {"id": sample.key, **record},
         sample.key,

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_croc.data.prepare.inputs.base import InputFormat, InputNote
 from megatron_croc.data.prepare.inputs.text_files import METADATA_NAMES
+from megatron_croc.data.records.splits import ALL_SPLITS, split_of, wanted_splits
 from megatron_croc.data.store.storage import is_remote, list_objects
 from megatron_croc.errors import DataError
 
@@ -30,14 +31,7 @@ SUFFIXES: dict[str, InputFormat] = {
     ".tar.bz2": "webdataset",
     ".tar.xz": "webdataset",
 }
-ALL_SPLITS = "all"
 
-_SPLITS = {
-    "train": "train", "training": "train", "trn": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "eval": "validation", "evaluation": "validation", "holdout": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 _NOT_RECORDS = re.compile(r"(dataset_infos?|state|.*_stats|manifest|report)\.json")
 _PART = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})(.*)")
 
@@ -95,15 +89,6 @@ def find_files(
     _choose_split(found, split, is_searched, ", ".join(map(str, paths)))
     _note_missing_parts(found)
     return found
-
-
-def split_of(parts: Sequence[str]) -> str | None:
-    """Return the split that a file's name says, else its nearest folder; None: neither does."""
-    for part in reversed(parts):
-        words = [_SPLITS[w] for w in re.split(r"[^a-z]+", part.lower()) if w in _SPLITS]
-        if words:
-            return "train" if "train" in words else words[0]
-    return None
 
 
 def _add_folder(
@@ -170,7 +155,7 @@ def _choose_split(found: InputFiles, split: Sequence[str], is_searched: bool, wh
     groups: dict[str, list[str]] = {}
     for file in found.files:
         groups.setdefault(split_of(_relative(file, common)) or "train", []).append(file)
-    wanted = {_SPLITS.get(name.lower(), name) for name in split}
+    wanted = set(wanted_splits(split))
     there = ", ".join(f"{name} ({len(files)} files)" for name, files in groups.items())
     if ALL_SPLITS in wanted:
         if len(groups) > 1:

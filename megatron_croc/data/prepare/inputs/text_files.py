@@ -61,7 +61,12 @@ class JsonInput:
 
     def slice(self, begin: int, end: int) -> JsonSlice:
         """Return the records begin .. end - 1."""
-        return JsonSlice(source=self._path.name, first=begin, records=self._records[begin:end])
+        return JsonSlice(
+            source=self._path.name,
+            first=begin,
+            records=self._records[begin:end],
+            folder=folder_of(self._path),
+        )
 
 
 def _lists_of(content: object) -> str:
@@ -109,7 +114,8 @@ class CsvInput:
 
 def folder_of(path: Path) -> Path | None:
     """Return the folder of the images that a metadata file describes; None for other files."""
-    return path.parent if path.name in METADATA_NAMES else None
+    is_metadata = path.name in METADATA_NAMES or path.name == "metadata.json"
+    return path.parent if is_metadata else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,12 @@ import tarfile
 import pytest
 
 from megatron_croc.data.prepare.inputs import open_input
-from megatron_croc.data.prepare.inputs.files import find_files, split_of
+from megatron_croc.data.prepare.inputs.files import find_files
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
 from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.records.fields import FieldRules
+from megatron_croc.data.records.splits import split_of
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError
 from tests.unit.data.small_samples import jpeg
