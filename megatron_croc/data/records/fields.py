@@ -98,6 +98,9 @@ IGNORED_NAMES = _names(
 )
 """Whole names that are ignored on purpose."""
 
+_ADDRESS_WORDS = _names("url urls uri link links src href")
+_SIZE_WORDS = _names("width height")
+
 _MAGIC = (
     b"\xff\xd8\xff",
     b"\x89PNG\r\n\x1a\n",
@@ -198,6 +201,14 @@ def speaks_of_image(name: str, value: object) -> bool:
     if not IMAGE_WORDS.isdisjoint(words) or not MEDIA_WORDS.isdisjoint(words):
         return True
     return is_file_name_field(name) or holds_image(value) or holds_image_name(value)
+
+
+def is_about_caption(name: str, value: object) -> bool:
+    """Return True for the web address or the size of what a caption belongs to."""
+    words = words_of(name)
+    if isinstance(value, str) and "://" in value:
+        return not _ADDRESS_WORDS.isdisjoint(words)
+    return not _SIZE_WORDS.isdisjoint(words)
 
 
 def names_media(name: str, value: object) -> bool:

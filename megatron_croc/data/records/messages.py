@@ -22,7 +22,9 @@ CONVERSATION_KEYS = (
 """Fields of a list of turns, in order of precedence."""
 
 PAIR_KEYS = (
-    ("question", "answer"), ("question", "answers"), ("query", "response"), ("query", "answer"),
+    ("question", "answer"), ("question", "multiple_choice_answer"), ("question", "answers"),
+    ("instruction", "outputs"), ("inputs", "outputs"), ("inputs", "targets"),
+    ("query", "response"), ("query", "answer"),
     ("question", "response"), ("instruction", "output"), ("instruction", "response"),
     ("instruction", "answer"), ("prompt", "response"), ("prompt", "completion"),
     ("input", "output"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant"),
@@ -222,9 +224,12 @@ def _part(turns: Turns, part: object, name: str) -> str:
             turns.indices.append(int(index))
         return IMAGE_MARK
     if "text" in kind:
-        text = filled.get("text", filled.get("content", filled.get("value", "")))
+        text = next((part[key] for key in ("text", "content", "value") if key in part), None)
         if isinstance(text, str):
             return text
+        raise RecordFault(
+            "record", f"{name} has a part without a text: {part!r:.60}; write the text itself"
+        )
     raise RecordFault(
         "record", f"{name} has a part of type {kind!r:.20}: only text and images are read"
     )
@@ -252,9 +257,10 @@ def _read_pair(
     read = [lower[question], lower[answer]]
     turns = Turns(messages=[], fields=read, has_own_marks=False)
     asked = _content(turns, fields[read[0]], read[0])
-    if question == "instruction" and "input" in lower:
-        turns.fields.append(lower["input"])
-        asked = f"{asked}\n{_content(turns, fields[lower['input']], lower['input'])}"
+    for more in ("input", "inputs") if question == "instruction" else ():
+        if more in lower:
+            turns.fields.append(lower[more])
+            asked = f"{asked}\n{_content(turns, fields[lower[more]], lower[more])}"
     said = _one_text(fields[read[1]], read[1])
     turns.messages = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
     return turns

@@ -13,6 +13,7 @@ from megatron_croc.data.records.fields import (
     MEDIA_SUFFIXES,
     FieldRules,
     holds_image_name,
+    is_about_caption,
     is_empty,
     is_ignored,
     names_image,
@@ -235,7 +236,8 @@ def _read(
             "are not meant with --ignore, or number them with --rename FIELD=image_1",
         )
     unread = {name: value for name, value in rest.items() if name not in given.fields}
-    _refuse_unread(unread, images, [str(value) for value in values if isinstance(value, str)])
+    names = [value for value in values if isinstance(value, str)]
+    _refuse_unread(unread, images, names, is_caption=turns.is_caption)
     _refuse_members(other_members, has_images=bool(images))
     if not images:
         refuse_marks_without_image(turns.messages)
@@ -281,9 +283,12 @@ def _by_number(images: list[ImageValue | int], numbers: list[int]) -> list[Image
 
 
 def _refuse_unread(
-    unread: Mapping[str, Any], images: Sequence[object], names: Sequence[str]
+    unread: Mapping[str, Any], images: Sequence[object], names: Sequence[str], *, is_caption: bool
 ) -> None:
-    """Refuse a record whose unread fields hold a video, or an image that is not read."""
+    """Refuse a record whose unread fields hold a video, or an image that is not read.
+
+    The web address, width or height beside a caption is that of its image.
+    """
     known = {PurePosixPath(name).name for name in names}
     for name, value in unread.items():
         if names_media(name, value):
@@ -298,7 +303,7 @@ def _refuse_unread(
             if isinstance(value, str) and PurePosixPath(value).name in known:
                 continue
             reason = "names an image that is not read"
-        elif speaks_of_image(name, value):
+        elif speaks_of_image(name, value) or (is_caption and is_about_caption(name, value)):
             reason = "speaks of an image, and the record gives none"
             if isinstance(value, str) and "://" in value:
                 reason += " (web addresses are not fetched)"

@@ -85,7 +85,7 @@ def test_two_image_fields_and_a_caption(tmp_path):
     folder = image_folder(tmp_path)
     row = {"caption": "x", "image": "1.jpg", "gaussian_padded_image": "2.jpg"}
     path = records(tmp_path / "a.json", row)
-    with pytest.raises(DataError, match="image, gaussian_padded_image.*--ignore"):
+    with pytest.raises(DataError, match=r"image, gaussian_padded_image.*--ignore"):
         make(path, tmp_path / "out", image_folder=folder)
     rules = FieldRules.parse(ignore=["gaussian_padded_image"])
     make(path, tmp_path / "out2", image_folder=folder, rules=rules)
@@ -142,12 +142,12 @@ def test_cauldron_mmmu_and_m3it(tmp_path):
         [{"question": "<image 2> or <image 1>?", "answer": "B", "options": "['a', 'b']",
           "image_1": picture(1), "image_2": picture(2), "image_3": None}],
     )  # fmt: skip
-    m3it = {"instruction": "What?", "inputs": "", "outputs": "a", "image_base64_str": []}
-    m3it |= {"output": "a", "image_base64_str": [base64.b64encode(A).decode()]}
+    m3it = {"instruction": "What?", "inputs": "", "outputs": "a"}
+    m3it |= {"image_base64_str": [base64.b64encode(A).decode()]}
     (tmp_path / "m3it").mkdir()
     records(tmp_path / "m3it" / "train.json", m3it)
     make(tmp_path / "ai2d", tmp_path / "a")
-    messages, images = samples(tmp_path / "a")[0]
+    messages, _ = samples(tmp_path / "a")[0]
     assert [m["value"] for m in messages] == ["<image>\nhi", "ho", "hi", "ho"]
     make(tmp_path / "mmmu", tmp_path / "b", split=["dev"])
     assert samples(tmp_path / "b")[0][1] == [PICTURES["2.jpg"], A]
