@@ -121,10 +121,8 @@ def test_names_of_members_in_webdataset(tmp_path):
         ("22.05.png", A), ("22.05.txt", b"d"), ("22.06.png", A), ("22.06.txt", b"e"),
     ]  # fmt: skip
     tar = write_tar(tmp_path / "a.tar", members)
-    for report, folder in (
-        (make(tar, tmp_path / "out"), "out"),
-        (index([tar], tmp_path / "i"), "i"),
-    ):
+    reports = make(tar, tmp_path / "out"), index([tar], tmp_path / "i")
+    for report, folder in zip(reports, ("out", "i"), strict=True):
         assert captions(tmp_path / folder) == ["a", "b", "c"]
         assert samples(tmp_path / folder)[1][1] == [A, PICTURES["2.jpg"]]
         assert report.num_skipped == {"dotted_key": 2}
