@@ -69,10 +69,7 @@ def test_prefixes_and_globs_of_tars(server, make_dataset, tmp_path):
         job = TarIndexer(input_path=[f"s3://bucket/{place}"], output=tmp_path / str(number))
         list(job.make_indices(1))
         assert job.finish().num_samples == 12, place
-        assert (
-            samples_of(ShardedDataset(tmp_path / str(number)))[0]
-            == samples_of(ShardedDataset(folder))[0]
-        )
+        assert ShardedDataset(tmp_path / str(number)).read(0).image_bytes == first
     made = Preprocessor(
         input_path="s3://bucket/tars/",
         image_folder=None,
