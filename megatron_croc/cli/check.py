@@ -183,8 +183,9 @@ def count_samples(data_path: Sequence[str]) -> int | None:
 
 
 def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    counts, trained = count_parameters(run.model), trained_parts(run)
-    stages = stage_parameters(run)
+    counts = count_parameters(run.model)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts: list[Part] = [part for part in PARTS if any(part in stage for stage in stages)]
     for part in parts:
         state = "trained" if part in trained else "frozen"
@@ -198,7 +199,7 @@ def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
 def _rank_table(run: RunConfig) -> Iterator[list[str]]:
     layers = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     tp = run.parallel.tensor_model_parallel_size
-    stages = stage_parameters(run)
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts = [part for part in PARTS if any(part in stage for stage in stages)]
     yield ["pipeline stage", "layers", "total", *parts]
     for stage, held in enumerate(stages):
@@ -223,11 +224,13 @@ def _table(title: str, rows: Iterator[list[str]]) -> Iterator[str]:
 
 
 def _flops_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every sample as long as seq_length, with one image."""
+    """Every sample as long as seq_length, with one image and a label at every text token."""
     samples = run.training.global_batch_size
     has_spans = run.model.attention_mask_type != "causal"
     spans = [run.model.vision_tower.num_visual_tokens] if has_spans else []
-    work = Work.from_lengths([run.data.seq_length], num_images=1, span_lengths=spans)
+    length = run.data.seq_length
+    text_tokens = max(length - run.model.vision_tower.num_visual_tokens, 0)
+    work = Work.from_lengths([length], num_labels=text_tokens, num_images=1, span_lengths=spans)
     flops = count_flops(run, work)
     for name, count in flops.items():
         yield name, f"{count * samples / 1e12:>12,.3f}"

@@ -69,10 +69,12 @@ def reduce_known_numbers(changes: dict) -> dict:
 )
 def test_every_number_is_counted_once(world_size, changes, dp_size):
     run = tiny_run()
-    lengths = [len(make_sample(run, n, n % 2).tokens.input_ids) for n in range(4 * dp_size)]
+    samples = [make_sample(run, n, n % 2).tokens for n in range(4 * dp_size)]
+    lengths = [len(sample.input_ids) for sample in samples]
     spans = [run.model.vision_tower.num_visual_tokens] * (2 * dp_size)
     work = Work.from_lengths(
         lengths,
+        num_labels=sum(int((sample.labels[1:] >= 0).sum()) for sample in samples),
         num_images=2 * dp_size,
         span_lengths=spans if run.model.attention_mask_type == "visual" else (),
     )
