@@ -26,6 +26,7 @@ COMMANDS = {
     "data preprocess": ("data.preprocess:main", "images and texts to shards for training"),
     "data index": ("data.preprocess:index_main", "WebDataset tars for training, left in place"),
     "data lengths": ("data.lengths:main", "sample lengths, for packing and grouping"),
+    "data check": ("data.check:main", "a look at the data before training, as a page"),
     "data inspect": ("data.inspect:main", "samples as the model will see them"),
     "data tokenizer": ("data.tokenizer:main", "a small tokenizer from your texts, for trials"),
     "data demo": ("data.demo:main", "a small made-up data set and tokenizer"),

@@ -22,6 +22,7 @@ BadKind = Literal[
     "missing_caption",
     "image",
     "too_long",
+    "no_label",
     "duplicate_key",
     "unsafe_member",
     "damaged_tar",
@@ -31,6 +32,13 @@ BadKind = Literal[
 
 MIN_SAMPLES_TO_JUDGE = 100
 """Number of samples seen below which bad samples never end a run."""
+
+MIN_ALL_BAD = 3
+"""Number of samples seen below which a run never ends, also if all of them are bad."""
+
+UNLIKELY = 1e-5
+"""Probability below which an unbroken row of bad samples from the start is no chance: the run then
+ends before MIN_SAMPLES_TO_JUDGE."""
 
 NUM_LISTED = 5
 """Number of bad samples quoted in the error that ends a run."""
@@ -86,7 +94,8 @@ class BadSampleBudget:
         """Count `num_samples` more samples, of which `bad` are unusable.
 
         Raises:
-            DataError: the share of bad samples among at least MIN_SAMPLES_TO_JUDGE is too large.
+            DataError: the share of bad samples among at least MIN_SAMPLES_TO_JUDGE is too large, or
+                all samples so far are bad and that is no chance (UNLIKELY).
         """
         self.num_seen += num_samples
         for error in bad:
@@ -101,19 +110,31 @@ class BadSampleBudget:
                 self.num_seen,
                 error,
             )
-        if (
-            self.num_seen >= MIN_SAMPLES_TO_JUDGE
-            and self.num_bad > self.max_bad_fraction * self.num_seen
-        ):
-            kinds = ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
-            sources = ", ".join(f"{name}: {n}" for name, n in self.source_counts.most_common())
+        if self.num_bad <= self.max_bad_fraction * self.num_seen:
+            return
+        # Samples that are bad independently at the allowed rate: n of n with the n-th power of it.
+        all_bad = self.num_bad == self.num_seen and (
+            self.num_seen >= MIN_ALL_BAD and self.max_bad_fraction**self.num_seen < UNLIKELY
+        )
+        if all_bad:
+            raise DataError(
+                f"all {self.num_seen} samples so far are bad ({self._summary()}); the first: "
+                f"{self._first[0]}"
+            )
+        if self.num_seen >= MIN_SAMPLES_TO_JUDGE:
             listed = "\n".join(f"  {error}" for error in self._first)
             raise DataError(
-                f"{self.num_bad} of {self.num_seen} samples are bad ({kinds}; {sources}), more "
+                f"{self.num_bad} of {self.num_seen} samples are bad ({self._summary()}), more "
                 f"than max_bad_fraction = {self.max_bad_fraction}. The first ones:\n{listed}\n"
                 "Fix or remove them and run croc data preprocess again, or raise "
                 "max_bad_fraction"
             )
+
+    def _summary(self) -> str:
+        """Format the counts by kind and by source."""
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
+        sources = ", ".join(f"{name}: {n}" for name, n in self.source_counts.most_common())
+        return f"{kinds}; {sources}"
 
     def _write(self, error: BadSampleError) -> None:
         """Append one line to the report; a resumed run adds to the same file."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from megatron_croc.data.truncation import Cut
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.ops.special_ids import IGNORE_INDEX as IGNORE_INDEX
 from megatron_croc.ops.special_ids import IMAGE_TOKEN_INDEX as IMAGE_TOKEN_INDEX
@@ -42,6 +43,9 @@ class Batch:
 
     sample_ids: tuple[str, ...]
     """Name of each sample, for error messages."""
+
+    cuts: tuple[Cut, ...] = ()
+    """Samples that were longer than seq_length, also those a placeholder stands in for."""
 
     @property
     def num_images(self) -> int:

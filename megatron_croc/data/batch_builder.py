@@ -25,8 +25,10 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.data.sample.collate import (
     ReadySample,
+    check_answer,
     collate,
     expand_sample,
+    measure_extent,
     placeholder_sample,
 )
 from megatron_croc.data.sample.decode import DecoderName, ImageDecoder, resolve_decoder
@@ -39,6 +41,7 @@ from megatron_croc.data.sample.tokenization import (
 )
 from megatron_croc.data.store.shards import RawSample, ShardedDataset
 from megatron_croc.data.store.storage_cache import build_cache
+from megatron_croc.data.truncation import Cut, TruncationLog
 from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 from megatron_croc.parallel.device import current_device
@@ -106,6 +109,7 @@ class BatchBuilder:
         check_tokenizer(
             self._tokenizer, data.conversation_template, model.language_model.vocab_size
         )
+        self._truncation = TruncationLog(data.seq_length)
         self._transform = ImageTransform.build(vision, data.image_aspect_ratio)
         self._decoder_name: DecoderName = resolve_decoder(data.image_decoder)
         self._device = current_device()  # other threads do not inherit the current device
@@ -124,10 +128,11 @@ class BatchBuilder:
             DataError: a shard is damaged, or the lengths used for packing are wrong.
         """
         bad: list[BadSampleError] = []
+        cuts: list[Cut] = []
         prepared: list[tuple[TokenizedSample, list[bytes]]] = []
         for slot in slots:
             try:
-                prepared.append(self._prepare(slot))
+                prepared.append(self._prepare(slot, cuts))
             except BadSampleError as error:
                 bad.append(error)
                 prepared.append((placeholder_sample(error.sample_id), []))
@@ -155,10 +160,12 @@ class BatchBuilder:
             seed=self._seed,
             replace_ratio=self._replace_ratio,
             image_shape=(3, size, size),
+            cuts=cuts,
         )
         return batch, bad
 
-    def _prepare(self, slot: Slot) -> tuple[TokenizedSample, list[bytes]]:
+    def _prepare(self, slot: Slot, cuts: list[Cut]) -> tuple[TokenizedSample, list[bytes]]:
+        """Read, tokenise and cut a sample; a sample that is too long is added to `cuts`."""
         raw = self._read(slot.index)
         tokens = tokenize_conversation(
             self._tokenizer,
@@ -167,11 +174,13 @@ class BatchBuilder:
             num_images=len(raw.image_bytes),
             sample_id=raw.sample_id,
         )
-        expanded = expand_sample(
-            tokens,
-            num_visual_tokens=self._vision.num_visual_tokens,
-            seq_length=self._data.seq_length,
-        )
+        num_visual_tokens, seq_length = self._vision.num_visual_tokens, self._data.seq_length
+        extent = measure_extent(tokens, num_visual_tokens=num_visual_tokens)
+        self._truncation.add(raw.sample_id.rpartition("/")[0], extent)
+        if extent.length > seq_length:
+            cuts.append(Cut.of(raw.sample_id, extent, seq_length))
+        expanded = expand_sample(tokens, num_visual_tokens=num_visual_tokens, seq_length=seq_length)
+        check_answer(raw.sample_id, extent, seq_length=seq_length)
         if slot.planned_tokens is not None and len(expanded.input_ids) > slot.planned_tokens:
             raise DataError(
                 f"sample {raw.sample_id} has {len(expanded.input_ids)} tokens, its pack was "

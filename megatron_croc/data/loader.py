@@ -31,6 +31,8 @@ from megatron_croc.data.order.row_plan import (
     build_row_plan,
     build_stored_order_plan,
 )
+from megatron_croc.data.sample.tokenization import build_tokenizer
+from megatron_croc.data.sample.tokenizer_check import announce_tokenizer
 from megatron_croc.errors import ConfigError, DataError
 from megatron_croc.log import rank
 
@@ -238,6 +240,8 @@ def check_data(run: RunConfig) -> None:
             plans.append(build_stored_order_plan(data_path, seed=run.training.seed))
     for plan in plans:
         build_batch_builder(run, plan.blend.folders)
+    tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
+    announce_tokenizer(tokenizer, run.data.conversation_template)
 
 
 def build_train_loader(

@@ -79,6 +79,8 @@ def make(arguments: argparse.Namespace) -> Report:
         rules=FieldRules.parse(arguments.rename, arguments.ignore),
         image_aspect_ratio=arguments.image_aspect_ratio,
     )
+    if job.note is not None:
+        print(job.note)
     with tqdm(total=job.num_unfinished, unit="record", disable=None) as progress:
         for num_records in job.make_shards(arguments.workers):
             progress.update(num_records)
@@ -93,6 +95,8 @@ def index(arguments: argparse.Namespace) -> Report:
             "shards (croc data preprocess without --index)"
         )
     job = TarIndexer(input_path=arguments.input, output=arguments.output, split=arguments.split)
+    if job.note is not None:
+        print(job.note)
     total, begin = job.num_unfinished_bytes, time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
         for num_bytes in job.make_indices(arguments.workers):
@@ -105,6 +109,10 @@ def index(arguments: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is asked and say what became of the input."""
     arguments = parse_arguments(argv)
+    if arguments.tokenizer_model is None and (arguments.recipe or arguments.seq_length):
+        raise ConfigError(
+            "--recipe and --seq-length ask what a cut would remove: give --tokenizer-model too"
+        )
     report = index(arguments) if arguments.index else make(arguments)
     for line in report.lines():
         print(line)

@@ -1,7 +1,7 @@
 """Arrangements of the samples of a window in packs: separate, grouped by modality, or packed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,9 @@ class Arrangement:
     """(sample numbers of a window, number of samples before the window) -> packs."""
 
     one_sample_per_pack: bool = True
+
+    digest: str = ""
+    """Digest of the sample lengths that the packs depend on; empty: they depend on none."""
 
 
 def separate() -> Arrangement:
@@ -143,11 +146,13 @@ def build_arrangement(
         return np.clip(text + images * num_visual_tokens, 1, data.seq_length), images
 
     if data.packing:
-        return packed(
+        arrangement = packed(
             tokens_of,
             packing_length=data.row_length,
             packing_buffer_size=data.packing_buffer_size,
             measured=f"at most {data.seq_length} tokens each, {num_visual_tokens} for an image",
             seed=seed,
         )
-    return grouped(tokens_of, global_batch_size=global_batch_size, seed=seed)
+    else:
+        arrangement = grouped(tokens_of, global_batch_size=global_batch_size, seed=seed)
+    return replace(arrangement, digest=lengths.digest)

@@ -16,14 +16,14 @@ import difflib
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from megatron_croc.data.store.manifest import count_samples
+from megatron_croc.data.store.manifest import content_digest, read_manifest
 from megatron_croc.errors import DataError, first_line
 
 BLEND_SUFFIXES = (".yaml", ".yml")
@@ -47,6 +47,9 @@ class Source:
 
     weight: Fraction
     """Share of the samples drawn, up to a factor common to all sources."""
+
+    digest: str = ""
+    """Digest of the content of all folders (manifest.content_digest)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +113,8 @@ def read_blend(data_path: Sequence[str]) -> Blend:
     if not files:
         folders = tuple(str(path) for path in data_path)
         name = "+".join(Path(folder).name for folder in folders)
-        num_samples = _count(folders)
-        source = Source(name=name, folders=folders, num_samples=num_samples, weight=Fraction(1))
-        return Blend(sources=(source,), epoch_length=num_samples)
+        source = _open_source(name, folders, Fraction(1))
+        return Blend(sources=(source,), epoch_length=source.num_samples)
     if len(data_path) > 1:
         raise DataError(
             f"data_path {' '.join(data_path)}: a blend must be the only path; name the folders in "
@@ -165,12 +167,10 @@ def _read_entry(path: Path, number: int, entry: object) -> Source:
         raise DataError(f"{where}: name must be a text, got {name!r:.60}")
     if ("weight" in entry) == ("epochs" in entry):
         raise DataError(f"{where} ({name}) needs a weight or epochs, and not both")
-    num_samples = _count(folders)
     key = "weight" if "weight" in entry else "epochs"
     weight = _positive(entry[key], f"{where} ({name}): {key}")
-    if key == "epochs":
-        weight *= num_samples
-    return Source(name=name, folders=folders, num_samples=num_samples, weight=weight)
+    source = _open_source(name, folders, weight)
+    return replace(source, weight=weight * source.num_samples) if key == "epochs" else source
 
 
 def _positive(value: object, what: str) -> Fraction:
@@ -186,11 +186,19 @@ def _positive(value: object, what: str) -> Fraction:
     return number
 
 
-def _count(folders: Sequence[str]) -> int:
-    num_samples = count_samples(folders)
+def _open_source(name: str, folders: tuple[str, ...], weight: Fraction) -> Source:
+    """Read the manifests of a source."""
+    manifests = [read_manifest(folder) for folder in folders]
+    num_samples = sum(manifest.num_samples for manifest in manifests)
     if not num_samples:
         raise DataError(
             f"data_path {', '.join(folders) or 'is empty'}: no samples; give at least one folder "
             "of shards that holds some"
         )
-    return num_samples
+    return Source(
+        name=name,
+        folders=folders,
+        num_samples=num_samples,
+        weight=weight,
+        digest=content_digest(manifests),
+    )

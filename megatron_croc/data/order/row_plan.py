@@ -13,7 +13,7 @@ alone, not on ranks, micro-batches or workers. A checkpoint stores the counts (O
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,15 @@ from megatron_croc.data.order.batching import Arrangement, Packs, build_arrangem
 from megatron_croc.data.order.blend import Blend, read_blend
 from megatron_croc.data.order.permutation import SHUFFLE, Permutation
 from megatron_croc.errors import DataError
+from megatron_croc.log import get_logger
+
+_SAME_AGAIN = (
+    "Resume with the same data_path, blend, seed, packing and grouping, or start a new run with "
+    "--pretrained-checkpoint"
+)
+"""Way out of a checkpoint of another order or of other samples."""
+
+logger = get_logger(__name__)
 
 
 class Slot(NamedTuple):
@@ -62,6 +71,12 @@ class OrderState:
 
     rows_taken: int = 0
     """Number of packs used of the current window."""
+
+    digests: tuple[str, ...] = ()
+    """Digest of the samples of each source; empty in states of versions that did not keep it."""
+
+    lengths_digest: str = ""
+    """Digest of the sample lengths that packs and groups were made from; empty: of none."""
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -141,7 +156,45 @@ class RowPlan:
             num_samples=self._sizes,
             consumed=zeros,
             window_start=zeros,
+            digests=tuple(source.digest for source in self.blend.sources),
+            lengths_digest=self.arrangement.digest,
         )
+
+    def check_state(self, state: OrderState) -> None:
+        """Refuse a state of another order or of other samples.
+
+        Raises:
+            DataError: names what differs.
+        """
+        if state.identity != self.identity:
+            raise DataError(
+                f"the checkpoint belongs to another order of samples: {state.identity}; this "
+                f"run's is {self.identity}. {_SAME_AGAIN}"
+            )
+        own = self.start()
+        if not state.digests:
+            logger.warning(
+                "the checkpoint holds no digests of its data: only the sizes of its sources are "
+                "compared with this run's"
+            )
+            return
+        for source, was, now in zip(self.blend.sources, state.digests, own.digests, strict=True):
+            if was != now:
+                elsewhere = [
+                    n for n, d in zip(state.sources, state.digests, strict=True) if d == now
+                ]
+                found = f"those of {elsewhere[0]}" if elsewhere else "other ones"
+                raise DataError(
+                    f"source {source.name} ({', '.join(source.folders)}) does not hold the samples "
+                    f"that the checkpoint was trained on in its place (digest {was}), but {found} "
+                    f"(digest {now}). {_SAME_AGAIN}"
+                )
+        if state.lengths_digest != own.lengths_digest:
+            raise DataError(
+                "the sample lengths of data_path are not those that the checkpoint's packs were "
+                f"made from (digest {state.lengths_digest}, now {own.lengths_digest}): another "
+                f"tokenizer or template, or lengths measured anew. {_SAME_AGAIN}"
+            )
 
     def window(self, counts: Sequence[int]) -> Window:
         """Compute the window that begins after `counts` samples of each source."""
@@ -186,16 +239,12 @@ class RowStream:
         """Args: plan: of the run. state: position to continue from; None: the start.
 
         Raises:
-            DataError: the state belongs to another order.
+            DataError: the state belongs to another order or to other samples.
         """
         self._plan = plan
-        self.state = plan.start() if state is None else state
-        if self.state.identity != plan.identity:
-            raise DataError(
-                f"the checkpoint belongs to another order of samples: {self.state.identity}; this "
-                f"run's is {plan.identity}. Resume with the same data_path, blend, seed, packing "
-                "and grouping, or start a new run with --pretrained-checkpoint"
-            )
+        if state is not None:
+            plan.check_state(state)
+        self.state = state or plan.start()
         self._consumed = np.array(self.state.consumed)
         self._enter(self.state.window_start, self.state.rows_taken)
 
@@ -217,11 +266,8 @@ class RowStream:
             packs.append(window.pack(current))
             np.add.at(self._consumed, window.source[list(window.packs[current])], 1)
             self._rows_taken += 1
-        start = self._plan.start()
-        self.state = OrderState(
-            identity=start.identity,
-            sources=start.sources,
-            num_samples=start.num_samples,
+        self.state = replace(
+            self._plan.start(),
             consumed=tuple(self._consumed.tolist()),
             window_start=self._window_start,
             rows_taken=self._rows_taken,

@@ -11,7 +11,7 @@ A table belongs to one tokenizer and template; a dataset folder may hold several
 import hashlib
 import io
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,14 @@ from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.data import TemplateName
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
+from megatron_croc.data.sample.collate import measure_extent
 from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_conversation
+from megatron_croc.data.sample.tokenizer_check import announce_tokenizer
 from megatron_croc.data.store.manifest import read_manifest
 from megatron_croc.data.store.sample_lengths import tokenizer_digest
 from megatron_croc.data.store.shard_writer import LengthsInfo, add_lengths
 from megatron_croc.data.store.shards import ShardedDataset
+from megatron_croc.data.truncation import TruncationCount
 
 TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
 
@@ -41,11 +44,22 @@ def index_lengths(
     tokenizer_model: str,
     template: TemplateName,
     num_workers: int = 1,
+    num_visual_tokens: int = 0,
+    truncation: Sequence[TruncationCount] = (),
 ) -> Iterator[int]:
     """Measure the samples of a dataset folder, write their table and add it to the manifest.
 
     A sample that cannot be tokenised gets one token and no image, the length of the placeholder
     that training uses for it.
+
+    Args:
+        folder: dataset folder.
+        tokenizer_type: library of the tokenizer.
+        tokenizer_model: file or folder of the tokenizer.
+        template: conversation template.
+        num_workers: processes.
+        num_visual_tokens: N, visual tokens of an image; only `truncation` depends on it.
+        truncation: counts of some values of seq_length; all samples are added to them.
 
     Yields:
         Number of samples measured since the previous value.
@@ -55,22 +69,31 @@ def index_lengths(
     """
     num_samples = read_manifest(folder).num_samples
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
+    announce_tokenizer(tokenizer, template)
     ranges = [range(b, min(b + CHUNK, num_samples)) for b in range(0, num_samples, CHUNK)]
     table = np.empty((num_samples, 2), dtype=np.int32)
-    arguments = (folder, tokenizer_type, tokenizer_model, template)
+    seq_lengths = [count.seq_length for count in truncation]
+    arguments = (
+        folder, tokenizer_type, tokenizer_model, template, num_visual_tokens, seq_lengths
+    )  # fmt: skip
+
+    def keep(samples: range, found: tuple[np.ndarray, list[TruncationCount]]) -> int:
+        table[samples.start : samples.stop] = found[0]
+        for count, more in zip(truncation, found[1], strict=True):
+            count.merge(more)
+        return len(samples)
+
     if num_workers <= 1 or len(ranges) == 1:
         results = (_measure(r, *arguments) for r in ranges)
-        for samples, part in zip(ranges, results, strict=True):
-            table[samples.start : samples.stop] = part
-            yield len(samples)
+        for samples, found in zip(ranges, results, strict=True):
+            yield keep(samples, found)
     else:
         # spawn: forking a process that has threads (tokenizers, torch) can deadlock.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
             jobs = [pool.submit(_measure, r, *arguments) for r in ranges]
             for samples, job in zip(ranges, jobs, strict=True):
-                table[samples.start : samples.stop] = job.result()
-                yield len(samples)
+                yield keep(samples, job.result())
     digest = tokenizer_digest(tokenizer)
     name = f"lengths-{digest[:12]}-{template}.npy"
     buffer = io.BytesIO()
@@ -82,6 +105,7 @@ def index_lengths(
         tokenizer_sha256=digest,
         tokenizer_model=Path(tokenizer_model).name,
         conversation_template=template,
+        legacy=tokenizer.legacy,
     )
     add_lengths(folder, info)
 
@@ -92,18 +116,30 @@ def _measure(
     tokenizer_type: TokenizerType,
     tokenizer_model: str,
     template: TemplateName,
-) -> np.ndarray:
-    """Measure some samples, int32 [m, 2]: (text tokens, images); runs in a worker process."""
+    num_visual_tokens: int,
+    seq_lengths: Sequence[int],
+) -> tuple[np.ndarray, list[TruncationCount]]:
+    """Measure some samples; runs in a worker process.
+
+    Returns:
+        int32 [m, 2]: (text tokens, images), and what each of `seq_lengths` cuts off.
+    """
+    truncation = [TruncationCount(seq_length) for seq_length in seq_lengths]
     dataset = ShardedDataset(folder)
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
     found = np.empty((len(samples), 2), dtype=np.int32)
     for place, index in enumerate(samples):
         try:
             sample_id, messages, num_images = dataset.read_conversations(index)
-            ids = tokenize_conversation(
+            sample = tokenize_conversation(
                 tokenizer, template, messages, num_images=num_images, sample_id=sample_id
-            ).input_ids
-            found[place] = np.count_nonzero(ids != IMAGE_TOKEN_INDEX), num_images
+            )
+            text_tokens = np.count_nonzero(sample.input_ids != IMAGE_TOKEN_INDEX)
+            found[place] = text_tokens, num_images
+            if truncation:
+                extent = measure_extent(sample, num_visual_tokens=num_visual_tokens)
+                for count in truncation:
+                    count.add(extent)
         except BadSampleError:
             found[place] = 1, 0
-    return found
+    return found, truncation

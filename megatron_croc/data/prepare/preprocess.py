@@ -8,6 +8,7 @@ shard_job.py holds the part shared with indexing, inputs/ the readers of each in
 
 import errno
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -18,6 +19,13 @@ from typing import Literal
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.inputs import InputFormat, InputRecord, InputSlice, open_input
+from megatron_croc.data.prepare.made_from import (
+    MadeFrom,
+    SourceFiles,
+    absolute,
+    digest_records,
+    update_digest,
+)
 from megatron_croc.data.prepare.shard_job import (
     Notes,
     Report,
@@ -34,10 +42,14 @@ from megatron_croc.data.sample.image_transform import ImageError, check_shape, r
 from megatron_croc.data.store.shard_writer import ShardWriter
 from megatron_croc.errors import DataError, first_line
 
+RULES = 2
+"""Version of the rules by which a record becomes a sample. Raise it when they change: shards that
+were made by other rules are then made again."""
+
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """Extension of an image's member by its format; the name of its file may be wrong."""
 
-_COMMON_SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "JPG", "JPEG", "PNG")
+_COMMON_SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "JPG")
 _LFS_POINTER = b"version https://git"
 _MAX_LOOKED_AT = 1000
 """Entries of an image folder among which an archive is looked for."""
@@ -91,13 +103,30 @@ class Preprocessor:
         self._samples_per_shard = samples_per_shard
         self._job = ShardJob(
             output,
-            {
-                "input_sha256": self._input.digest,
-                "samples_per_shard": samples_per_shard,
-                **({"fields": rules.as_json} if rules.as_json else {}),
-            },
+            MadeFrom(
+                identity={
+                    "input_sha256": self._input.digest,
+                    "samples_per_shard": samples_per_shard,
+                },
+                digest_key="input_sha256",
+                inputs=absolute(paths),
+                rules=RULES,
+                options={
+                    "split": sorted(self._options.splits),
+                    "fields": rules.as_json,
+                    "image_aspect_ratio": image_aspect_ratio,
+                },
+                image_folder=None if image_folder is None else str(image_folder.absolute()),
+            ),
             num_shards=-(-self._input.num_records // samples_per_shard),
+            records_of=lambda shard: digest_records(self._slice_of(shard).read()),
+            owns_tars=True,
         )
+
+    @property
+    def note(self) -> str | None:
+        """One line on shards of an earlier run that are made again; None: there are none."""
+        return self._job.note
 
     @property
     def num_unfinished(self) -> int:
@@ -133,8 +162,11 @@ class Preprocessor:
         return range(begin, min(begin + self._samples_per_shard, self._input.num_records))
 
     def _task_of(self, shard: int) -> tuple["ReadOptions", InputSlice]:
+        return self._options, self._slice_of(shard)
+
+    def _slice_of(self, shard: int) -> InputSlice:
         records = self._records_of(shard)
-        return self._options, self._input.slice(records.start, records.stop)
+        return self._input.slice(records.start, records.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +196,13 @@ def _make_shard(output: Path, shard: int, options: ReadOptions, records: InputSl
     """Make one shard; runs in a worker process."""
     skipped: list[Skipped] = []
     notes: Notes = {}
-    num_records = 0
+    num_records, digest, files = 0, hashlib.sha256(), SourceFiles()
     with ShardWriter(output, shard) as writer:
         for found in records.read():
             num_records += 1
+            update_digest(digest, found)
             try:
-                stored, images, decided = _read_record(found, options)
+                stored, images, decided = _read_record(found, options, files)
             except BadSampleError as error:
                 skipped.append(
                     Skipped(
@@ -183,11 +216,18 @@ def _make_shard(output: Path, shard: int, options: ReadOptions, records: InputSl
             writer.add({"source_index": found.number, **stored}, images)
             add_notes(notes, {text: [1, example] for text, example in decided.items()})
     assert writer.info is not None
-    return ShardResult(info=writer.info, num_records=num_records, skipped=skipped, notes=notes)
+    return ShardResult(
+        info=writer.info,
+        num_records=num_records,
+        skipped=skipped,
+        notes=notes,
+        records_sha256=digest.hexdigest(),
+        files=files.states,
+    )
 
 
 def _read_record(
-    found: InputRecord, options: ReadOptions
+    found: InputRecord, options: ReadOptions, files: SourceFiles
 ) -> tuple[dict, list[tuple[str, bytes]], dict[str, str]]:
     """Check one record and read its images; also return the decisions for the report."""
     if found.fault is not None:
@@ -217,6 +257,7 @@ def _read_record(
             folder,
             options.image_aspect_ratio,
             notes,
+            files,
         )
         for image in reading.images
     ]
@@ -240,11 +281,12 @@ def _read_image(
     image_folder: Path | None,
     image_aspect_ratio: Literal["pad", "square"],
     notes: dict[str, str],
+    files: SourceFiles,
 ) -> tuple[str, bytes]:
     """Return (extension, bytes) of an image, from the record or from the image folder."""
     label, data = "image", image
     if isinstance(image, str):
-        label, data = f"image {image}", _read_named(image_folder, image, name, notes)
+        label, data = f"image {image}", _read_named(image_folder, image, name, notes, files)
     elif isinstance(image, tuple):
         label, data = f"image {image[0]}", image[1]
     assert isinstance(data, bytes)
@@ -257,7 +299,9 @@ def _read_image(
     return EXTENSIONS.get(header.format, header.format.lower()), data
 
 
-def _read_named(image_folder: Path | None, image: str, name: str, notes: dict[str, str]) -> bytes:
+def _read_named(
+    image_folder: Path | None, image: str, name: str, notes: dict[str, str], files: SourceFiles
+) -> bytes:
     if re.match(r"[a-z0-9]+://", image):
         raise BadSampleError(
             name,
@@ -276,12 +320,12 @@ def _read_named(image_folder: Path | None, image: str, name: str, notes: dict[st
             name, "missing_image", f"image {image:.120} lies outside the image folder"
         )
     try:
-        return (image_folder / place).read_bytes()
+        return files.read(image_folder / place)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        if (other := _other_suffix(image_folder / place)) is not None:
+        if (other := _other_suffix(image_folder / place, files)) is not None:
             note = "file found under another suffix than its record says"
             notes.setdefault(note, f"{image} is {other.name}")
-            return other.read_bytes()
+            return files.read(other)
         reason = f"image {image:.120} is not in the image folder"
         if (packed := _archive_in(image_folder)) is not None:
             reason += f"; unpack {packed} there first"
@@ -305,10 +349,12 @@ def _archive_in(folder: Path) -> str | None:
         return next((name for name in names if name.endswith((".zip", ".tar", ".tar.gz"))), None)
 
 
-def _other_suffix(path: Path) -> Path | None:
+def _other_suffix(path: Path, files: SourceFiles) -> Path | None:
     """Return the one image of this name with another suffix: OCR-VQA's GIFs are listed as .jpg."""
     if suffix_of(path.name) not in IMAGE_SUFFIXES:
         return None
-    others = (path.with_suffix(f".{suffix}") for suffix in _COMMON_SUFFIXES)
+    others = [path.with_suffix(f".{suffix}") for suffix in _COMMON_SUFFIXES]
+    for other in others:
+        files.note(other)
     there = [other for other in others if other != path and other.is_file()]
     return there[0] if len(there) == 1 else None

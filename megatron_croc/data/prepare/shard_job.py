@@ -1,15 +1,14 @@
 """Job that makes shards in parallel, each once; shared by preprocessing and indexing.
 
-    task of shard s --worker--> shard s --> .progress/shard-s.json   (it is finished)
-    all finished --> report.json, skipped.jsonl, manifest.json; .progress removed
+    task of shard s --worker--> shard s --> made_from/shard-s.json   (it is finished)
+    all finished --> report.json, skipped.jsonl, manifest.json
 
 A shard depends on its own task only: any number of workers gives equal bytes, and a second run
-makes only the missing shards. `.progress/input.json` holds the input; another input is refused.
+makes only the shards that are missing or no longer right (made_from.py). Another input is refused.
 """
 
 import json
 import multiprocessing
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.data.prepare.made_from import FileState, Ledger, MadeFrom, find_stale
 from megatron_croc.data.store.shard_writer import (
     MANIFEST,
     ShardInfo,
+    lengths_files,
     shard_name,
+    update_manifest,
     write_manifest,
 )
 from megatron_croc.data.store.storage import is_remote, join_location
@@ -29,7 +31,6 @@ from megatron_croc.errors import DataError
 
 REPORT = "report.json"
 SKIPPED = "skipped.jsonl"
-PROGRESS = ".progress"
 MAX_LISTED = 20
 """Number of skipped records of each kind in the report; skipped.jsonl has all."""
 
@@ -62,7 +63,13 @@ class ShardResult:
     info: ShardInfo
     num_records: int
     skipped: list[Skipped]
-    notes: Notes = field(default_factory=dict)
+    notes: Notes
+
+    records_sha256: str
+    """Digest of the shard's records in the input."""
+
+    files: dict[str, FileState] = field(default_factory=dict)
+    """State of each file that was read or looked for beside the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,40 +104,91 @@ class Report:
 class ShardJob:
     """Job that makes one dataset folder of one input."""
 
-    def __init__(self, output: Path, identity: dict[str, Any], num_shards: int) -> None:
-        """Look for shards of an earlier, interrupted job.
+    def __init__(
+        self,
+        output: Path,
+        made_from: MadeFrom,
+        num_shards: int,
+        *,
+        records_of: Callable[[int], str],
+        owns_tars: bool,
+    ) -> None:
+        """Look for shards of an earlier job, and drop those that are no longer right.
 
         Args:
             output: dataset folder; created if missing.
-            identity: everything that the shards depend on; stored in the manifest.
+            made_from: everything that the shards depend on.
             num_shards: number of shards.
+            records_of: shard -> digest of its records in the input.
+            owns_tars: True if the job writes the tars, False if it indexes tars of the user.
 
         Raises:
             DataError: the output was started with another input.
         """
         self.output = output
         self.num_shards = num_shards
-        self._identity = identity
+        self._made_from = made_from
+        self._ledger = Ledger(output)
+        self._owns_tars = owns_tars
         self.is_complete = (output / MANIFEST).exists()
-        self._check_same_input()
-        if not self.is_complete:
-            (output / PROGRESS).mkdir(parents=True, exist_ok=True)
-            write_atomically(output / PROGRESS / "input.json", json.dumps(identity).encode())
+        self.note: str | None = None
+        """One line on what is made again, and why; None: nothing is."""
+        before = self._ledger.read_job()
+        self._check_same_input(before)
+        if before is not None:
+            stale = find_stale(self._ledger, before, made_from, records_of, num_shards)
+            self._drop(stale)
+            if not stale and self.is_complete:
+                update_manifest(output, made_from.identity)
+        elif self.is_complete:
+            self.note = (
+                f"{output} does not say which files it was made from (an older version made it): "
+                "changes of images are not noticed; remove the folder to make it anew"
+            )
+        if before is not None or not self.is_complete:
+            self._ledger.write_job(made_from)
 
-    def _check_same_input(self) -> None:
-        for path in (self.output / MANIFEST, self.output / PROGRESS / "input.json"):
-            if not path.exists():
-                continue
+    def _check_same_input(self, before: dict[str, Any] | None) -> None:
+        """Refuse an output of another input; a changed input is no other input."""
+        begun = None if before is None else before["identity"]
+        if begun is None and self.is_complete:
+            path = self.output / MANIFEST
             try:
                 begun = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise DataError(f"{path} is damaged: remove the folder and begin again") from error
-            for key, value in self._identity.items():
-                if begun.get(key) != value:
-                    raise DataError(
-                        f"{self.output} was begun with another input ({key} {begun.get(key)}, now "
-                        f"{value}): choose another output folder, or remove this one"
-                    )
+        same_paths = before is not None and before.get("inputs") == self._made_from.inputs
+        for key, value in self._made_from.identity.items() if begun is not None else ():
+            if begun.get(key) != value and not (same_paths and key == self._made_from.digest_key):
+                raise DataError(
+                    f"{self.output} was begun with another input ({key} {begun.get(key)}, now "
+                    f"{value}): choose another output folder, or remove this one"
+                )
+
+    def _drop(self, stale: dict[int, str]) -> None:
+        """Forget stale shards; until they are made again the folder counts as unfinished."""
+        if not stale:
+            return
+        tables = lengths_files(self.output) if self.is_complete else []
+        (self.output / MANIFEST).unlink(missing_ok=True)
+        for table in tables:
+            (self.output / table).unlink(missing_ok=True)
+        for shard in stale:
+            self._ledger.drop(shard)
+            if shard >= self.num_shards:
+                (self.output / f"{shard_name(shard)}.idx.npy").unlink(missing_ok=True)
+                if self._owns_tars:
+                    (self.output / f"{shard_name(shard)}.tar").unlink(missing_ok=True)
+        self.is_complete = False
+        number = len(stale)
+        first = next(iter(stale.values()))
+        more = "" if len(set(stale.values())) == 1 else ", the first of them"
+        self.note = (
+            f"{self.output}: {number} of {max(self.num_shards, *(s + 1 for s in stale))} shard(s) "
+            f"made earlier are dropped and made again: {first}{more}"
+        )
+        if tables:
+            self.note += "; its sample lengths must be measured again (croc data lengths)"
 
     def unfinished_shards(self) -> list[int]:
         """Return the numbers of the unfinished shards."""
@@ -140,15 +198,15 @@ class ShardJob:
 
     def _result(self, shard: int) -> ShardResult | None:
         """Read the stored result of a shard; None if it is unfinished."""
-        try:
-            done = json.loads(_done_path(self.output, shard).read_bytes())
-        except FileNotFoundError:
+        done = self._ledger.read_result(shard)
+        if done is None:
             return None
         result = ShardResult(
             info=ShardInfo(**done["info"]),
             num_records=done["num_records"],
             skipped=[Skipped(**entry) for entry in done["skipped"]],
             notes=done.get("notes", {}),
+            records_sha256=done["records_sha256"],
         )
         index = self.output / f"{shard_name(shard)}.idx.npy"
         tar = join_location(self.output, result.info.tar)
@@ -213,8 +271,8 @@ class ShardJob:
             write_atomically(self.output / SKIPPED, "".join(lines).encode())
             text = json.dumps(asdict(report), indent=1) + "\n"
             write_atomically(report_path, text.encode())
-            write_manifest(self.output, infos, **self._identity)
-            shutil.rmtree(self.output / PROGRESS)
+            identity = self._made_from.identity | {"rules": self._made_from.rules}
+            write_manifest(self.output, infos, **identity)
             self.is_complete = True
         content = json.loads(report_path.read_text(encoding="utf-8"))
         content["skipped"] = [Skipped(**entry) for entry in content["skipped"]]
@@ -254,10 +312,6 @@ def add_notes(notes: Notes, *more: Mapping[str, list]) -> Notes:
 def _make(make: Callable[..., ShardResult], output: Path, shard: int, task: tuple) -> ShardResult:
     """Make one shard and store its result; runs in a worker process."""
     result = make(output, shard, *task)
-    write_atomically(_done_path(output, shard), json.dumps(asdict(result)).encode())
+    stored = asdict(result)
+    Ledger(output).write_result(shard, stored, stored.pop("files"))
     return result
-
-
-def _done_path(output: Path, shard: int) -> Path:
-    """Return the path of a finished shard's result, with its skipped records."""
-    return output / PROGRESS / f"{shard_name(shard)}.json"

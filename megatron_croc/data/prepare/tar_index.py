@@ -15,7 +15,8 @@ from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.inputs.compressed import compression_of
 from megatron_croc.data.prepare.inputs.files import find_files
 from megatron_croc.data.prepare.inputs.tars import no_text, notes_of, with_damage
-from megatron_croc.data.prepare.preprocess import refuse_remote_output
+from megatron_croc.data.prepare.made_from import MadeFrom, SourceFiles, absolute
+from megatron_croc.data.prepare.preprocess import RULES, refuse_remote_output
 from megatron_croc.data.prepare.shard_job import (
     Notes,
     Report,
@@ -62,7 +63,24 @@ class TarIndexer:
         """Size of each tar in bytes."""
         names = "\n".join(f"{n} {tar}" for tar, n in zip(self._tars, self.sizes, strict=True))
         digest = hashlib.sha256(names.encode()).hexdigest()
-        self._job = ShardJob(output, {"indexed_tars_sha256": digest}, num_shards=len(self._tars))
+        self._job = ShardJob(
+            output,
+            MadeFrom(
+                identity={"indexed_tars_sha256": digest},
+                digest_key="indexed_tars_sha256",
+                inputs=absolute(input_path),
+                rules=RULES,
+                options={"split": sorted(wanted_splits(split))},
+            ),
+            num_shards=len(self._tars),
+            records_of=lambda shard: _digest_of(self._tars[shard]),
+            owns_tars=False,
+        )
+
+    @property
+    def note(self) -> str | None:
+        """One line on tars indexed earlier that are indexed again; None: there are none."""
+        return self._job.note
 
     @property
     def num_unfinished_bytes(self) -> int:
@@ -86,6 +104,9 @@ def index_tar(
     output: Path, shard: int, tar: str, splits: frozenset[str] = frozenset()
 ) -> ShardResult:
     """Write one tar's index; runs in a worker process."""
+    files = SourceFiles()
+    if not is_remote(tar):
+        files.note(output / tar)
     scan = scan_tar(_open(output, tar), keeps_texts=True)
     rows: list[tuple[int, int, int]] = []
     skipped: list[Skipped] = []
@@ -119,7 +140,14 @@ def index_tar(
         idx_bytes=index_path.stat().st_size,
         idx_sha256=sha256_of(index_path),
     )
-    return ShardResult(info=info, num_records=len(samples), skipped=skipped, notes=notes)
+    return ShardResult(
+        info=info,
+        num_records=len(samples),
+        skipped=skipped,
+        notes=notes,
+        records_sha256=_digest_of(tar),
+        files=files.states,
+    )
 
 
 def _read_sample(
@@ -153,6 +181,11 @@ def _read_sample(
             "its images are no members of the tar: make shards of it (croc data preprocess)",
         )
     return text_format, [sample.texts[text_format], *images], reading.notes
+
+
+def _digest_of(tar: str) -> str:
+    """Compute the digest of a tar's place; its content is compared by size and time."""
+    return hashlib.sha256(tar.encode()).hexdigest()
 
 
 def _location(path: str, output: Path) -> str:

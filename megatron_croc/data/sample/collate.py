@@ -19,6 +19,7 @@ from megatron_croc.config.model import MaskType
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.sample.tokenization import TokenizedSample
+from megatron_croc.data.truncation import Cut, Extent
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.ops.patch_selection import image_seed, select_replaced
 from megatron_croc.parallel.device import host_buffer
@@ -64,6 +65,40 @@ def expand_sample(
     )
 
 
+def measure_extent(sample: TokenizedSample, *, num_visual_tokens: int) -> Extent:
+    """Measure a sample with one mark per image: its length with N visual tokens for each."""
+    is_image = sample.input_ids == IMAGE_TOKEN_INDEX
+    ends = np.cumsum(np.where(is_image, num_visual_tokens, 1))
+    has_label = sample.labels != IGNORE_INDEX
+    has_label[:1] = False  # nothing comes before the first token that could predict it
+    return Extent(
+        length=int(ends[-1]),
+        images_end=int(ends[is_image].max(initial=0)),
+        labels=ends[has_label] - 1,
+        answer=int(ends[sample.answer - 1]) if sample.answer else 0,
+    )
+
+
+def check_answer(sample_id: str, extent: Extent, *, seq_length: int) -> None:
+    """Refuse a sample without a token of an answer before seq_length.
+
+    Raises:
+        BadSampleError: all its answers are cut off, or it has no label at all.
+    """
+    if extent.teaches(seq_length):
+        return
+    if not len(extent.labels):
+        raise BadSampleError(sample_id, "no_label", "no token of it has a label to learn")
+    needed = max(extent.answer, int(extent.labels[0])) + 1
+    raise BadSampleError(
+        sample_id,
+        "no_label",
+        f"its answers are cut off: the first begins at token {needed} of {extent.length}, "
+        f"seq_length = {seq_length}; raise --seq-length to {needed} or more, or shorten the "
+        "question",
+    )
+
+
 def placeholder_sample(sample_id: str) -> TokenizedSample:
     """Return the placeholder of a bad sample: its name and one token without a label."""
     return TokenizedSample(
@@ -82,6 +117,7 @@ def collate(
     seed: int,
     replace_ratio: float | None,
     image_shape: tuple[int, int, int] | None,
+    cuts: Sequence[Cut] = (),
 ) -> Batch:
     """Lay expanded samples end to end in one pack.
 
@@ -95,6 +131,7 @@ def collate(
         seed: of the run; with epoch and name of the sample it gives the seed of each image.
         replace_ratio: share of replaced visual tokens; None: the stage replaces none.
         image_shape: (3, height, width) of pixel_values; None: a batch without pixels.
+        cuts: samples of the pack that were longer than seq_length.
 
     Returns:
         Batch on the CPU.
@@ -142,6 +179,7 @@ def collate(
         image_seeds=image_seeds,
         pixel_values=_stack_pixels(samples, images_per_sample, image_shape),
         sample_ids=sample_ids,
+        cuts=tuple(cuts),
     )
 
 

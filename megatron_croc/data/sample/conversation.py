@@ -37,6 +37,9 @@ class Text:
     text: str
     supervised: bool = False
 
+    role: str = ""
+    """Beginning of a supervised text that names the turn's role and is no part of the answer."""
+
 
 @dataclass(frozen=True)
 class Special:
@@ -236,7 +239,7 @@ def _render_qwen(rounds: Sequence[tuple[str, str]]) -> list[Part]:
     parts: list[Part] = [start, Text(f"system\n{QWEN_SYSTEM}"), end, Text("\n")]
     for question, answer in rounds:
         parts += [start, *_split_images(f"user\n{_mark_first(question)}"), end, Text("\n")]
-        parts += [start, Text(f"assistant\n{answer}", supervised=True)]
+        parts += [start, Text(f"assistant\n{answer}", supervised=True, role="assistant\n")]
         if answer:
             parts += [end, Text("\n")]
     return parts

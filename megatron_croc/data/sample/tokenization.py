@@ -5,10 +5,9 @@
 
 LLaMA tokenizers put a space before a text ("dummy prefix"). With Hugging Face's `legacy` flag they
 also do so after a special token: "</s>USER" is [.., "_US", "ER"] with legacy and [.., "USER"]
-without. The released code uses both; the tokenizer_config.json of a checkpoint holds its flag.
+without. The released code uses both; legacy.py decides it from the files of a checkpoint.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron_croc.data.sample.conversation import (
     render_conversation,
     render_prompt,
 )
+from megatron_croc.data.sample.legacy import Legacy, decide_legacy
 from megatron_croc.errors import DataError
 
 Follows = Literal["start", "special", "text"]
@@ -52,6 +52,9 @@ class TokenizedSample:
     labels: np.ndarray
     """int64 [L], unshifted: the token itself if it is supervised, else IGNORE_INDEX."""
 
+    answer: int = 0
+    """Place of the first token of the first answer in `input_ids`; 0: not known."""
+
 
 class Tokenizer:
     """Converts text to ids and back, for every tokenizer library. Safe to share between threads."""
@@ -66,6 +69,7 @@ class Tokenizer:
         decode: Callable[[list[int]], str],
         adds_prefix: bool,
         legacy: bool,
+        legacy_reason: str = "",
     ) -> None:
         """Wrap a tokenizer library.
 
@@ -77,12 +81,14 @@ class Tokenizer:
             decode: ids -> text, without special tokens.
             adds_prefix: True if `encode` puts a space before the text.
             legacy: True if it also does so after a special token.
+            legacy_reason: source of `legacy`, for messages.
         """
         self.name = name
         self.size = size
         self.special_ids = special_ids
         self.adds_prefix = adds_prefix
         self.legacy = legacy
+        self.legacy_reason = legacy_reason
         self._encode = encode
         self._decode = decode
         self._anchor_ids = encode(_ANCHOR)
@@ -126,8 +132,7 @@ def build_tokenizer(
     Args:
         tokenizer_type: SentencePieceTokenizer reads a .model file, HuggingFaceTokenizer a folder.
         tokenizer_model: path of the tokenizer.
-        legacy: overrides the flag in the tokenizer_config.json beside it (default: True, as in
-            transformers).
+        legacy: overrides the flag that the files beside it say (legacy.py).
 
     Raises:
         DataError: no such path, or not a tokenizer of that type.
@@ -139,21 +144,10 @@ def build_tokenizer(
         raise DataError(f"tokenizer_model {path} does not exist")
     build = _build_sentencepiece if tokenizer_type == "SentencePieceTokenizer" else _build_hf
     folder = path if path.is_dir() else path.parent
-    return build(path, _read_legacy(folder) if legacy is None else legacy)
+    return build(path, decide_legacy(folder) if legacy is None else Legacy(legacy, "as asked"))
 
 
-def _read_legacy(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    try:
-        flag = json.loads(config.read_text(encoding="utf-8")).get("legacy")
-    except FileNotFoundError:
-        flag = None
-    except ValueError as error:
-        raise DataError(f"{config} is not valid JSON: {error}") from error
-    return True if flag is None else bool(flag)
-
-
-def _build_sentencepiece(path: Path, legacy: bool) -> Tokenizer:
+def _build_sentencepiece(path: Path, legacy: Legacy) -> Tokenizer:
     import sentencepiece
 
     if path.is_dir():
@@ -176,11 +170,12 @@ def _build_sentencepiece(path: Path, legacy: bool) -> Tokenizer:
         encode=model.encode,
         decode=model.decode,
         adds_prefix=model.encode("a", out_type=str)[0].startswith("\u2581"),
-        legacy=legacy,
+        legacy=legacy.value,
+        legacy_reason=legacy.reason,
     )
 
 
-def _build_hf(path: Path, legacy: bool) -> Tokenizer:
+def _build_hf(path: Path, legacy: Legacy) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -209,7 +204,8 @@ def _build_hf(path: Path, legacy: bool) -> Tokenizer:
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
         adds_prefix=backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"),
-        legacy=legacy,
+        legacy=legacy.value,
+        legacy_reason=legacy.reason,
     )
 
 
@@ -290,6 +286,7 @@ def _tokenize_parts(
 ) -> TokenizedSample:
     ids: list[int] = []
     supervised: list[bool] = []
+    answer = 0
     follows: Follows = "start"
     for part in parts:
         match part:
@@ -298,8 +295,10 @@ def _tokenize_parts(
             case Special(name, label):
                 new = [tokenizer.special_ids[name]]
                 follows_next = "start" if name == BOS else "special"
-            case Text(text, label):
+            case Text(text, label, role):
                 new, follows_next = tokenizer.encode(text, follows=follows), "text"
+                if label and not answer:
+                    answer = len(ids) + len(tokenizer.encode(role, follows=follows) if role else ())
         ids += new
         supervised += [label] * len(new)
         follows = follows_next
@@ -311,4 +310,5 @@ def _tokenize_parts(
         sample_id=sample_id,
         input_ids=input_ids,
         labels=np.where(keep, input_ids, IGNORE_INDEX),
+        answer=answer,
     )

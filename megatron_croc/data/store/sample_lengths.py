@@ -39,7 +39,10 @@ class SampleLengths:
             DataError: a folder has no such table, or a damaged one.
         """
         digest = tokenizer_digest(tokenizer)
-        self._tables = [_open_table(f, tokenizer.name, digest, template) for f in folders]
+        found = [_open_table(f, tokenizer.name, digest, template) for f in folders]
+        self._tables = [table for _, table in found]
+        self.digest = hashlib.sha256("".join(sha for sha, _ in found).encode()).hexdigest()[:16]
+        """Digest of all tables, 16 hex digits."""
         self._starts = np.array(list(accumulate(map(len, self._tables), initial=0)))
 
     def __call__(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +65,10 @@ def look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def _open_table(folder: str, name: str, digest: str, template: TemplateName) -> np.ndarray:
+def _open_table(
+    folder: str, name: str, digest: str, template: TemplateName
+) -> tuple[str, np.ndarray]:
+    """Open a folder's table; also return its digest."""
     manifest = read_manifest(folder)
     again = (
         f"run: croc data lengths {folder} --tokenizer-model {name} "
@@ -88,7 +94,7 @@ def _open_table(folder: str, name: str, digest: str, template: TemplateName) -> 
             f"{path} holds {table.dtype} {table.shape}, not one row for each of the "
             f"{manifest.num_samples} samples; {again}"
         )
-    return table
+    return info.sha256, table
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,6 +72,8 @@ class LengthsInfo:
     tokenizer_sha256: str
     tokenizer_model: str
     conversation_template: str
+    legacy: bool | None = None
+    """Flag of LLaMA tokenizers that was used (sample/legacy.py); None in older manifests."""
 
 
 def sha256_of(path: Path) -> str:
@@ -176,6 +178,21 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -
         "shards": [asdict(shard) for shard in shards],
     }
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def update_manifest(folder: Path, changed: Mapping[str, object]) -> None:
+    """Set keys of a manifest; the shards stay as they are."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if all(manifest.get(key) == value for key, value in changed.items()):
+        return
+    manifest |= changed
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def lengths_files(folder: Path) -> list[str]:
+    """Return the names of a folder's tables of sample lengths."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return [entry["file"] for entry in manifest.get("lengths", ())]
 
 
 def add_lengths(folder: Path, info: LengthsInfo) -> None:

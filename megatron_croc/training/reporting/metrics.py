@@ -49,6 +49,15 @@ class StepMetrics:
     flops: float
     """Useful operations, see planning.flops."""
 
+    num_cut_samples: int = 0
+    """Samples longer than seq_length."""
+
+    num_labels: int = 0
+    """Labelled tokens, after the cut."""
+
+    num_labels_lost: int = 0
+    """Labelled tokens that seq_length cut off."""
+
     matched_distance: float | None = None
     """Mean distance of a replaced token to its pool token."""
 
@@ -119,6 +128,15 @@ class StepSums:
     flops: float = 0.0
     """Useful operations."""
 
+    num_cut_samples: float = 0.0
+    """Samples longer than seq_length."""
+
+    num_labels: float = 0.0
+    """Labelled tokens, after the cut."""
+
+    num_labels_lost: float = 0.0
+    """Labelled tokens that seq_length cut off."""
+
     num_replaced: float = 0.0
     """Replaced visual tokens."""
 
@@ -177,6 +195,7 @@ class StepTotals:
         self.last_started = -1
         self.work = Work(num_tokens=0, num_pairs=0, num_labels=0, num_images=0)
         self.num_samples = 0
+        self.num_cut_samples = self.num_labels_lost = 0
         self.losses: list[dict[str, Tensor]] = []
         self.distance_sum: Tensor | None = None
         self.num_replaced = 0
@@ -193,6 +212,8 @@ class StepTotals:
         """Add the tokens and images of a micro-batch. The batch must be on the CPU."""
         self.num_microbatches += 1
         self.num_samples += len(batch.sample_ids)
+        self.num_cut_samples += len(batch.cuts)
+        self.num_labels_lost += sum(cut.num_labels_lost for cut in batch.cuts)
         self.work += Work.from_lengths(
             batch.mixed_mask.cu_seqlens.diff().tolist(),
             num_labels=batch.num_label_tokens,
@@ -247,6 +268,9 @@ class StepTotals:
             num_tokens=int(sums.num_tokens),
             num_images=int(sums.num_images),
             num_samples=int(sums.num_samples),
+            num_cut_samples=int(sums.num_cut_samples),
+            num_labels=int(sums.num_labels),
+            num_labels_lost=int(sums.num_labels_lost),
             flops=sums.flops,
             matched_distance=float(sums.distance) / sums.num_replaced if has_matching else None,
             matching_seconds=sums.matching_seconds / dp_size if has_matching else None,
@@ -278,6 +302,9 @@ class StepTotals:
             sums.num_tokens = self.work.num_tokens
             sums.num_images = self.work.num_images
             sums.num_samples = self.num_samples
+            sums.num_cut_samples = self.num_cut_samples
+            sums.num_labels = self.work.num_labels
+            sums.num_labels_lost = self.num_labels_lost
             sums.flops = sum(count_flops(self.run, self.work).values())
         sums.num_replaced = self.num_replaced
         sums.matching_seconds = self.matching_seconds

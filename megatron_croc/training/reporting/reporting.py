@@ -145,6 +145,7 @@ class Reporter:
         last = steps[-1]
         total = {name: sum(getattr(s, name) for s in steps) for name in ("num_tokens", "flops")}
         samples = sum(s.num_samples for s in steps)
+        lost = sum(s.num_labels_lost for s in steps)
         row = {
             "iteration": iteration,
             "loss": _mean(steps, "loss"),
@@ -153,6 +154,8 @@ class Reporter:
             "grad_norm": last.grad_norm,
             "matched_distance": last.matched_distance,
             "skipped_steps": num_skipped or None,
+            "cut_samples": sum(s.num_cut_samples for s in steps) or None,
+            "labels_cut": lost / (lost + sum(s.num_labels for s in steps)) if lost else None,
             "seconds_per_step": elapsed / len(self.interval),
             "samples_per_second": samples / elapsed,
             "tokens_per_second": total["num_tokens"] / elapsed,
@@ -286,6 +289,7 @@ _SHOWN = {
     "valid_text_loss": "text {:.4f}",
     "valid_reconstruction_loss": "reconstruction {:.5f}",
     "skipped_steps": "SKIPPED {}",
+    "labels_cut": "labels cut off {:.1%}",
     "valid_answers_right": "answers right {:.1%}",
     "grad_norm": "grad norm {:.3f}",
     "pool_usage": "pool used {:.0%}",

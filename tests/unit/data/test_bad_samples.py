@@ -37,3 +37,18 @@ def test_report_names_every_bad_sample(tmp_path):
     assert [line["sample"] for line in lines] == ["set/0", "a/b/1"]
     assert lines[1]["reason"] == "\\ud800"  # what no log could print is spelled out
     assert budget.source_counts == {"set": 1, "a/b": 1}
+
+
+def test_nothing_but_bad_samples_ends_a_run_early():
+    """Three in a row are no chance at 1 %, two are; at 50 % it takes 17."""
+    budget = BadSampleBudget(0.01)
+    budget.record(2, [BAD] * 2)
+    with pytest.raises(DataError, match=r"all 3 samples .*image: 3; set: 3.* sample set/0: broken"):
+        budget.record(1, [BAD])
+    budget = BadSampleBudget(0.5)
+    budget.record(16, [BAD] * 16)
+    with pytest.raises(DataError, match="all 17 samples so far are bad") as caught:
+        budget.record(1, [BAD])
+    assert "\n" not in str(caught.value)
+    budget = BadSampleBudget(0.01)
+    budget.record(4, [BAD] * 3)  # one good sample: chance is judged at 100

@@ -151,3 +151,12 @@ def test_a_blend_stands_alone(folders):
         read_blend([])
     with pytest.raises(DataError, match="cannot be read"):
         read_blend([str(folders / "none.yaml")])
+
+
+def test_digest_is_of_content_and_order(make_dataset, tmp_path):
+    other = {0: ([{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], [])}
+    a, b = make_dataset(6, name="a"), make_dataset(6, name="b", records=other)
+    moved = make_dataset(6, name="moved")
+    digests = [read_blend(p).sources[0].digest for p in ((a,), (b,), (moved,), (a, b), (b, a))]
+    assert digests[0] == digests[2]
+    assert len(set(digests)) == 4

@@ -258,3 +258,27 @@ def test_a_checkpoint_keeps_the_state(tmp_path):
     with pytest.raises(CheckpointError, match=r"iteration 3 does not name .*--pretrained-checkpo"):
         TrainState(iteration=3).resume_point()
     assert TrainState().resume_point() is None
+
+
+def with_digests(plan: RowPlan, *digests: str, lengths: str = "") -> RowPlan:
+    sources = zip(plan.blend.sources, digests, strict=True)
+    blend = replace(plan.blend, sources=tuple(replace(s, digest=d) for s, d in sources))
+    return RowPlan(blend, replace(plan.arrangement, digest=lengths), seed=1)
+
+
+def test_other_samples_cannot_go_on():
+    """Of equal size, swapped, or packed by other lengths: each refused in one line."""
+    plan = plan_of("packed", [50, 50], [1, 1])
+    stream = RowStream(with_digests(plan, "aa", "bb", lengths="l"))
+    stream.take(3)
+    state = OrderState.from_tree(json.loads(json.dumps(asdict(stream.state))))
+    RowStream(with_digests(plan, "aa", "bb", lengths="l"), state)
+    for digests, lengths, reason in (
+        (("bb", "aa"), "l", "source s0 .*but those of s1"),
+        (("aa", "cc"), "l", "source s1 .*but other ones"),
+        (("aa", "bb"), "m", "sample lengths of data_path are not those"),
+    ):
+        with pytest.raises(DataError, match=reason) as caught:
+            RowStream(with_digests(plan, *digests, lengths=lengths), state)
+        assert "\n" not in str(caught.value) and "--pretrained-checkpoint" in str(caught.value)
+    RowStream(with_digests(plan, "cc", "dd"), replace(state, digests=()))  # an older checkpoint

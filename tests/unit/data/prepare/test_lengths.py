@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
+from megatron_croc.data.prepare import lengths as lengths_module
 from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_conversation
 from megatron_croc.data.store.sample_lengths import SampleLengths
 from megatron_croc.data.store.shards import ShardedDataset
+from megatron_croc.data.truncation import TruncationCount
 from tests.unit.data.small_samples import measure_lengths
 
 SPM = "SentencePieceTokenizer"
@@ -66,3 +69,29 @@ def test_the_commands_measure(make_dataset, tokenizer_model, tmp_path):
             assert text[index] == (ids != IMAGE_TOKEN_INDEX).sum()
             assert images[index] == len(raw.image_bytes)
     assert len(set(text)) == 3  # the answers are of different lengths
+
+
+def test_cuts_are_counted_while_measuring(make_dataset, tokenizer_model, monkeypatch):
+    """The same numbers from any cut of the samples into chunks."""
+    folder = make_dataset(12, records={3: ([{"from": "human", "value": "?"}], [])})
+    found = []
+    for chunk in (100, 5):
+        monkeypatch.setattr(lengths_module, "CHUNK", chunk)
+        counts = [TruncationCount(n) for n in (20, 150, 4096)]
+        list(
+            lengths_module.index_lengths(
+                Path(folder),
+                tokenizer_type=SPM,
+                tokenizer_model=tokenizer_model,
+                template="v1",
+                num_visual_tokens=64,
+                truncation=counts,
+            )
+        )
+        found.append([count.as_tree() for count in counts])
+    assert found[0] == found[1]
+    short, middle, whole = found[0]
+    assert short["num_samples"] == 11  # the bad sample has no labels to count
+    assert (short["num_cut"], short["share_of_labels_lost"]) == (11, 1.0)
+    assert 0 < middle["num_cut"] < 11 and 0 < middle["share_of_labels_lost"] < 1
+    assert (whole["num_cut"], whole["share_of_labels_lost"]) == (0, 0)

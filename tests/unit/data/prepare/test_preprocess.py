@@ -247,9 +247,10 @@ def test_another_input_is_refused(source, tmp_path, finished):
         next(job(source, tmp_path / "out").make_shards(1))
     with pytest.raises(DataError, match="samples_per_shard 5, now 7"):
         job(source, tmp_path / "out", samples_per_shard=7)
-    source.write_text(source.read_text() + " ")
+    other = source.with_name("other.json")
+    other.write_text(source.read_text() + " ")
     with pytest.raises(DataError, match="begun with another input"):
-        job(source, tmp_path / "out")
+        job(other, tmp_path / "out", image_folder=source.parent / "images")
 
 
 @pytest.mark.parametrize(

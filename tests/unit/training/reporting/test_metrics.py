@@ -87,6 +87,7 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["num_tokens"] == sum(lengths)  # padding not counted
         assert result["num_images"] == 2 * dp_size
         assert result["num_samples"] == 4 * dp_size
+        assert result["num_cut_samples"] == 0 and result["num_labels"] > 0
         assert result["matched_distance"] == pytest.approx({1: 2.0, 2: 2.5}[dp_size])
         assert result["pool_usage"] == pytest.approx({1: 5, 2: 6}[dp_size] / 32)
         counts = {1: (1, 1, 2, 1, 1, 0), 2: (2, 2, 4, 2, 1, 1)}[dp_size]
@@ -198,6 +199,17 @@ def test_one_row_per_interval_and_one_at_the_end(reporter, tmp_path: Path):
         assert row["samples_per_second"] * row["seconds_per_step"] * steps == pytest.approx(
             num_samples
         )
+
+
+def test_cut_samples_are_a_count_and_a_share_of_labels(reporter, tmp_path: Path):
+    cuts = dict(num_cut_samples=3, num_labels=60, num_labels_lost=20)
+    for number in range(1, 5):
+        metrics = make_metrics(number, **(cuts if number <= 2 else {}))
+        reporter.add_step(number, metrics, waited=0.0)
+    reporter.close()
+    rows = rows_of(tmp_path)
+    assert rows[0]["cut_samples"] == 6 and rows[0]["labels_cut"] == 0.25
+    assert "cut_samples" not in rows[1] and "labels_cut" not in rows[1]
 
 
 def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
