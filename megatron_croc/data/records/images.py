@@ -7,6 +7,8 @@ names in the record + members of the tar           --order_members--> members, i
 
 import base64
 import binascii
+import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +97,9 @@ def values_of(value: object, name: str) -> list[ImageValue]:
         return [image for entry in value for image in values_of(entry, name)]
     if isinstance(value, bytes):
         return [value]
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        with contextlib.suppress(ValueError, RecursionError):  # a list in a cell of a CSV
+            return values_of(json.loads(value), name)
     if isinstance(value, str):
         return [_decoded(value, name) if is_encoded_image(value) else value]
     if isinstance(value, dict):

@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_croc.data.records.fields import is_empty
+from megatron_croc.data.records.fields import (
+    holds_image,
+    holds_image_name,
+    is_empty,
+    is_ignored,
+    names_image,
+    names_media,
+)
 from megatron_croc.data.records.images import ImageValue, RecordFault, values_of
 from megatron_croc.data.sample.conversation import IMAGE_MARK
 
@@ -39,6 +46,9 @@ CAPTION_KEYS = (
 
 _ROLE_KEYS = ("from", "role", "speaker", "author")
 _TEXT_KEYS = ("value", "content", "text", "message")
+_MESSAGE_KEYS = frozenset(
+    (*_ROLE_KEYS, *_TEXT_KEYS, *(key for pair in PAIR_KEYS for key in pair), "type", "weight")
+)
 _HUMAN = frozenset(["human", "user", "prompter", "question", "instruction", "customer", "q"])
 _GPT = frozenset(
     ["gpt", "assistant", "model", "bot", "chatgpt", "bard", "bing", "chatbot", "answer", "ai", "a"]
@@ -122,6 +132,7 @@ def _read_list(name: str, value: object) -> Turns | None:
     if all(pair is not None for pair in paired):
         turns.has_own_marks = False
         for number, (question, answer) in enumerate(filter(None, paired)):
+            _read_more(turns, value[number], f"{name}, turn {number}")
             for role, text in (("human", question), ("gpt", answer)):
                 content = _content(turns, text, f"{name}, turn {number}")
                 turns.messages.append({"from": role, "value": content})
@@ -179,7 +190,21 @@ def _as_message(turns: Turns, entry: object, name: str) -> dict[str, Any]:
                 f"{entry!r:.80}",
             )
         content = entry[key]
+    _read_more(turns, entry, name)
     return {"from": _role(role, name), "value": _content(turns, content, name)}
+
+
+def _read_more(turns: Turns, entry: object, name: str) -> None:
+    """Read the images that stand in a message beside its text; tell of other keys."""
+    for key, value in entry.items() if isinstance(entry, dict) else ():
+        if is_empty(value) or str(key).lower() in _MESSAGE_KEYS or is_ignored(str(key)):
+            continue
+        if names_media(key, value):
+            raise RecordFault("record", f"{name}: {key} is a video or a sound, which is not read")
+        if names_image(key) or holds_image(value) or holds_image_name(value):
+            turns.images += values_of(value, f"{name}, {key}")
+        else:
+            turns.notes.setdefault(f"{key} of messages is not read", f"{value!r:.60}")
 
 
 def _role(role: object, name: str) -> str:
@@ -241,12 +266,12 @@ def _leave_out_first(turns: Turns) -> None:
     for message in turns.messages:
         if message["from"] == "system":
             note = "system turn left out: the template has its own"
-            turns.notes.setdefault(note, message["value"])
+            turns.notes.setdefault(note, f"{message['value']!r:.60}")
         else:
             kept.append(message)
     if len(kept) > 2 and kept[0]["from"] == "gpt":
         note = "first answer left out: no question stands before it"
-        turns.notes.setdefault(note, kept.pop(0)["value"])
+        turns.notes.setdefault(note, f"{kept.pop(0)['value']!r:.60}")
     turns.messages = kept
 
 

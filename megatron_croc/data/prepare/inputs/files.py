@@ -42,6 +42,8 @@ class InputFiles:
 
     files: list[str]
     notes: list[InputNote] = field(default_factory=list)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parts of the path of each file below the folder or glob that was searched."""
 
 
 def format_of(file: str) -> InputFormat | None:
@@ -82,7 +84,10 @@ def find_files(
             matches = sorted(glob.glob(path, recursive=True))
             if not matches:
                 raise DataError(f"input {path} matches no file")
-            found.files += [file for file in matches if not Path(file).is_dir()]
+            root = os.path.dirname(re.split(r"[*?\[]", path)[0])
+            matches = [file for file in matches if not Path(file).is_dir()]
+            found.parts |= {file: _relative(file, root) for file in matches}
+            found.files += matches
         else:
             found.files.append(path)
     found.files = list(dict.fromkeys(found.files))
@@ -95,6 +100,8 @@ def _add_folder(
     found: InputFiles, folder: str, files: Sequence[str], input_format: InputFormat | None
 ) -> None:
     """Add the files of a folder that hold records."""
+    root = re.split(r"[*?\[]", folder)[0]
+    found.parts |= {file: _relative(file, root) for file in files}
     metadata = [file for file in files if PurePosixPath(file).name in METADATA_NAMES]
     others = [file for file in files if file not in metadata]
     kinds: dict[InputFormat, list[str]] = {}
@@ -154,7 +161,8 @@ def _choose_split(found: InputFiles, split: Sequence[str], is_searched: bool, wh
     common = os.path.commonpath(folders) if len({is_remote(f) for f in found.files}) == 1 else ""
     groups: dict[str, list[str]] = {}
     for file in found.files:
-        groups.setdefault(split_of(_relative(file, common)) or "train", []).append(file)
+        parts = found.parts.get(file) or _relative(file, common)
+        groups.setdefault(split_of(parts) or "train", []).append(file)
     wanted = set(wanted_splits(split))
     there = ", ".join(f"{name} ({len(files)} files)" for name, files in groups.items())
     if ALL_SPLITS in wanted:

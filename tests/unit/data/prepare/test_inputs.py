@@ -241,6 +241,11 @@ def test_splits_are_never_merged_in_silence(tmp_path):
     with pytest.raises(DataError, match=r"has no split dev2, only .*train \(1 files\)"):
         find_files([data], split=["dev2"])
     assert find_files([data / "test-00000-of-00001.parquet"]).files  # named by the user
+    (tmp_path / "folders" / "val").mkdir(parents=True)
+    write_tar(tmp_path / "folders" / "val" / "0.tar", [("0.txt", b"a")])
+    for place in ("folders", "folders/*/*.tar"):
+        with pytest.raises(DataError, match=r"no split train, only validation"):
+            find_files([tmp_path / place])
     (data / "train-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"holds no split train, only .*--split"):
         find_files([data])

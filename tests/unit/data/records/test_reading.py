@@ -109,6 +109,7 @@ IMAGE_FORMS = {
     "base64": ({"image": TEXT64}, [PICTURE]),
     "data URI": ({"image": f"data:image/jpeg;base64,{TEXT64}"}, [PICTURE]),
     "image_base64_str": ({"image_base64_str": [TEXT64]}, [PICTURE]),
+    "list in a cell": ({"images": '["0.png", "1.png"]'}, ["0.png", "1.png"]),
     "list in a list": ({"image": [["0.png"]]}, ["0.png"]),
     "same file twice": ({"image": "0.png", "image_path": "/data/0.png"}, ["0.png"]),
     "bytes and their name": ({"image": PICTURE, "file_name": "0.png"}, [PICTURE]),
@@ -267,6 +268,20 @@ def test_images_inside_messages():
     assert decoded.images == [PICTURE]
 
 
+def test_images_beside_the_text_of_a_message():
+    """They are read; other keys of a message are told."""
+    talk = [{**ASK[0], "image": "0.png", "weight": 1}, {**ASK[1], "mood": "glad"}]
+    reading = read_record({"conversations": talk}, "x")
+    assert (reading.messages, reading.images) == (ASK, ["0.png"])
+    assert reading.notes == {"mood of messages is not read": "'glad'"}
+    turn = {"user": "<image>\nhi", "assistant": "ho", "frame": "a/0.png"}
+    assert read_record({"texts": [turn]}, "x").images == ["a/0.png"]
+    for more, kind in (({"image": "0.png"}, "image_marks"), ({"video": "a.mp4"}, "record")):
+        with pytest.raises(BadSampleError) as caught:
+            read_record({"conversations": [{**TALK[0], **more}, TALK[1]]}, "x")
+        assert caught.value.kind == kind
+
+
 def test_marks_in_every_spelling():
     two = {"images": ["a", "b"], "answer": "x"}
     for question, images, text in (
@@ -292,7 +307,7 @@ def test_what_is_not_read_is_told():
     assert list(notes) == ["field hint is not read", "field system is not read"]
     assert len(notes["field hint is not read"]) < 70
     told = read_record(TEXT_FORMS["both"], "x").notes
-    assert list(told.values()) == ["be kind", "hello"]
+    assert list(told.values()) == ["'be kind'", "'hello'"]
     assert "image is empty: a sample of text only" in read_record(TEXT_FORMS["NaN image"], "").notes
 
 
