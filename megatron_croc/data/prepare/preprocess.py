@@ -6,12 +6,7 @@
 shard_job.py holds the part shared with indexing, inputs/ the readers of each input format.
 """
 
-import errno
-import functools
 import hashlib
-import itertools
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +21,7 @@ from megatron_croc.data.prepare.made_from import (
     digest_records,
     update_digest,
 )
+from megatron_croc.data.prepare.record_images import RecordImages
 from megatron_croc.data.prepare.shard_job import (
     Notes,
     Report,
@@ -34,25 +30,16 @@ from megatron_croc.data.prepare.shard_job import (
     Skipped,
     add_notes,
 )
-from megatron_croc.data.records.fields import IMAGE_SUFFIXES, FieldRules, suffix_of
+from megatron_croc.data.records.fields import FieldRules
 from megatron_croc.data.records.reading import NO_RULES, read_record
 from megatron_croc.data.records.splits import check_split, wanted_splits
 from megatron_croc.data.sample.conversation import is_unicode
-from megatron_croc.data.sample.image_transform import ImageError, check_shape, read_header
 from megatron_croc.data.store.shard_writer import ShardWriter
-from megatron_croc.errors import DataError, first_line
+from megatron_croc.errors import DataError
 
 RULES = 2
 """Version of the rules by which a record becomes a sample. Raise it when they change: shards that
 were made by other rules are then made again."""
-
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""Extension of an image's member by its format; the name of its file may be wrong."""
-
-_COMMON_SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "JPG")
-_LFS_POINTER = b"version https://git"
-_MAX_LOOKED_AT = 1000
-"""Entries of an image folder among which an archive is looked for."""
 
 
 class Preprocessor:
@@ -249,17 +236,15 @@ def _read_record(
     for image in reading.images if found.folder is not None else ():
         if isinstance(image, str) and len(PurePosixPath(image).parts) > 1:
             check_split({}, options.splits, name, PurePosixPath(image).parts[0])
-    folder = options.image_folder or found.folder
+    images = RecordImages(
+        name=name,
+        folder=options.image_folder or found.folder,
+        image_aspect_ratio=options.image_aspect_ratio,
+        files=files,
+        notes=notes,
+    )
     encoded = [
-        _read_image(
-            name,
-            members[image] if isinstance(image, int) else image,
-            folder,
-            options.image_aspect_ratio,
-            notes,
-            files,
-        )
-        for image in reading.images
+        images.read(members[image] if isinstance(image, int) else image) for image in reading.images
     ]
     return {"id": _plain_id(record.get("id")), "conversations": reading.messages}, encoded, notes
 
@@ -273,88 +258,3 @@ def _plain_id(value: object) -> str | int | None:
     if isinstance(value, str):
         return value if is_unicode(value) else None
     return value if isinstance(value, int) else None
-
-
-def _read_image(
-    name: str,
-    image: str | bytes | tuple[str, bytes],
-    image_folder: Path | None,
-    image_aspect_ratio: Literal["pad", "square"],
-    notes: dict[str, str],
-    files: SourceFiles,
-) -> tuple[str, bytes]:
-    """Return (extension, bytes) of an image, from the record or from the image folder."""
-    label, data = "image", image
-    if isinstance(image, str):
-        label, data = f"image {image}", _read_named(image_folder, image, name, notes, files)
-    elif isinstance(image, tuple):
-        label, data = f"image {image[0]}", image[1]
-    assert isinstance(data, bytes)
-    try:
-        header = read_header(data)
-        check_shape(header.width, header.height, image_aspect_ratio)
-    except ImageError as error:
-        cause = "a pointer of Git LFS: run git lfs pull" if data[:19] == _LFS_POINTER else error
-        raise BadSampleError(name, "image", f"{label}: {cause}") from error
-    return EXTENSIONS.get(header.format, header.format.lower()), data
-
-
-def _read_named(
-    image_folder: Path | None, image: str, name: str, notes: dict[str, str], files: SourceFiles
-) -> bytes:
-    if re.match(r"[a-z0-9]+://", image):
-        raise BadSampleError(
-            name,
-            "missing_image",
-            f"image {image:.120} is an address and not fetched: download it and name the file",
-        )
-    if image_folder is None:
-        raise BadSampleError(
-            name, "missing_image", f"image {image:.120} is a name: say --image-folder to look it up"
-        )
-    place = PurePosixPath(image)
-    if place.is_absolute() and place.is_relative_to(image_folder.absolute()):
-        place = place.relative_to(image_folder.absolute())
-    if place.is_absolute() or ".." in place.parts:
-        raise BadSampleError(
-            name, "missing_image", f"image {image:.120} lies outside the image folder"
-        )
-    try:
-        return files.read(image_folder / place)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        if (other := _other_suffix(image_folder / place, files)) is not None:
-            note = "file found under another suffix than its record says"
-            notes.setdefault(note, f"{image} is {other.name}")
-            return files.read(other)
-        reason = f"image {image:.120} is not in the image folder"
-        if (packed := _archive_in(image_folder)) is not None:
-            reason += f"; unpack {packed} there first"
-        raise BadSampleError(name, "missing_image", reason) from error
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            reason = f"image {image:.120} is a link that leads in a circle"
-            raise BadSampleError(name, "missing_image", reason) from error
-        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-            raise DataError(f"image {image}: {first_line(error)}; run the command again") from error
-        raise BadSampleError(
-            name, "missing_image", f"image {image!r:.60} cannot be a file name"
-        ) from error
-
-
-@functools.lru_cache(maxsize=64)
-def _archive_in(folder: Path) -> str | None:
-    """Return the name of an archive in a folder, whose images are not files yet."""
-    with os.scandir(folder) as entries:
-        names = (entry.name for entry in itertools.islice(entries, _MAX_LOOKED_AT))
-        return next((name for name in names if name.endswith((".zip", ".tar", ".tar.gz"))), None)
-
-
-def _other_suffix(path: Path, files: SourceFiles) -> Path | None:
-    """Return the one image of this name with another suffix: OCR-VQA's GIFs are listed as .jpg."""
-    if suffix_of(path.name) not in IMAGE_SUFFIXES:
-        return None
-    others = [path.with_suffix(f".{suffix}") for suffix in _COMMON_SUFFIXES]
-    for other in others:
-        files.note(other)
-    there = [other for other in others if other != path and other.is_file()]
-    return there[0] if len(there) == 1 else None

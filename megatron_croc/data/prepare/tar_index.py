@@ -126,7 +126,8 @@ def index_tar(
         rows += [(num_samples, *place) for place in places]
         num_samples += 1
         num_text_only += len(places) == 1
-    text_format: TextFormat = "mixed" if len(formats) > 1 else next(iter(formats), "json")
+    formats = formats or {"json"}
+    text_format: TextFormat = formats.pop() if len(formats) == 1 else "mixed"
     index_path = write_index(output, shard, rows)
     info = ShardInfo(
         name=shard_name(shard),

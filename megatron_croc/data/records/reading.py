@@ -213,7 +213,7 @@ def _read(
     given = given_images(rest)
     notes = turns.notes | given.notes
     values = _chosen(given.values, [*turns.images, *names_in_marks(turns.messages)], given.fields)
-    images: list[ImageValue | int] = list(values)
+    images: list[ImageValue | int] = [*values]
     if members:
         names = [value for value in values if isinstance(value, str)]
         if len(names) != len(values):
@@ -223,7 +223,8 @@ def _read(
                 f"({', '.join(members)!s:.80}): leave out one of them with --ignore",
             )
         order, decided = order_members(members, names)
-        images, notes = [*order], notes | decided
+        images = [*order]
+        notes |= decided
     refuse_other_media(turns.messages)
     numbers = _place_marks(turns, len(images)) or turns.indices
     images = _by_number(images, numbers)

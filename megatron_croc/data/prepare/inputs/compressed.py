@@ -34,9 +34,10 @@ class CompressedFile:
     def size(self) -> int:
         """Return the number of bytes inside; the first call reads the whole file."""
         with self._lock:
-            if self._size is None:
-                self._size = self._damaged_is_an_error(lambda: self._file.seek(0, 2))
-            return self._size
+            size = self._size
+            if size is None:
+                size = self._size = int(self._damaged_is_an_error(lambda: self._file.seek(0, 2)))
+            return size
 
     def read(self, offset: int, length: int) -> bytes:
         """Read exactly `length` bytes at `offset`."""

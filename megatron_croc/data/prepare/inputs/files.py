@@ -117,7 +117,8 @@ def _add_folder(
             InputNote("parquet files beside tars of their name: left out", tables[0])
         )
         del kinds["parquet"]
-    large = [kind for kind in ("webdataset", "parquet") if kind in kinds]
+    larger: tuple[InputFormat, ...] = ("webdataset", "parquet")
+    large = [kind for kind in larger if kind in kinds]
     if metadata:
         large = [kind for kind in large if input_format is None or kind == input_format]
     if input_format is not None and input_format in kinds:
