@@ -96,6 +96,8 @@ class RecordImages:
                 self.notes.setdefault(note, f"{image} is {other.name}")
                 return files.read(other)
             reason = f"image {image:.120} is not in the image folder"
+            if "\\" in image:
+                reason += ": write / between folders, not \\"
             if (packed := _archive_in(image_folder)) is not None:
                 reason += f"; unpack {packed} there first"
             raise BadSampleError(name, "missing_image", reason) from error

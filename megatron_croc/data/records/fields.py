@@ -61,7 +61,7 @@ MEDIA_WORDS = _names(
 
 FILE_WORDS = _names(
     """
-    file files path paths filename filenames filepath filepaths frame
+    file files path paths filename filenames filepath filepaths frame frames
     """
 )
 """Words of a name that speak of an image if the value ends like one."""

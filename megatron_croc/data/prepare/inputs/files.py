@@ -118,7 +118,7 @@ def _add_folder(
         )
         del kinds["parquet"]
     larger: tuple[InputFormat, ...] = ("webdataset", "parquet")
-    large = [kind for kind in larger if kind in kinds]
+    large: list[InputFormat] = [kind for kind in larger if kind in kinds]
     if metadata:
         large = [kind for kind in large if input_format is None or kind == input_format]
     if input_format is not None and input_format in kinds:
