@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import CrocError, DataError
+from megatron_croc.errors import DataError
 from megatron_croc.model.parameters import (
     PARTS,
     Part,
@@ -46,6 +47,7 @@ ATTENTION_BACKENDS = {
 _FLASH_MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, or every fault; return the exit status."""
     parser = run_parser(prog="croc check", description=__doc__ or "")
@@ -57,14 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--for-training", action="store_true", help="also require data and tokenizer to exist"
     )
-    try:
-        options, run = parse_command(parser, argv)
-        raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
-        device = gpu_memory(get_gpu(options.gpu))
-        workload = read_workload(options, run)
-    except CrocError as error:
-        print(error, file=sys.stderr)
-        return 1
+    options, run = parse_command(parser, argv)
+    raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
+    device = gpu_memory(get_gpu(options.gpu))
+    workload = read_workload(options, run)
     if options.dump:
         print(to_yaml(run), end="")
         return 0

@@ -1,10 +1,10 @@
 """Record of everything that a folder's shards were made from; decides what a rerun may keep.
 
-    made_from/job.json                      input, options, image folder, version of the rules
-             /shard-000000.json            result of a shard, digest of its records
-             /shard-000000.files.json.gz   path -> [size, mtime] of each file it looked for
+    made_from/job.made                 input, options, image folder, version of the rules
+             /shard-000000.made        result of a shard, digest of its records
+             /shard-000000.files.gz    path -> [size, mtime] of each file it looked for
 
-A rerun of the same command compares: input and options with job.json, each file by size and time
+A rerun of the same command compares: input and options with job.made, each file by size and time
 of its last change. A shard is made again if something of its own differs: also if an image that
 was missing is there now, so that no skipped record outlives its cause.
 """
@@ -25,7 +25,8 @@ from megatron_croc.data.store.shard_writer import shard_name
 from megatron_croc.errors import DataError
 
 FOLDER = "made_from"
-_JOB = "job.json"
+_JOB = "job.made"
+"""The files end in .made: in a folder given as an input, .json would be taken for records."""
 
 STAT_THREADS = 16
 """Threads that look up files; a network file system answers many at a time."""
@@ -154,7 +155,7 @@ class Ledger:
 
     def finished(self) -> list[int]:
         """Return the numbers of the shards with a result, ascending."""
-        names = sorted(self.folder.glob("shard-*.json"))
+        names = sorted(self.folder.glob("shard-*.made"))
         return [int(path.stem.removeprefix("shard-")) for path in names]
 
     def read_files(self, shard: int) -> dict[str, FileState]:
@@ -165,10 +166,10 @@ class Ledger:
             return {"": [0, 0]}  # lost: no file has this state, so the shard is made again
 
     def _result_path(self, shard: int) -> Path:
-        return self.folder / f"{shard_name(shard)}.json"
+        return self.folder / f"{shard_name(shard)}.made"
 
     def _files_path(self, shard: int) -> Path:
-        return self.folder / f"{shard_name(shard)}.files.json.gz"
+        return self.folder / f"{shard_name(shard)}.files.gz"
 
 
 def find_stale(
@@ -194,7 +195,7 @@ def find_stale(
     if before.get("rules") != now.rules:
         change = f"version {before.get('rules')} of the rules made them, this is {now.rules}"
         return dict.fromkeys(shards, change)
-    if before.get("options") != now.options:
+    if before.get("options") != json.loads(json.dumps(now.options)):  # as stored: tuples are lists
         change = f"the options were {before.get('options')}, now {now.options}"
         return dict.fromkeys(shards, change)
     is_changed = before["identity"].get(now.digest_key) != now.identity[now.digest_key]

@@ -1,6 +1,6 @@
 """Job that makes shards in parallel, each once; shared by preprocessing and indexing.
 
-    task of shard s --worker--> shard s --> made_from/shard-s.json   (it is finished)
+    task of shard s --worker--> shard s --> made_from/shard-s.made   (it is finished)
     all finished --> report.json, skipped.jsonl, manifest.json
 
 A shard depends on its own task only: any number of workers gives equal bytes, and a second run
@@ -158,7 +158,9 @@ class ShardJob:
             except ValueError as error:
                 raise DataError(f"{path} is damaged: remove the folder and begin again") from error
         same_paths = before is not None and before.get("inputs") == self._made_from.inputs
-        for key, value in self._made_from.identity.items() if begun is not None else ():
+        if begun is None:
+            return
+        for key, value in self._made_from.identity.items():
             if begun.get(key) != value and not (same_paths and key == self._made_from.digest_key):
                 raise DataError(
                     f"{self.output} was begun with another input ({key} {begun.get(key)}, now "

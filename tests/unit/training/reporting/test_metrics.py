@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,17 +237,15 @@ def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     assert shown == pytest.approx(written, rel=1e-6)
 
 
-def set_clock(monkeypatch) -> list[float]:
-    """Replace the reporter's clock; it shows element 0 of the returned list."""
-    from megatron_croc.training.reporting import reporting
-
+def set_clock(reporter) -> list[float]:
+    """Give the reporter a clock that shows element 0 of the returned list."""
     now = [0.0]
-    monkeypatch.setattr(reporting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    reporter.clock = lambda: now[0]
     return now
 
 
-def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
-    now = set_clock(monkeypatch)
+def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path):
+    now = set_clock(reporter)
     reporter.restart_clock()
     for number, now[0] in ((1, 5.0), (2, 10.0), (3, 12.0), (4, 14.0)):
         reporter.add_step(number, make_metrics(number), waited=1.0)
@@ -259,10 +256,10 @@ def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, m
     assert first["tflops_per_device"] == pytest.approx(1e-4)
 
 
-def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkeypatch):
+def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path):
     from megatron_croc.model.prompt_pool import MatchingSample
 
-    now = set_clock(monkeypatch)
+    now = set_clock(reporter)
     reporter.restart_clock()
     now[0] = 10.0
     uses = [(8, 8) + (0,) * 30, (0, 0, 16) + (0,) * 29]
