@@ -205,18 +205,13 @@ def _walk(folder: Path) -> Iterator[str]:
     """Yield the files below a folder; hidden ones and links that lead in a circle are left out."""
     seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _is_ours(name))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         yield from (os.path.join(root, name) for name in names if not name.startswith("."))
-
-
-def _is_ours(folder: str) -> bool:
-    """Return True for hidden folders, and for the one in which a dataset folder notes its files."""
-    return folder.startswith(".") or folder == "made_from"
 
 
 def _remote_files(path: str) -> list[str]:
