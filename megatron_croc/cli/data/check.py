@@ -37,12 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     words = words[len(folders) :]
-    if not any(word.split("=")[0] in ("--recipe", "--config") for word in words):
+    names = {word.split("=")[0] for word in words}
+    if not folders and names.isdisjoint(("-h", "--help", "--data-path", "--config")):
+        raise ConfigError("name the dataset folders first: croc data check FOLDER --recipe ...")
+    if names.isdisjoint(("--recipe", "--config")):
         words = ["--recipe", DEFAULT_RECIPE, *words]
     options, run = parse_command(parser, words)
     run.data.data_path = tuple(folders) or run.data.data_path
     if not run.data.data_path:
-        raise ConfigError("croc data check: name the dataset folders first")
+        raise ConfigError("data_path is empty: name the dataset folders first")
     if run.data.tokenizer_model is None:
         raise ConfigError("--tokenizer-model is not given: tokens are counted with it")
     if options.max_samples < 0 or options.strangest < 0:

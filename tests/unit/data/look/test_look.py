@@ -133,7 +133,7 @@ def test_wrong_words_are_one_line(command, tmp_path, capsys):
         command(*words, status=1)
         error = capsys.readouterr().err
         assert error.startswith("error: ") and reason in error and error.count("\n") == 1
-    assert main(["data", "check"]) == 1
+    assert main(["data", "check", "--recipe", "tiny/finetune", str(tmp_path)]) == 1
     assert main(["data", "check", str(tmp_path)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert "name the dataset folders first" in lines[0]
