@@ -34,8 +34,8 @@ import psutil
 import torch
 from PIL import Image
 
+from megatron_croc.data.records.reading import parse_text
 from megatron_croc.data.sample.image_transform import ImageTransform
-from megatron_croc.data.store.records import parse_text
 from megatron_croc.data.store.shard_writer import ShardWriter, write_manifest
 from megatron_croc.data.store.shards import ShardedDataset
 

@@ -26,6 +26,8 @@ BadKind = Literal[
     "duplicate_key",
     "unsafe_member",
     "damaged_tar",
+    "dotted_key",
+    "other_split",
 ]
 
 MIN_SAMPLES_TO_JUDGE = 100

@@ -2,12 +2,13 @@
 
     croc data preprocess --input llava.json --image-folder images --output data/llava
     croc data preprocess --input captions.jsonl --image-folder images --output data/cap
-    croc data preprocess --input hub_dataset/ --output data/hub        # parquet, or tars
+    croc data preprocess --input hub_dataset/ --output data/hub    # parquet, tars, or metadata.csv
     croc data index --input cc3m/*.tar --output data/cc3m # tars stay as is
 
 A record is {"conversations": [{"from": "human", "value": "<image> ..."}, {"from": "gpt", ...}],
-"image": "a.jpg"}, or {"caption": "...", "image": "a.jpg"}; "image" may also be a list of names, or
-be left out. Parquet rows and tars bring their images along. Records that cannot be trained on are
+"image": "a.jpg"}, or {"caption": "...", "image": "a.jpg"}, or a form of docs/data.md; "image" may
+also be a list of names, or be left out. Parquet rows and tars bring their images along. A field
+that speaks of an image is read, or its record is skipped. Records that cannot be trained on are
 skipped; the reasons are printed, counted in report.json and all named in skipped.jsonl. Stopped at
 any time, the same command goes on with the shards that are missing. With --tokenizer-model the
 samples are measured too, as `croc data lengths` does.
@@ -27,6 +28,7 @@ from megatron_croc.data.prepare.inputs import FORMATS
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
 from megatron_croc.data.prepare.tar_index import TarIndexer
+from megatron_croc.data.records.fields import FieldRules
 from megatron_croc.errors import ConfigError, DataError
 
 
@@ -38,7 +40,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, help="file, files, or a folder of parquet or tars"
+        "--input", nargs="+", required=True, help="files, folders, globs, or s3:// prefixes of tars"
+    )
+    parser.add_argument("--split", nargs="+", default=(), help="splits to take, or all (train)")
+    parser.add_argument(
+        "--rename", nargs="+", default=(), metavar="OLD=NEW", help="fields to read as others"
+    )
+    parser.add_argument(
+        "--ignore", nargs="+", default=(), metavar="FIELD", help="fields or suffixes to leave out"
+    )
+    parser.add_argument(
+        "--image-aspect-ratio",
+        choices=("pad", "square"),
+        default="pad",
+        help="as in training, which refuses some long images (default pad)",
     )
     parser.add_argument("--input-format", choices=FORMATS, help="default: told by the suffix")
     parser.add_argument("--image-folder", type=Path, help="what image names are relative to")
@@ -62,6 +77,9 @@ def make(arguments: argparse.Namespace) -> Report:
         output=arguments.output,
         samples_per_shard=arguments.samples_per_shard,
         input_format=arguments.input_format,
+        split=arguments.split,
+        rules=FieldRules.parse(arguments.rename, arguments.ignore),
+        image_aspect_ratio=arguments.image_aspect_ratio,
     )
     if job.note is not None:
         print(job.note)
@@ -73,7 +91,12 @@ def make(arguments: argparse.Namespace) -> Report:
 
 def index(arguments: argparse.Namespace) -> Report:
     """Index the tars that are left, then write the manifest."""
-    job = TarIndexer(input_path=arguments.input, output=arguments.output)
+    if arguments.rename or arguments.ignore:
+        raise ConfigError(
+            "--rename and --ignore do not go with indexing, which leaves texts as they are: make "
+            "shards (croc data preprocess without --index)"
+        )
+    job = TarIndexer(input_path=arguments.input, output=arguments.output, split=arguments.split)
     if job.note is not None:
         print(job.note)
     total, begin = job.num_unfinished_bytes, time.monotonic()

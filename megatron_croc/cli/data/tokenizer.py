@@ -16,8 +16,8 @@ from pathlib import Path
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.inputs import FORMATS, open_input
+from megatron_croc.data.records.reading import texts_of
 from megatron_croc.data.sample.tokenizer_training import PROMPT, train_sentencepiece
-from megatron_croc.data.store.records import texts_of
 from megatron_croc.errors import ConfigError, DataError
 
 

@@ -6,10 +6,11 @@
 shard_job.py holds the part shared with indexing, inputs/ the readers of each input format.
 """
 
-import errno
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.inputs import InputFormat, InputRecord, InputSlice, open_input
@@ -20,19 +21,25 @@ from megatron_croc.data.prepare.made_from import (
     digest_records,
     update_digest,
 )
-from megatron_croc.data.prepare.shard_job import Report, ShardJob, ShardResult, Skipped
-from megatron_croc.data.sample.conversation import check_conversation, is_unicode
-from megatron_croc.data.sample.image_transform import ImageError, read_header
-from megatron_croc.data.store.records import conversation_of
+from megatron_croc.data.prepare.record_images import RecordImages
+from megatron_croc.data.prepare.shard_job import (
+    Notes,
+    Report,
+    ShardJob,
+    ShardResult,
+    Skipped,
+    add_notes,
+)
+from megatron_croc.data.records.fields import FieldRules
+from megatron_croc.data.records.reading import NO_RULES, read_record
+from megatron_croc.data.records.splits import check_split, wanted_splits
+from megatron_croc.data.sample.conversation import is_unicode
 from megatron_croc.data.store.shard_writer import ShardWriter
-from megatron_croc.errors import DataError, first_line
+from megatron_croc.errors import DataError
 
-RULES = 1
+RULES = 2
 """Version of the rules by which a record becomes a sample. Raise it when they change: shards that
 were made by other rules are then made again."""
-
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""Extension of an image's member by its format; the name of its file may be wrong."""
 
 
 class Preprocessor:
@@ -46,6 +53,9 @@ class Preprocessor:
         output: Path,
         samples_per_shard: int,
         input_format: InputFormat | None = None,
+        split: Sequence[str] = (),
+        rules: FieldRules = NO_RULES,
+        image_aspect_ratio: Literal["pad", "square"] = "pad",
     ) -> None:
         """Open the input and look for shards of an earlier, interrupted job.
 
@@ -55,6 +65,9 @@ class Preprocessor:
             output: dataset folder; created if missing.
             samples_per_shard: records of each shard.
             input_format: None: given by the suffix.
+            split: splits to take; empty: train.
+            rules: fields that are renamed or ignored.
+            image_aspect_ratio: setting of training, which refuses images that are too long for it.
 
         Raises:
             DataError: the input is unusable, the image folder is missing, or the output was started
@@ -64,9 +77,16 @@ class Preprocessor:
             raise DataError(f"samples_per_shard = {samples_per_shard} must be at least 1")
         if image_folder is not None and not image_folder.is_dir():
             raise DataError(f"image folder {image_folder} does not exist")
+        refuse_remote_output(output)
         paths = [input_path] if isinstance(input_path, str | Path) else list(input_path)
-        self._input = open_input(paths, input_format)
+        self._input = open_input(paths, input_format, split=split)
         self._image_folder = image_folder
+        self._options = ReadOptions(
+            image_folder=image_folder,
+            rules=rules,
+            image_aspect_ratio=image_aspect_ratio,
+            splits=wanted_splits(split),
+        )
         self._samples_per_shard = samples_per_shard
         self._job = ShardJob(
             output,
@@ -78,7 +98,11 @@ class Preprocessor:
                 digest_key="input_sha256",
                 inputs=absolute(paths),
                 rules=RULES,
-                options={},
+                options={
+                    "split": sorted(self._options.splits),
+                    "fields": rules.as_json,
+                    "image_aspect_ratio": image_aspect_ratio,
+                },
                 image_folder=None if image_folder is None else str(image_folder.absolute()),
             ),
             num_shards=-(-self._input.num_records // samples_per_shard),
@@ -102,33 +126,70 @@ class Preprocessor:
             yield result.num_records
 
     def finish(self) -> Report:
-        """Write report and manifest once all shards are made (ShardJob.finish)."""
-        return self._job.finish()
+        """Write report and manifest once all shards are made (ShardJob.finish).
+
+        Raises:
+            DataError: also if an image folder was given and no record has an image.
+        """
+        notes: Notes = {note.text: [0, note.example] for note in self._input.notes}
+        return self._job.finish(notes, self._check_images)
+
+    def _check_images(self, report: Report) -> None:
+        if self._image_folder is None or report.num_images:
+            return
+        first = f"; the first record left out: {report.skipped[0].reason}" if report.skipped else ""
+        raise DataError(
+            f"--image-folder {self._image_folder} was given and none of {report.num_records} "
+            f"records has an image that can be read{first}; name the field of the images with "
+            "--rename FIELD=image, or leave --image-folder out"
+        )
 
     def _records_of(self, shard: int) -> range:
         begin = shard * self._samples_per_shard
         return range(begin, min(begin + self._samples_per_shard, self._input.num_records))
 
-    def _task_of(self, shard: int) -> tuple[Path | None, InputSlice]:
-        return self._image_folder, self._slice_of(shard)
+    def _task_of(self, shard: int) -> tuple["ReadOptions", InputSlice]:
+        return self._options, self._slice_of(shard)
 
     def _slice_of(self, shard: int) -> InputSlice:
         records = self._records_of(shard)
         return self._input.slice(records.start, records.stop)
 
 
-def _make_shard(
-    output: Path, shard: int, image_folder: Path | None, records: InputSlice
-) -> ShardResult:
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Settings by which records are read."""
+
+    image_folder: Path | None
+    rules: FieldRules
+    image_aspect_ratio: Literal["pad", "square"]
+    splits: frozenset[str]
+
+
+def refuse_remote_output(output: Path) -> None:
+    """Refuse an s3:// location, which Path has shortened to s3:/.
+
+    Raises:
+        DataError: says the way out.
+    """
+    if str(output).startswith("s3:/"):
+        raise DataError(
+            "--output is an object store: shards are written to a local disk; copy the finished "
+            "folder there (aws s3 sync), training reads s3://bucket/prefix"
+        )
+
+
+def _make_shard(output: Path, shard: int, options: ReadOptions, records: InputSlice) -> ShardResult:
     """Make one shard; runs in a worker process."""
     skipped: list[Skipped] = []
+    notes: Notes = {}
     num_records, digest, files = 0, hashlib.sha256(), SourceFiles()
     with ShardWriter(output, shard) as writer:
         for found in records.read():
             num_records += 1
             update_digest(digest, found)
             try:
-                stored, images = _read_record(found, image_folder, files)
+                stored, images, decided = _read_record(found, options, files)
             except BadSampleError as error:
                 skipped.append(
                     Skipped(
@@ -140,35 +201,56 @@ def _make_shard(
                 )
                 continue
             writer.add({"source_index": found.number, **stored}, images)
+            add_notes(notes, {text: [1, example] for text, example in decided.items()})
     assert writer.info is not None
     return ShardResult(
         info=writer.info,
         num_records=num_records,
         skipped=skipped,
+        notes=notes,
         records_sha256=digest.hexdigest(),
         files=files.states,
     )
 
 
 def _read_record(
-    found: InputRecord, image_folder: Path | None, files: SourceFiles
-) -> tuple[dict, list[tuple[str, bytes]]]:
-    """Check one record and read its images."""
+    found: InputRecord, options: ReadOptions, files: SourceFiles
+) -> tuple[dict, list[tuple[str, bytes]], dict[str, str]]:
+    """Check one record and read its images; also return the decisions for the report."""
     if found.fault is not None:
         raise found.fault
     record, name = found.record, f"record {found.number}"
     if not isinstance(record, dict):
         raise BadSampleError(name, "record", f"must be a JSON object, got {record!r:.60}")
-    image = record.get("image") or []
-    images = image if isinstance(image, list) else [image]
-    if not all(isinstance(entry, str | bytes) for entry in images):
-        raise BadSampleError(name, "record", f'"image" must be a name or names, got {image!r:.60}')
-    messages = conversation_of(record, len(images), name)
-    check_conversation(messages, num_images=len(images), sample_id=name)
-    assert isinstance(messages, list)
-    kept = [{"from": message["from"], "value": message["value"]} for message in messages]
-    encoded = [_read_image(image_folder, entry, name, files) for entry in images]
-    return {"id": _plain_id(record.get("id")), "conversations": kept}, encoded
+    check_split(record, options.splits, name)
+    ignored = options.rules.ignore
+    members = [one for one in found.members if not _is_ignored_member(one[0], ignored)]
+    reading = read_record(
+        record,
+        name,
+        members=[member for member, _ in members],
+        other_members=[m for m in found.other_members if not _is_ignored_member(m, ignored)],
+        rules=options.rules,
+    )
+    notes = dict(reading.notes)
+    for image in reading.images if found.folder is not None else ():
+        if isinstance(image, str) and len(PurePosixPath(image).parts) > 1:
+            check_split({}, options.splits, name, PurePosixPath(image).parts[0])
+    images = RecordImages(
+        name=name,
+        folder=options.image_folder or found.folder,
+        image_aspect_ratio=options.image_aspect_ratio,
+        files=files,
+        notes=notes,
+    )
+    encoded = [
+        images.read(members[image] if isinstance(image, int) else image) for image in reading.images
+    ]
+    return {"id": _plain_id(record.get("id")), "conversations": reading.messages}, encoded, notes
+
+
+def _is_ignored_member(member: str, ignored: frozenset[str]) -> bool:
+    return PurePosixPath(member).name.partition(".")[2].lower() in ignored
 
 
 def _plain_id(value: object) -> str | int | None:
@@ -176,38 +258,3 @@ def _plain_id(value: object) -> str | int | None:
     if isinstance(value, str):
         return value if is_unicode(value) else None
     return value if isinstance(value, int) else None
-
-
-def _read_image(
-    image_folder: Path | None, image: str | bytes, name: str, files: SourceFiles
-) -> tuple[str, bytes]:
-    """Return (extension, bytes) of an image, from the record or from the image folder."""
-    label = "image" if isinstance(image, bytes) else f"image {image}"
-    data = image if isinstance(image, bytes) else _read_named(image_folder, image, name, files)
-    try:
-        header = read_header(data)
-    except ImageError as error:
-        raise BadSampleError(name, "image", f"{label}: {error}") from error
-    return EXTENSIONS.get(header.format, header.format.lower()), data
-
-
-def _read_named(image_folder: Path | None, image: str, name: str, files: SourceFiles) -> bytes:
-    if image_folder is None:
-        raise BadSampleError(
-            name, "missing_image", f"image {image} is a name: say --image-folder to look it up"
-        )
-    place = PurePosixPath(image)
-    if place.is_absolute() or ".." in place.parts:
-        raise BadSampleError(name, "missing_image", f"image {image} lies outside the image folder")
-    try:
-        return files.read(image_folder / place)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise BadSampleError(
-            name, "missing_image", f"image {image} is not in the image folder"
-        ) from error
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-            raise DataError(f"image {image}: {first_line(error)}; run the command again") from error
-        raise BadSampleError(
-            name, "missing_image", f"image {image!r:.60} cannot be a file name"
-        ) from error

@@ -10,7 +10,7 @@ makes only the shards that are missing or no longer right (made_from.py). Anothe
 import json
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,10 @@ REPORT = "report.json"
 SKIPPED = "skipped.jsonl"
 MAX_LISTED = 20
 """Number of skipped records of each kind in the report; skipped.jsonl has all."""
+
+
+Notes = dict[str, list]
+"""Text of what was not read or had to be decided -> [number of records, first example]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class ShardResult:
     info: ShardInfo
     num_records: int
     skipped: list[Skipped]
+    notes: Notes
 
     records_sha256: str
     """Digest of the shard's records in the input."""
@@ -78,6 +83,7 @@ class Report:
     num_skipped: dict[str, int]
     num_skipped_by_source: dict[str, int]
     skipped: list[Skipped]
+    notes: Notes = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """Format the counts and examples of skipped records for the terminal."""
@@ -90,6 +96,9 @@ class Report:
             yield f"  {kind}: {count}"
             for entry in [s for s in self.skipped if s.kind == kind][:3]:
                 yield f"    record {entry.record}: {entry.reason}"
+        for text, (count, example) in self.notes.items():
+            where = f" ({count} records)" if count else ""
+            yield f"  {text}{where}{f', first: {example}' if example else ''}"
 
 
 class ShardJob:
@@ -198,6 +207,7 @@ class ShardJob:
             info=ShardInfo(**done["info"]),
             num_records=done["num_records"],
             skipped=[Skipped(**entry) for entry in done["skipped"]],
+            notes=done.get("notes", {}),
             records_sha256=done["records_sha256"],
         )
         index = self.output / f"{shard_name(shard)}.idx.npy"
@@ -235,22 +245,30 @@ class ShardJob:
         finally:
             pool.shutdown(cancel_futures=True)  # interrupted: running tasks finish, no more start
 
-    def finish(self) -> Report:
+    def finish(
+        self, notes: Notes | None = None, check: Callable[[Report], None] | None = None
+    ) -> Report:
         """Write report and manifest of finished shards; a second call reads the report.
 
+        Args:
+            notes: on the input as a whole; they come before those on records.
+            check: raises DataError if the result must not be kept.
+
         Raises:
-            DataError: a shard is unfinished, or every record was skipped.
+            DataError: a shard is unfinished, every record was skipped, or `check` refuses.
         """
         report_path = self.output / REPORT
         if not self.is_complete:
             if missing := self.unfinished_shards():
                 raise DataError(f"{self.output} still lacks {len(missing)} shard(s)")
-            report, infos, skipped = self._collect()
+            report, infos, skipped = self._collect(notes or {})
             if not report.num_samples:
                 first = report.skipped[0].reason if report.skipped else "the input is empty"
                 raise DataError(
                     f"not one of {report.num_records} records can be used; the first: {first}"
                 )
+            if check is not None:
+                check(report)
             lines = (json.dumps(asdict(entry)) + "\n" for entry in skipped)
             write_atomically(self.output / SKIPPED, "".join(lines).encode())
             text = json.dumps(asdict(report), indent=1) + "\n"
@@ -262,7 +280,7 @@ class ShardJob:
         content["skipped"] = [Skipped(**entry) for entry in content["skipped"]]
         return Report(**content)
 
-    def _collect(self) -> tuple[Report, list[ShardInfo], list[Skipped]]:
+    def _collect(self, notes: Notes) -> tuple[Report, list[ShardInfo], list[Skipped]]:
         results = [result for s in range(self.num_shards) if (result := self._result(s))]
         skipped = [entry for result in results for entry in result.skipped]
         counts: Counter[str] = Counter()
@@ -280,8 +298,17 @@ class ShardJob:
             num_skipped=dict(counts.most_common()),
             num_skipped_by_source=dict(Counter(entry.source for entry in skipped).most_common()),
             skipped=listed,
+            notes=add_notes(dict(notes), *(result.notes for result in results)),
         )
         return report, infos, skipped
+
+
+def add_notes(notes: Notes, *more: Mapping[str, list]) -> Notes:
+    """Add counts of records to notes, which keep their first example; return the notes."""
+    for some in more:
+        for text, (count, example) in some.items():
+            notes.setdefault(text, [0, example])[0] += count
+    return notes
 
 
 def _make(make: Callable[..., ShardResult], output: Path, shard: int, task: tuple) -> ShardResult:

@@ -108,7 +108,7 @@ def check_conversation(messages: object, *, num_images: int, sample_id: str) -> 
                 sample_id,
                 "roles",
                 f"message {turn} is from {role}, expected {expected}: questions and answers "
-                "must alternate, a question first",
+                "must alternate, a question first; join or remove the message",
             )
         if not is_unicode(message["value"]):
             raise BadSampleError(
@@ -117,20 +117,23 @@ def check_conversation(messages: object, *, num_images: int, sample_id: str) -> 
         if role == "gpt" and not message["value"].strip():
             raise BadSampleError(sample_id, "no_answer", f"the answer in message {turn} is empty")
     if len(messages) % 2:
-        raise BadSampleError(sample_id, "no_answer", "the last question has no answer")
+        raise BadSampleError(sample_id, "no_answer", "the last question has no answer: remove it")
     in_questions, in_answers = (
         sum(message["value"].count(IMAGE_MARK) for message in messages[first::2])
         for first in (0, 1)
     )
     if in_answers:
         raise BadSampleError(
-            sample_id, "image_marks", f"{in_answers} {IMAGE_MARK} mark(s) inside an answer"
+            sample_id,
+            "image_marks",
+            f"{in_answers} {IMAGE_MARK} mark(s) inside an answer: remove them",
         )
     if in_questions != num_images:
         raise BadSampleError(
             sample_id,
             "image_marks",
-            f"{in_questions} {IMAGE_MARK} mark(s) for {num_images} image(s)",
+            f"{in_questions} {IMAGE_MARK} mark(s) for {num_images} image(s): write one for each "
+            "image, in a question",
         )
 
 

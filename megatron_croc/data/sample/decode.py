@@ -32,7 +32,7 @@ DALI_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "BMP"})
 """Formats that DALI and Pillow were found to decode to equal pixels."""
 
 DALI_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
-"""8-bit pixel modes; DALI and Pillow decode 16-bit PNGs to different levels."""
+"""8-bit pixel modes; DALI and Pillow decode 16-bit PNGs, also in RGB, to different levels."""
 
 MAX_DALI_BATCH = 32
 """Largest number of images of one DALI call; bounds its memory, not the micro-batch."""
@@ -134,7 +134,7 @@ class ImageDecoder:
 
 
 def _is_for_dali(header: ImageHeader) -> bool:
-    return header.format in DALI_FORMATS and header.mode in DALI_MODES
+    return header.format in DALI_FORMATS and header.mode in DALI_MODES and header.bits <= 8
 
 
 def without_notes(encoded: bytes) -> bytes:

@@ -8,7 +8,6 @@ stay uint8, a quarter of the bytes of float32; the vision tower normalises them 
 """
 
 import io
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +22,16 @@ from megatron_croc.errors import first_line
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest number of pixels (PIL's limit, 256 MiB as RGB); a header may claim 65500 x 65500."""
+
+
+LARGEST_IMG_SIZE = 384
+"""Largest img_size of the recipes, pixels; preprocessing does not know that of the run."""
+
+_PNG_BITS_AT = 24
+"""Byte of a PNG that says the bits of a level."""
+
+FORMATS_OF_16_BITS = frozenset({"PNG", "PPM", "JPEG2000"})
+"""Formats whose mode I holds 16-bit levels (in a TIFF it holds 32-bit ones)."""
 
 
 class ImageError(ValueError):
@@ -44,6 +53,9 @@ class ImageHeader:
 
     height: int
     """Pixels."""
+
+    bits: int = 8
+    """Bits of a level in a PNG, whose mode may be RGB with 16; else 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +95,58 @@ def read_header(encoded: bytes) -> ImageHeader:
         raise ImageError(
             f"image of {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read"
         )
+    if image.mode == "F" or (image.mode == "I" and image.format not in FORMATS_OF_16_BITS):
+        raise ImageError(
+            f"image of 32-bit levels ({image.format}, mode {image.mode}), which have no stated "
+            "range: save it with 8 or 16 bits"
+        )
     return ImageHeader(
-        format=image.format or "", mode=image.mode, width=image.width, height=image.height
+        format=image.format or "",
+        mode=image.mode,
+        width=image.width,
+        height=image.height,
+        bits=encoded[_PNG_BITS_AT] if image.format == "PNG" else 8,
     )
+
+
+def check_shape(
+    width: int,
+    height: int,
+    aspect_ratio: Literal["pad", "square"],
+    img_size: int = LARGEST_IMG_SIZE,
+) -> None:
+    """Refuse an image that training would refuse for its shape; preprocessing asks too.
+
+    Args:
+        width: pixels.
+        height: pixels.
+        aspect_ratio: geometry, as in ImageTransform.
+        img_size: height and width of the result, pixels.
+
+    Raises:
+        ImageError: an empty image, or one whose canvas (`pad`: the square of its longer side) or
+            resized form (`square`) exceeds MAX_IMAGE_PIXELS.
+    """
+    long, short = max(width, height), min(width, height)
+    if not short:
+        raise ImageError(f"image of {width} x {height} pixels is empty")
+    pixels = long * long if aspect_ratio == "pad" else img_size * int(img_size * long / short)
+    if max(pixels, width * height) > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"image of {width} x {height} pixels is too long and thin: {aspect_ratio} would need "
+            f"{pixels} pixels, at most {MAX_IMAGE_PIXELS} are made"
+        )
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8-bit RGB; of 16-bit levels the high byte counts.
+
+    PIL's own conversion clips 16-bit grey at 255, which makes nearly every pixel white.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        high = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,25 +177,22 @@ class ImageTransform:
             ImageError: canvas or resized image of a long and thin image exceed MAX_IMAGE_PIXELS.
         """
         size, long, short = self.img_size, max(width, height), min(width, height)
+        check_shape(width, height, self.aspect_ratio, size)
         if self.aspect_ratio == "pad":
-            geometry = Geometry(
+            return Geometry(
                 canvas=(long, long),
                 paste=((long - width) // 2, (long - height) // 2),
                 resized=(size, size),
                 crop=(0, 0),
             )
-        else:
-            resized_long = int(size * long / short)  # rounds down, as in transformers
-            resized = (resized_long, size) if width >= height else (size, resized_long)
-            geometry = Geometry(
-                canvas=(width, height),
-                paste=(0, 0),
-                resized=resized,
-                crop=((resized[0] - size) // 2, (resized[1] - size) // 2),
-            )
-        if max(math.prod(geometry.canvas), math.prod(geometry.resized)) > MAX_IMAGE_PIXELS:
-            raise ImageError(f"image of {width} x {height} pixels is too long and thin")
-        return geometry
+        resized_long = int(size * long / short)  # rounds down, as in transformers
+        resized = (resized_long, size) if width >= height else (size, resized_long)
+        return Geometry(
+            canvas=(width, height),
+            paste=(0, 0),
+            resized=resized,
+            crop=((resized[0] - size) // 2, (resized[1] - size) // 2),
+        )
 
     def decode_with_pil(self, encoded: bytes) -> Tensor:
         """Decode and transform one image in PIL; the reference of every other implementation.
@@ -148,7 +206,7 @@ class ImageTransform:
         header = read_header(encoded)
         geometry = self.geometry(header.width, header.height)
         try:
-            image = Image.open(io.BytesIO(encoded)).convert("RGB")
+            image = as_rgb(Image.open(io.BytesIO(encoded)))
         except Exception as error:  # as in read_header
             raise ImageError(f"image does not decode: {first_line(error)}") from error
         if geometry.canvas != image.size:

@@ -17,13 +17,11 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from megatron_croc.atomic_files import write_atomically
-
-TextFormat = Literal["json", "txt"]
+from megatron_croc.data.records.reading import TextFormat
 
 MANIFEST = "manifest.json"
 FORMAT_NAME = "megatron_croc shards"

@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from megatron_croc.data.bad_samples import BadSampleError
+from megatron_croc.data.records.reading import conversation_of, parse_text
 from megatron_croc.data.store.manifest import AGAIN, read_manifest
-from megatron_croc.data.store.records import conversation_of, parse_text
 from megatron_croc.data.store.shard_writer import ShardInfo, sample_key
 from megatron_croc.data.store.storage import (
     Storage,

@@ -81,6 +81,26 @@ def read_whole(location: str | Path) -> bytes:
     return retry(read, str(location))
 
 
+def list_objects(prefix: str) -> list[str]:
+    """Return the s3:// locations whose keys begin with a prefix, in order of name.
+
+    Raises:
+        DataError: boto3 is missing, or the prefix names no bucket.
+        OSError: every attempt failed.
+    """
+    bucket, _, key = prefix.removeprefix(S3_SCHEME).partition("/")
+    if not bucket:
+        raise DataError(f"{prefix} names no bucket: write s3://bucket/prefix")
+    pages = _s3_client(os.getpid()).get_paginator("list_objects_v2")
+
+    def read() -> list[str]:
+        with _as_os_error(prefix):
+            found = pages.paginate(Bucket=bucket, Prefix=key)
+            return [entry["Key"] for page in found for entry in page.get("Contents", ())]
+
+    return [f"{S3_SCHEME}{bucket}/{name}" for name in sorted(retry(read, prefix))]
+
+
 def retry(call: Callable[[], T], what: str) -> T:
     """Repeat a call after an OSError, except for missing files and missing rights.
 

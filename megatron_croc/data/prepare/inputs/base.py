@@ -1,12 +1,20 @@
 """Interface of an input."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
 
 from megatron_croc.data.bad_samples import BadSampleError
 
-InputFormat = Literal["json", "jsonl", "parquet", "webdataset"]
+InputFormat = Literal["json", "jsonl", "csv", "parquet", "webdataset"]
+
+
+class InputNote(NamedTuple):
+    """What the report says about an input as a whole."""
+
+    text: str
+    example: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +28,19 @@ class InputRecord:
     """File of the record."""
 
     record: object
-    """A dict as in records.py; "image" is a name, encoded bytes, or a list of these."""
+    """A dict in a form of data/records."""
 
     fault: BadSampleError | None = None
     """Fault of an unreadable record, whose `record` is then undefined; None: no fault."""
+
+    members: list[tuple[str, bytes]] = field(default_factory=list)
+    """(name, bytes) of the images beside the record in a tar, in its order."""
+
+    other_members: list[str] = field(default_factory=list)
+    """Names of the members beside them that are not read."""
+
+    folder: Path | None = None
+    """Folder of the images of an image folder's metadata; None: only --image-folder says it."""
 
 
 class InputSlice(Protocol):
@@ -41,6 +58,9 @@ class RecordInput(Protocol):
 
     digest: str
     """Hex sha256 that identifies the content of the input."""
+
+    notes: list[InputNote]
+    """Files that were left out or joined."""
 
     def slice(self, begin: int, end: int) -> InputSlice:
         """Return the records begin .. end - 1."""

@@ -1,78 +1,89 @@
 """WebDataset tars: scanned once for their samples, then read by offset."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_croc.data.bad_samples import BadKind, BadSampleError
-from megatron_croc.data.prepare.inputs.base import InputRecord
-from megatron_croc.data.prepare.tar_scan import TarSample, TarScan, place_of_text, scan_tar
-from megatron_croc.data.store.records import parse_text
-from megatron_croc.data.store.shard_writer import TextFormat
-from megatron_croc.data.store.storage import open_storage, retry
+from megatron_croc.data.prepare.inputs.base import InputNote, InputRecord
+from megatron_croc.data.prepare.inputs.compressed import open_tar
+from megatron_croc.data.prepare.tar_scan import Place, TarSample, TarScan, scan_tar
+from megatron_croc.data.records.reading import join_texts
+from megatron_croc.data.store.storage import retry
 from megatron_croc.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarSlice:
-    """Consecutive samples of several tars."""
+    """Consecutive samples of one tar."""
 
+    location: str
     first: int
-    samples: tuple[tuple[str, TextFormat, TarSample], ...]
-    """(location of the tar, format of its texts, sample) of each record."""
+    samples: tuple[TarSample, ...]
 
     def read(self) -> Iterator[InputRecord]:
         """Yield the records."""
-        location, storage = None, None
-        for number, (tar, text_format, sample) in enumerate(self.samples, start=self.first):
-            if storage is None or tar != location:
-                location, storage = tar, open_storage(tar)
+        storage = open_tar(self.location)
 
-            def read(place: tuple[int, int], storage=storage, tar=tar) -> bytes:
-                return retry(lambda: storage.read(*place), tar)
+        def read(place: Place) -> bytes:
+            return retry(lambda: storage.read(*place), self.location)
 
-            record, fault = None, None
+        for number, sample in enumerate(self.samples, start=self.first):
+            record, images, fault = None, [], None
             try:
                 if sample.fault is not None:
                     raise BadSampleError(f"record {number}", *sample.fault)
-                if (place := place_of_text(sample, text_format)) is None:
-                    raise BadSampleError(
-                        f"record {number}", "missing_caption", f"{sample.key} has no {text_format}"
-                    )
-                record = {"id": sample.key, **parse_text(read(place), text_format)}
-                # Images of the tar; a name in the JSON is that of the original file.
-                record["image"] = [read(place) for _, place in sample.images]
+                texts = [read(sample.texts[k]) if k in sample.texts else None for k in _TEXTS]
+                if texts == [None, None]:
+                    raise BadSampleError(f"record {number}", *no_text(sample))
+                record = {"id": sample.key, **join_texts(*texts)[0]}
+                images = [(name, read(place)) for name, place in sample.images]
             except BadSampleError as error:
                 fault = error
             except ValueError as error:
                 if isinstance(error, DataError):
                     raise
                 fault = BadSampleError(f"record {number}", "record", f"{sample.key}: {error}")
-            yield InputRecord(number=number, source=tar, record=record, fault=fault)
+            yield InputRecord(
+                number=number,
+                source=self.location,
+                record=record,
+                fault=fault,
+                members=images,
+                other_members=sample.others,
+            )
 
 
 class TarInput:
-    """One or several WebDataset tars, in the given order."""
+    """One WebDataset tar, local, compressed or s3://."""
 
-    def __init__(self, locations: Sequence[str]) -> None:
-        """Scan the tars. Raises DataError: a tar cannot be read."""
-        digest = hashlib.sha256()
-        self._samples: list[tuple[str, TextFormat, TarSample]] = []
-        for location in locations:
-            try:
-                scan = scan_tar(open_storage(location))
-            except OSError as error:
-                raise DataError(f"input {location} cannot be read: {error}") from error
-            digest.update(scan.sha256.encode())
-            text_format: TextFormat = scan.text_format
-            for sample in with_damage(scan):
-                self._samples.append((location, text_format, sample))
+    def __init__(self, location: str) -> None:
+        """Scan the tar. Raises DataError: it cannot be read."""
+        try:
+            scan = scan_tar(open_tar(location))
+        except OSError as error:
+            raise DataError(f"input {location} cannot be read: {error}") from error
+        self._location = location
+        self._samples = with_damage(scan)
         self.num_records = len(self._samples)
-        self.digest = digest.hexdigest()
+        self.digest = scan.sha256
+        self.notes: list[InputNote] = notes_of(scan, location)
 
     def slice(self, begin: int, end: int) -> TarSlice:
         """Return the records begin .. end - 1."""
-        return TarSlice(first=begin, samples=tuple(self._samples[begin:end]))
+        samples = tuple(self._samples[begin:end])
+        return TarSlice(location=self._location, first=begin, samples=samples)
+
+
+_TEXTS = ("json", "txt")
+
+
+def no_text(sample: TarSample) -> tuple[BadKind, str]:
+    """Return the fault of a sample without a text."""
+    members = [*sample.image_names, *sample.others]
+    reason = f"{sample.key!r:.80} has no .json and no .txt"
+    if members:
+        reason += f", only {', '.join(members)!s:.80}: store its text under one of these suffixes"
+    return "missing_caption", reason
 
 
 def with_damage(scan: TarScan) -> list[TarSample]:
@@ -81,3 +92,10 @@ def with_damage(scan: TarScan) -> list[TarSample]:
         return scan.samples
     fault: tuple[BadKind, str] = ("damaged_tar", f"what follows is lost: {scan.damage}")
     return [*scan.samples, TarSample(key="rest of the archive", fault=fault)]
+
+
+def notes_of(scan: TarScan, location: str) -> list[InputNote]:
+    """Return what the report says about a tar as a whole."""
+    if not scan.num_joined:
+        return []
+    return [InputNote("tars laid end to end: what follows an end mark is read too", location)]

@@ -1,14 +1,19 @@
-"""JSON and JSONL files, with names of images in a folder."""
+"""JSON, JSONL and CSV files, with names of images in a folder."""
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_croc.data.prepare.inputs.base import InputRecord, bad_record
-from megatron_croc.data.store.records import parse_text
+from megatron_croc.data.prepare.inputs.base import InputNote, InputRecord, bad_record
+from megatron_croc.data.records.reading import parse_text
 from megatron_croc.errors import DataError, first_line
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Files that describe the images beside them and below (an image folder of `datasets`)."""
 
 STRIDE = 1024
 """Lines between two stored offsets: 8 MB of memory for a billion lines."""
@@ -16,16 +21,17 @@ STRIDE = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class JsonSlice:
-    """Consecutive records of a JSON list; holds the records."""
+    """Consecutive records of a JSON list or a CSV table; holds the records."""
 
     source: str
     first: int
     records: list
+    folder: Path | None = None
 
     def read(self) -> Iterator[InputRecord]:
         """Yield the records."""
         for number, record in enumerate(self.records, start=self.first):
-            yield InputRecord(number=number, source=self.source, record=record)
+            yield InputRecord(number=number, source=self.source, record=record, folder=self.folder)
 
 
 class JsonInput:
@@ -44,14 +50,72 @@ class JsonInput:
                 "JSONL: name it .jsonl, or give the format)"
             ) from error
         if not isinstance(records, list):
-            raise DataError(f"input {path} must be a JSON list, got {type(records).__name__}")
+            raise DataError(
+                f"input {path} must be a JSON list, got {type(records).__name__}"
+                f"{_lists_of(records)}"
+            )
         self._path, self._records = path, records
+        self.notes: list[InputNote] = []
         self.num_records = len(records)
         self.digest = hashlib.sha256(content).hexdigest()
 
     def slice(self, begin: int, end: int) -> JsonSlice:
         """Return the records begin .. end - 1."""
-        return JsonSlice(source=self._path.name, first=begin, records=self._records[begin:end])
+        return JsonSlice(
+            source=self._path.name,
+            first=begin,
+            records=self._records[begin:end],
+            folder=folder_of(self._path),
+        )
+
+
+def _lists_of(content: object) -> str:
+    """Name the lists inside an object, one of which may be the records."""
+    if not isinstance(content, dict):
+        return ""
+    lists = [key for key, value in content.items() if isinstance(value, list)]
+    return f": it holds {', '.join(lists)}; write the list of records alone" if lists else ""
+
+
+class CsvInput:
+    """A CSV table with a line of names at its top, loaded completely."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the file. Raises DataError: it cannot be read, or is no table in UTF-8."""
+        try:
+            content = path.read_bytes()
+            csv.field_size_limit(1 << 30)
+            reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            self._records = [dict(row) for row in reader]
+        except OSError as error:
+            raise DataError(f"input {path} cannot be read: {error.strerror}") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"input {path} is no CSV in UTF-8: {first_line(error)}") from error
+        for number, row in enumerate(self._records):
+            if None in row:
+                raise DataError(
+                    f"input {path}, record {number} has more values than there are names: put "
+                    "texts with commas in quotes"
+                )
+        self._path = path
+        self.notes: list[InputNote] = []
+        self.num_records = len(self._records)
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    def slice(self, begin: int, end: int) -> JsonSlice:
+        """Return the records begin .. end - 1."""
+        return JsonSlice(
+            source=self._path.name,
+            first=begin,
+            records=self._records[begin:end],
+            folder=folder_of(self._path),
+        )
+
+
+def folder_of(path: Path) -> Path | None:
+    """Return the folder of the images that a metadata file describes; None for other files."""
+    is_metadata = path.name in METADATA_NAMES or path.name == "metadata.json"
+    return path.parent if is_metadata else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +147,9 @@ class JsonlSlice:
     def _parse(self, number: int, line: bytes) -> InputRecord:
         source = self.path.name
         try:
-            return InputRecord(number=number, source=source, record=parse_text(line, "json"))
+            record = parse_text(line, "json")
+            folder = folder_of(self.path)
+            return InputRecord(number=number, source=source, record=record, folder=folder)
         except ValueError as error:
             fault = bad_record(number, "record", str(error))
             return InputRecord(number=number, source=source, record=None, fault=fault)
@@ -96,6 +162,7 @@ class JsonlInput:
         """Read the file once. Raises DataError: it cannot be read."""
         self._path = path
         self._offsets: list[int] = []
+        self.notes: list[InputNote] = []
         digest, offset, self.num_records = hashlib.sha256(), 0, 0
         try:
             with open(path, "rb") as file:
@@ -106,6 +173,8 @@ class JsonlInput:
                             self._offsets.append(offset)
                         self.num_records += 1
                     offset += len(line)
+                    if line.startswith((b"\xff\xfe", b"\xfe\xff")) and offset == len(line):
+                        raise DataError(f"input {path} is UTF-16: save it as UTF-8")
         except OSError as error:
             raise DataError(f"input {path} cannot be read: {error.strerror}") from error
         self.digest = digest.hexdigest()

@@ -50,7 +50,7 @@ def test_the_commands_measure(make_dataset, tokenizer_model, tmp_path):
     ]
     (tmp_path / "in.json").write_text(json.dumps(records))
     command = [sys.executable, "-m", "megatron_croc", "data", "preprocess"]
-    command += ["--input", str(tmp_path / "in.json"), "--image-folder", str(tmp_path)]
+    command += ["--input", str(tmp_path / "in.json")]
     command += ["--output", str(tmp_path / "out"), "--tokenizer-model", tokenizer_model]
     subprocess.run([*command, "--conversation-template", "plain"], check=True)
     tokenizer = build_tokenizer(SPM, tokenizer_model)

@@ -60,6 +60,22 @@ def test_dali_equals_pil(dali, image_format, mode):
     assert (pixels.int() - oracle.int()).abs().max() <= 2
 
 
+def test_high_bytes_of_16_bit_rgb(dali):
+    """Pillow takes the high byte, DALI rounds: such a PNG goes to Pillow."""
+
+    def chunk(kind, body):
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    levels = np.arange(0, 65536, 65536 // (56 * 56), dtype=np.uint16)[: 56 * 56].reshape(56, 56)
+    rows = b"".join(b"\0" + row.repeat(3).astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", 56, 56, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+    (pixels,) = dali.decode([data + chunk(b"IEND", b"")])
+    assert isinstance(pixels, torch.Tensor)
+    assert (pixels.numpy() == (levels >> 8)[None]).all()
+
+
 @pytest.mark.parametrize("decoder", ["dali", "pil"])
 def test_broken_images_are_alone_in_failing(dali, decoder):
     images = dali if decoder == "dali" else ImageDecoder(TRANSFORM, "pil")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.cli.main import main
+from megatron_croc.data.records.reading import texts_of
 from megatron_croc.data.sample.tokenization import Tokenizer, build_tokenizer, check_tokenizer
 from megatron_croc.data.sample.tokenizer_training import MAX_LINE, train_sentencepiece
-from megatron_croc.data.store.records import texts_of
 from megatron_croc.errors import DataError
 
 RECORDS = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.store import storage, storage_cache
 from megatron_croc.data.store.manifest import verify_shards
@@ -55,6 +56,31 @@ def bucket_copy(server, make_dataset):
         return folder, f"s3://bucket/{name}"
 
     return copy
+
+
+def test_prefixes_and_globs_of_tars(server, make_dataset, tmp_path):
+    folder = Path(make_dataset(12, name="parts"))
+    for path in folder.glob("*.tar"):
+        server.upload_file(str(path), "bucket", f"tars/{path.name}")
+    server.put_object(Bucket="bucket", Key="tars/README.md", Body=b"x")
+    places = ("tars", "tars/", "tars/*.tar", "tars/shard-{000000..000002}.tar")
+    first = ShardedDataset(folder).read(0).image_bytes
+    for number, place in enumerate(places):
+        job = TarIndexer(input_path=[f"s3://bucket/{place}"], output=tmp_path / str(number))
+        list(job.make_indices(1))
+        assert job.finish().num_samples == 12, place
+        assert ShardedDataset(tmp_path / str(number)).read(0).image_bytes == first
+    made = Preprocessor(
+        input_path="s3://bucket/tars/",
+        image_folder=None,
+        output=tmp_path / "made",
+        samples_per_shard=20,
+    )
+    list(made.make_shards(1))
+    assert made.finish().num_samples == 12
+    for place, reason in (("none/*.tar", "matches no object"), ("none/", "holds no")):
+        with pytest.raises(DataError, match=reason):
+            TarIndexer(input_path=[f"s3://bucket/{place}"], output=tmp_path / "none")
 
 
 def samples_of(dataset):
