@@ -34,7 +34,12 @@ from megatron_croc.convert.model_card import write_model_card
 from megatron_croc.convert.names import CROC, EXPORT, VICTOR, Layout, Rule, build_rules
 from megatron_croc.convert.safetensors_writer import Group, write_sharded
 from megatron_croc.convert.staging import staged_directory
-from megatron_croc.convert.tokenizer_files import ImageToken, write_tokenizer
+from megatron_croc.convert.tokenizer_files import (
+    ImageToken,
+    check_same_tokenizer,
+    copy_tokenizer,
+    write_tokenizer,
+)
 from megatron_croc.errors import CheckpointError
 
 ExportLayout = Literal["croc", "release"]
@@ -111,20 +116,29 @@ def export_huggingface(
     reader = CheckpointReader(checkpoint)
     names = _names(run.model, layout)
     rules = build_rules(run.model, names)
+    if tokenizer is not None:
+        check_same_tokenizer(tokenizer, run.data, run.model.language_model.vocab_size)
     keys, left_out = _keys(reader, run.model, rules, training_parts=training_parts)
     with staged_directory(out) as staged:
         vocab_size = run.model.language_model.vocab_size
         image = ImageToken(id=vocab_size)
         if tokenizer is not None:
-            image = write_tokenizer(
-                tokenizer, staged, template=run.data.conversation_template, add=layout == "croc"
-            )
+            if layout == "croc":
+                image = write_tokenizer(
+                    tokenizer,
+                    staged,
+                    template=run.data.conversation_template,
+                    tokenizer_type=run.data.tokenizer_type,
+                )
+            else:
+                image = copy_tokenizer(tokenizer, staged)
         rows = table_rows(run.model, image.id) if layout == "croc" else None
         groups = list(_groups(reader, [rules[key] for key in keys], dtype, rows))
         written = groups[0].dtype
         if layout == "croc":
             groups.append(_identity_norm(run.model.vision_tower.vision_hidden_size, written))
             _write_code(staged)
+            run.data.tokenizer_type = image.tokenizer_type or run.data.tokenizer_type
             config = croc_config(run.model, run.data, written, image.id)
             for file, content in processor_configs(run.model.vision_tower, run.data).items():
                 _write_json(staged / file, content)
