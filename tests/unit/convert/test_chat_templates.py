@@ -19,7 +19,7 @@ from megatron_croc.data.sample.tokenization import (
 )
 
 MARK = "<image>"
-NUM_CONVERSATIONS = 300
+NUM_CONVERSATIONS = 60
 """Made-up conversations for each tokenizer and template."""
 
 CASES = [
@@ -193,7 +193,7 @@ def test_prompts_have_the_ids_of_training(source, template, sources, records, tm
                 want = [image.id if id == IMAGE_TOKEN_INDEX else id for id in expected]
                 assert ids == want, (messages, tokenizer.decode(ids), tokenizer.decode(want))
 
-    for record in records[:60]:
+    for record in records[:20]:
         values = [message["value"] for message in record["conversations"]]
         told = list(zip(values[::2], values[1::2], strict=True))
         told = told[: 1 if template == "plain" else None]
