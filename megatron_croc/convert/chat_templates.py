@@ -42,6 +42,17 @@ class Words:
     """True if that space is also written before a text that begins with a space."""
 
 
+_FAULTS = {
+    "MARK_IN_TEXT": f"a text holds {IMAGE_TOKEN}: give an image as a part of type image",
+    "UNKNOWN_PART": ": no part of a message has this type; give parts of type text or image",
+    "MISPLACED": "an image stands in a system message or an answer: put it in a question",
+    "ROLES": ": this role stands in the wrong place; user and assistant alternate, user first, and "
+    "a system message stands before them",
+    "ONLY_CAPTIONS": "the model was trained with template plain: it gives a caption to the images "
+    "of one question, and knows no system message",
+}
+
+
 def chat_template(template: TemplateName, words: Words) -> str:
     """Build the Jinja template of a conversation template."""
     body = {"v1": _V1, "plain": _PLAIN, "qwen_1_5": _QWEN}[template]
@@ -53,6 +64,7 @@ def chat_template(template: TemplateName, words: Words) -> str:
         "IM_END": IM_END,
         "VICUNA_SYSTEM": VICUNA_SYSTEM,
         "QWEN_SYSTEM": QWEN_SYSTEM,
+        **_FAULTS,
     }
     constants = "".join(
         f"{{%- set {name} = {_quote(value)} -%}}\n"
@@ -77,7 +89,7 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace(ESCAPE, f"\\u{ord(ESCAPE):x}")
 
 
-# value: content -> text as in LLaVA's records. question: a single mark is put first. joined: the text
+# value: content -> text as in LLaVA's records. question: a single mark is put first. joined: text
 # around marks gets the prefix that training gives it. Every tag removes the white space around it
 # (-), so only {{- -}} writes. Engines see from value(message['content']) that parts are understood.
 _MACROS = """\
@@ -88,7 +100,7 @@ _MACROS = """\
     {%- for part in content -%}
         {%- if part['type'] == 'text' and part['text'] -%}
             {%- if IMAGE in part['text'] -%}
-                {{- raise_exception('a text holds ' + IMAGE + ': give an image as a part of its own, of type image') -}}
+                {{- raise_exception(MARK_IN_TEXT) -}}
             {%- endif -%}
             {%- if ns.text and ns.waiting -%}{%- set ns.placed = true -%}{%- endif -%}
             {%- set ns.waiting = false -%}
@@ -101,7 +113,7 @@ _MACROS = """\
             {%- set spaced = following['text'] and following['text'][0] in ' \\n\\t' -%}
             {%- set ns.inline = ns.inline + IMAGE + ('' if ns.text or spaced else '\\n') -%}
         {%- elif part['type'] != 'text' -%}
-            {{- raise_exception('a part has type ' + part['type'] + ': give parts of type text or image') -}}
+            {{- raise_exception(part['type'] + UNKNOWN_PART) -}}
         {%- endif -%}
     {%- endfor -%}
     {%- set text = ns.textESCAPES -%}
@@ -119,7 +131,7 @@ _MACROS = """\
 {%- endmacro -%}
 {%- macro words_only(text) -%}
 {%- if IMAGE in text -%}
-    {{- raise_exception('an image stands in a system message or an answer: put it in a question') -}}
+    {{- raise_exception(MISPLACED) -}}
 {%- endif -%}
 {{- text -}}
 {%- endmacro -%}
@@ -129,10 +141,11 @@ _MACROS = """\
     {%- if chunk -%}PREFIX{{- chunk -}}{%- endif -%}
 {%- endfor -%}
 {%- endmacro -%}
-{%- set rounds = messages[1:] if messages and messages[0]['role'] == 'system' else messages -%}
+{%- set has_system = messages and messages[0]['role'] == 'system' -%}
+{%- set rounds = messages[1:] if has_system else messages -%}
 {%- for message in rounds -%}
 {%- if message['role'] != ('user' if loop.index is odd else 'assistant') -%}
-    {{- raise_exception('message ' + loop.index | string + ' is of role ' + message['role'] + ': questions (user) and answers (assistant) must alternate, a question first; a system message stands before them') -}}
+    {{- raise_exception(message['role'] + ROLES) -}}
 {%- endif -%}
 {%- endfor -%}
 """
@@ -156,7 +169,7 @@ _V1 = """\
 
 _PLAIN = """\
 {%- if rounds | length != messages | length or rounds | length > 2 -%}
-    {{- raise_exception('the model was trained with template plain: one question, whose images get a caption; no system message') -}}
+    {{- raise_exception(ONLY_CAPTIONS) -}}
 {%- endif -%}
 {{- BOS -}}
 {%- for message in messages -%}
@@ -172,15 +185,19 @@ _PLAIN = """\
 _QWEN = """\
 {%- set ns = namespace(system=QWEN_SYSTEM) -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{%- set ns.system = words_only(value(message['content'])) -%}{%- endif -%}
+{%- if message['role'] == 'system' -%}
+    {%- set ns.system = words_only(value(message['content'])) -%}
+{%- endif -%}
 {%- endfor -%}
 {{- IM_START + 'system\\n' + ns.system + IM_END + '\\n' -}}
 {%- for message in rounds -%}
 {%- if message['role'] == 'user' -%}
-    {{- IM_START + joined('user\\n' + question(value(message['content'])), false) + IM_END + '\\n' -}}
+    {%- set asked = question(value(message['content'])) -%}
+    {{- IM_START + joined('user\\n' + asked, false) + IM_END + '\\n' -}}
 {%- else -%}
     {%- set answer = words_only(value(message['content'])) -%}
-    {{- IM_START + 'assistant\\n' + answer -}}{%- if answer -%}{{- IM_END + '\\n' -}}{%- endif -%}
+    {{- IM_START + 'assistant\\n' + answer -}}
+    {%- if answer -%}{{- IM_END + '\\n' -}}{%- endif -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- IM_START + 'assistant\\n' -}}{%- endif -%}

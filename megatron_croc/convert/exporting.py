@@ -266,8 +266,12 @@ def _write_code(folder: Path) -> None:
 def _generation_config(vocab_size: int, image: ImageToken, rows: int | None) -> dict[str, Any]:
     config: dict[str, Any] = {"do_sample": False, "max_new_tokens": 512}
     config |= {f"{name}_token_id": value for name, value in image.specials.items()}
-    if rows is not None and rows > vocab_size:
-        config["suppress_tokens"] = list(range(vocab_size, rows))  # rows without a word
+    if image.stops:
+        config["eos_token_id"] = list(image.stops)
+    if rows is not None:  # rows without a word, and the mark of the image
+        num_words = vocab_size if image.num_words is None else min(image.num_words, vocab_size)
+        no_words = {*range(num_words, rows), image.id}
+        config["suppress_tokens"] = sorted(no_words)
     return config
 
 

@@ -3,8 +3,8 @@ r"""Conversion of a SentencePiece model to tokenizer.json, the file of Hugging F
     tokenizer.model --read_model--> SentencePieceModel --sentencepiece_json--> tokenizer.json
 
 The file is written here, without transformers: its converters depend on their version, and on
-protobuf's. The model file is a protocol buffer (sentencepiece_model.proto); only the few fields that
-decide about ids are read.
+protobuf's. The model file is a protocol buffer (sentencepiece_model.proto); only the few fields
+that decide about ids are read.
 
 The ids are those of training. SentencePiece puts a space before a text ("dummy prefix"), training
 also after an image and, with `legacy`, after a special token; see data/sample/tokenization.py:

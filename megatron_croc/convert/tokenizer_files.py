@@ -6,8 +6,8 @@
                                                            tokenizer.model      copied, if given
 
 tokenizer.json holds everything that decides about ids, and every version of transformers reads it
-as it is (class PreTrainedTokenizerFast); other tokenizer classes build it anew from other files, and
-differ between versions. It adds no token to a text: the chat template writes the first one.
+as it is (class PreTrainedTokenizerFast); other classes build it anew from other files, and differ
+between versions. It adds no token to a text: the chat template writes the first one.
 """
 
 import json
@@ -29,7 +29,12 @@ from megatron_croc.convert.sentencepiece_json import (
 )
 from megatron_croc.convert.tensor_files import read_json
 from megatron_croc.data.sample.conversation import BOS, EOS
-from megatron_croc.data.sample.tokenization import Tokenizer, build_tokenizer, check_tokenizer
+from megatron_croc.data.sample.tokenization import (
+    Tokenizer,
+    build_tokenizer,
+    check_tokenizer,
+    stop_ids,
+)
 from megatron_croc.errors import CheckpointError, DataError
 
 _FILES = (
@@ -54,6 +59,12 @@ class ImageToken:
     tokenizer_type: TokenizerType | None = None
     """Library that reads the written tokenizer; None: no tokenizer was written."""
 
+    stops: tuple[int, ...] = ()
+    """Ids that end an answer."""
+
+    num_words: int | None = None
+    """Number of ids of training; no id from here on is generated."""
+
 
 def copy_tokenizer(source: Path, folder: Path) -> ImageToken:
     """Copy a tokenizer into an export in the layout of a release, as it is.
@@ -69,7 +80,7 @@ def copy_tokenizer(source: Path, folder: Path) -> ImageToken:
     if not (folder / "tokenizer_config.json").exists():
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": training.legacy}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return ImageToken(training.size, _special_ids(training, source))
+    return ImageToken(training.size, _special_ids(training, source, training.special_ids))
 
 
 def write_tokenizer(
@@ -102,13 +113,18 @@ def write_tokenizer(
     image_id = _adapt(content)
     text = json.dumps(content, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    ids = _special_ids(training, source)
+    known = {token["content"]: token["id"] for token in content["added_tokens"]}
+    ids = _special_ids(training, source, known)
     words = _words(content, ids, training)
     config = _config(content, ids, legacy=training.legacy)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(chat_template(template, words), encoding="utf-8")
     _check_ids(text, training)
-    return ImageToken(image_id, ids, kind)
+    try:
+        stops = stop_ids(training, template)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    return ImageToken(image_id, ids, kind, stops, training.size)
 
 
 def check_same_tokenizer(source: Path, data: DataConfig, vocab_size: int) -> None:
@@ -230,16 +246,21 @@ def _all_ids(content: dict[str, Any]) -> dict[str, int]:
     return vocabulary | {token["content"]: token["id"] for token in content["added_tokens"]}
 
 
-def _special_ids(training: Tokenizer, source: Path) -> dict[str, int]:
-    """Return the ids of bos, eos and pad; without a pad token of its own, unknown or eos pads."""
+def _special_ids(training: Tokenizer, source: Path, known: dict[str, int]) -> dict[str, int]:
+    """Return the ids of bos, eos and pad; without a pad token of its own, unknown or eos pads.
+
+    Args:
+        training: tokenizer of training.
+        source: its file or directory.
+        known: ids of the special tokens by their texts.
+    """
     names = {"bos": training.special_ids.get(BOS), "eos": training.special_ids.get(EOS)}
     folder = source if source.is_dir() else source.parent
     config = folder / "tokenizer_config.json"
     token = read_json(config).get("pad_token") if config.is_file() else None
     pad = token.get("content") if isinstance(token, dict) else token
-    names["pad"] = training.special_ids.get(pad or "<unk>", training.special_ids.get("<unk>"))
-    if names["pad"] is None:
-        names["pad"] = names["eos"]
+    named = (known.get(name) for name in (pad, "<unk>"))
+    names["pad"] = next((id for id in named if id is not None), names["eos"])
     return {name: id for name, id in names.items() if id is not None}
 
 
@@ -314,6 +335,16 @@ def _check_ids(text: str, training: Tokenizer) -> None:
                     "tokenizer.json than in training; export without --tokenizer and use "
                     "croc generate --tokenizer"
                 )
+
+
+def is_complete(folder: Path) -> bool:
+    """Return True if a folder has a tokenizer.json of this program, and a chat template."""
+    path = folder / "tokenizer.json"
+    if not path.is_file() or not (folder / "chat_template.jinja").is_file():
+        return False
+    return any(
+        rule.get("pattern") == {"String": ESCAPE} for rule in _rules(read_json(path)["normalizer"])
+    )
 
 
 def read_exported(folder: Path) -> Tokenizer:

@@ -256,7 +256,7 @@ def open_generator(
         DataError: no tokenizer was found.
     """
     place = torch.device(device) if device is not None else _default_device()
-    with _as_export(folder, tokenizer) as export:
+    with as_export(folder, tokenizer) as export:
         data = read_conversation(export)
         words = _open_tokenizer(export, data, tokenizer)
         model = load_export(export, dtype, trust_remote_code=trust_remote_code)
@@ -270,8 +270,17 @@ def _default_device() -> torch.device:
 
 
 @contextmanager
-def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
-    """Yield the folder itself, or a temporary export of the checkpoint in it."""
+def as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
+    """Yield the folder itself, or a temporary export of the checkpoint in it.
+
+    Args:
+        folder: an export, a checkpoint, or a folder of checkpoints.
+        tokenizer: of a checkpoint; None: the one the run was trained with.
+
+    Raises:
+        CheckpointError: the folder holds neither an export nor a checkpoint.
+        DataError: the run's tokenizer is not there.
+    """
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("model_type")
         if kind == EXPORT:

@@ -1,7 +1,7 @@
 """Croc (arXiv 2410.14332) for inference: LLaVA with visual tokens of length 1.
 
-Runs on transformers 4.57 and later. The parts are built here and not by LLaVA's constructors: those
-refuse the projector's activation, which keeps them from computing something else with these weights.
+Runs on transformers 4.57 and later. The parts are built here and not by LLaVA's constructors: they
+refuse the projector's activation, which keeps them from computing something else.
 """
 
 from torch import Tensor, nn

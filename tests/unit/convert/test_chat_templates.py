@@ -11,7 +11,12 @@ import pytest
 from megatron_croc.convert.tokenizer_files import read_exported, write_tokenizer
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations
-from megatron_croc.data.sample.conversation import IM_END, IM_START
+from megatron_croc.data.sample.conversation import (
+    IM_END,
+    IM_START,
+    QWEN_SYSTEM,
+    VICUNA_SYSTEM,
+)
 from megatron_croc.data.sample.tokenization import (
     build_tokenizer,
     tokenize_conversation,
@@ -115,7 +120,15 @@ def make_qwen(folder: Path) -> None:
 
 CHUNKS = (
     *("Is there a red circle?", "a", " lead", "trail ", "\n", "\n\nx", "  two  ", "1 2 34"),
-    *("</s>", "<s>hi</s>", "<unk>", f"{IM_END}\n{IM_START}system", "naïve 日本", "\U0001f600", "<b>"),
+    *(
+        "</s>",
+        "<s>hi</s>",
+        "<unk>",
+        f"{IM_END}\n{IM_START}system",
+        "naïve 日本",
+        "\U0001f600",
+        "<b>",
+    ),
 )
 
 
@@ -172,8 +185,8 @@ def test_prompts_have_the_ids_of_training(source, template, sources, records, tm
     exported.save_pretrained(tmp_path / "again")
     loaded = (exported, AutoTokenizer.from_pretrained(tmp_path / "again"))
 
-    def check(told, contents, system=None) -> None:
-        *history, (question, answer) = told
+    def check(told, contents) -> None:
+        *history, (question, _) = told
         for tokenizer in loaded:
             for answered in (True, False):
                 messages = as_messages(told, contents, answered=answered)
@@ -203,6 +216,59 @@ def test_prompts_have_the_ids_of_training(source, template, sources, records, tm
     for _ in range(NUM_CONVERSATIONS):
         told, contents = made_up(rng, rounds=1 if template == "plain" else rng.randint(1, 3))
         check(told, contents)
+
+    again = read_exported(tmp_path / "again")  # what croc generate makes of it
+    assert (again.size, again.eos_id) == (training.size, training.eos_id)
+    for told, _ in (made_up(rng, rounds=1) for _ in range(20)):
+        theirs = tokenize_prompt(again, template, told[0][0]).tolist()
+        assert theirs == tokenize_prompt(training, template, told[0][0]).tolist()
+
+
+@pytest.mark.parametrize(("source", "template"), [CASES[0], CASES[7]])
+def test_a_system_message_replaces_the_text_of_training(source, template, sources, tmp_path):
+    from transformers import AutoTokenizer
+
+    path, kind = sources[source]
+    write_tokenizer(path, tmp_path, template=template, tokenizer_type=kind)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    question = {"role": "user", "content": "Is it?"}
+
+    def prompt(*messages: dict) -> str:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+
+    usual = VICUNA_SYSTEM if template == "v1" else QWEN_SYSTEM
+    for content in ("Be brief.", [{"type": "text", "text": "Be brief."}]):
+        told = prompt({"role": "system", "content": content}, question)
+        assert told == prompt(question).replace(usual, "Be brief.") != prompt(question)
+
+
+PICTURE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([("user", [{"type": "text", "text": "what is <image>?"}])], "part of type image"),
+        ([("user", [{"type": "video"}])], "video: no part"),
+        ([("assistant", "a")], "assistant: this role"),
+        ([("user", "a"), ("user", "b")], "user: this role"),
+        ([("user", "a"), ("system", "b")], "system: this role"),
+        ([("user", "a"), ("tool", "b")], "tool: this role"),
+        ([("system", [PICTURE]), ("user", "a")], "put it in a question"),
+        ([("user", "a"), ("assistant", [PICTURE]), ("user", "b")], "put it in a question"),
+    ],
+)
+def test_what_training_refuses_is_refused(messages, words, sources, tmp_path):
+    import jinja2
+    from transformers import AutoTokenizer
+
+    write_tokenizer(sources["llama"][0], tmp_path, template="v1")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    told = [{"role": role, "content": content} for role, content in messages]
+    with pytest.raises(jinja2.TemplateError, match=words):
+        tokenizer.apply_chat_template(told, tokenize=False)
 
 
 def as_record(told: list[tuple[str, str]]) -> list[dict]:
