@@ -55,7 +55,7 @@ def config_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize("family", ["vicuna + clip", "qwen2 + siglip"])
 def test_no_loader_takes_it_for_stock_llava(family, exported):
-    """Stock LLaVA loads these weights too, and lacks the norm: its answer is another one."""
+    """Stock LLaVA lacks the norm: made to load the weights, it gives another answer."""
     import transformers
 
     from megatron_croc.convert.export_loader import load_export
@@ -64,11 +64,16 @@ def test_no_loader_takes_it_for_stock_llava(family, exported):
     config = config_of(export)
     assert config["model_type"] == "croc"
     assert config["architectures"] == ["CrocForConditionalGeneration"]
-    assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"} <= config["auto_map"].keys()
+    loaders = {"AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM"}
+    assert loaders | {"AutoConfig"} == config["auto_map"].keys()
+    for stock_class in (transformers.LlavaForConditionalGeneration, transformers.LlavaModel):
+        with pytest.raises(KeyError, match="gelu_unit_length"):
+            stock_class.from_pretrained(export)
 
     ours = load_export(export, torch.float32)
+    as_llava = {"model_type": "llava", "projector_hidden_act": "gelu"}
     stock = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(**{**ours.config.to_dict(), "model_type": "llava"})
+        transformers.LlavaConfig(**{**ours.config.to_dict(), **as_llava})
     ).eval()
     stock.load_state_dict(ours.state_dict())
     ids = torch.tensor([[3, *[ours.config.image_token_id] * 16, 4]])
