@@ -2,8 +2,8 @@
 
     python fine_tune.py EXPORT
 
-LoRA (peft) with Trainer, labels and gradient checkpointing; the adapter saved and loaded; device_map
-with layers on the disk; bfloat16; the whole model saved and loaded.
+LoRA (peft) with Trainer, labels and gradient checkpointing; the adapter saved and loaded;
+device_map with layers on the disk; bfloat16; the whole model saved and loaded.
 """
 
 import sys

@@ -55,9 +55,8 @@ def run(*command: object, **more: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_keys_prompts_logits_and_answers(version: str, export: Path):
     python = FOLDER / version / "bin" / "python"
-    done = run(
-        sys.executable, *"-m megatron_croc parity transformers".split(), export, "--python", python
-    )
+    command = [sys.executable, "-m", "megatron_croc", "parity", "transformers", export]
+    done = run(*command, "--python", python)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("6 of 6 prompts as in training") == 4  # loaded, and saved again
 
