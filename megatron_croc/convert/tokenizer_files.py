@@ -337,14 +337,13 @@ def _check_ids(text: str, training: Tokenizer) -> None:
                 )
 
 
-def is_complete(folder: Path) -> bool:
-    """Return True if a folder has a tokenizer.json of this program, and a chat template."""
+def is_own_tokenizer(folder: Path) -> bool:
+    """Return True if a folder has a tokenizer.json that this program wrote; saving keeps it so."""
     path = folder / "tokenizer.json"
-    if not path.is_file() or not (folder / "chat_template.jinja").is_file():
+    if not path.is_file():
         return False
-    return any(
-        rule.get("pattern") == {"String": ESCAPE} for rule in _rules(read_json(path)["normalizer"])
-    )
+    rules = _rules(read_json(path).get("normalizer"))
+    return any(rule.get("pattern") == {"String": ESCAPE} for rule in rules)
 
 
 def read_exported(folder: Path) -> Tokenizer:

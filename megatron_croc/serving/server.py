@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_croc.convert.configs import read_conversation, read_export
 from megatron_croc.convert.export_config import PROJECTOR_ACTIVATION
 from megatron_croc.convert.tensor_files import read_json
-from megatron_croc.convert.tokenizer_files import is_complete
+from megatron_croc.convert.tokenizer_files import is_own_tokenizer
 from megatron_croc.errors import CheckpointError, ConfigError
 
 _PLUGIN_CHECK = (
@@ -54,7 +54,8 @@ def check_export(folder: Path) -> None:
             config.get("projector_hidden_act") != PROJECTOR_ACTIVATION
         ),
         "it has no tokenizer of this program (exported without --tokenizer, or saved again by "
-        "another library)": not is_complete(folder),
+        "another library)": not is_own_tokenizer(folder),
+        "it has no chat_template.jinja": not (folder / "chat_template.jinja").is_file(),
     }
     for fault, is_true in faults.items():
         if is_true:

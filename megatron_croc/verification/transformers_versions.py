@@ -123,11 +123,11 @@ def training_prompts(export: Path) -> list[list[int]] | None:
     """Return the ids that training gives CONVERSATIONS; None if the export has no tokenizer."""
     from megatron_croc.convert.configs import read_conversation, read_export
     from megatron_croc.convert.tensor_files import read_json
-    from megatron_croc.convert.tokenizer_files import is_complete, read_exported
+    from megatron_croc.convert.tokenizer_files import is_own_tokenizer, read_exported
     from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
     from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_prompt
 
-    if not is_complete(export):
+    if not is_own_tokenizer(export):
         return None
     template = read_conversation(export).conversation_template
     model = export / "tokenizer.model"

@@ -38,11 +38,12 @@ def write_words(folder: Path) -> None:
     """A tokenizer of just as many words as the model has rows."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))]
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    words = [*specials, "<unk>", "\n", *(f"w{number}" for number in range(VOCABULARY - 6))]
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    backend.add_special_tokens(specials)
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}

@@ -51,7 +51,7 @@ def change(folder: Path, name: str, **changes: object) -> None:
     [
         (lambda f: change(f, "config.json", projector_hidden_act="gelu"), "an older version"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer of this program"),
-        (lambda f: (f / "chat_template.jinja").unlink(), "no tokenizer of this program"),
+        (lambda f: (f / "chat_template.jinja").unlink(), "has no chat_template.jinja"),
         (lambda f: change(f, "tokenizer.json", normalizer=None), "no tokenizer of this program"),
         (lambda f: change(f, "config.json", croc_settings=None), "has no croc_settings"),
         (lambda f: change(f, "config.json", model_type="llava"), "not an export"),
