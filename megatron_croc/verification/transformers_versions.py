@@ -106,8 +106,9 @@ def compare(here: Observation, there: Observation, *, training: list[list[int]] 
             if training is not None and seen["prompts"] != training:
                 faults.append(f"{where}: other prompts than in training")
             pairs = zip(here["loaded"]["logits"], seen["logits"], strict=True)
-            difference = max(abs(a - b) for a, b in pairs)
-            if not difference <= BOUND:
+            differences = [abs(a - b) for a, b in pairs]
+            if not all(difference <= BOUND for difference in differences):  # NaN is not, either
+                difference = max(differences)
                 faults.append(f"{where}: logits differ by {difference:.1e}, bound {BOUND:g}")
             if [here["loaded"][k] for k in ("generated", "answers")] != [
                 seen[k] for k in ("generated", "answers")

@@ -12,6 +12,7 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from .configuration_croc import CrocConfig
 
 _TRAINING_ONLY = [r"^prompt_pool\.", r"^reconstruction_head\."]
+_ACTIVATION = "gelu_unit_length"
 _LAYERS = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "CLIPEncoderLayer", "SiglipEncoderLayer"]
 
 
@@ -19,8 +20,13 @@ class CrocMultiModalProjector(nn.Module):
     """Linear, GELU, Linear, L2 norm."""
 
     def __init__(self, config: CrocConfig) -> None:
-        """Build the layers; their names are those of LLaVA."""
+        """Build the layers, under LLaVA's names; ValueError for another activation."""
         super().__init__()
+        if config.projector_hidden_act != _ACTIVATION:
+            raise ValueError(
+                f"projector_hidden_act is {config.projector_hidden_act!r}, not {_ACTIVATION!r}: "
+                "export the checkpoint again"
+            )
         inner, outer = config.vision_config.hidden_size, config.text_config.hidden_size
         self.linear_1 = nn.Linear(inner, outer, bias=config.multimodal_projector_bias)
         self.act = nn.GELU()

@@ -4,10 +4,11 @@ import io
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from megatron_croc.config.data import TemplateName
 from megatron_croc.convert.tokenizer_files import read_exported, write_tokenizer
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations
@@ -172,6 +173,10 @@ def as_messages(told: list[tuple[str, str]], contents: list, *, answered: bool) 
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": answer})
     return messages if answered else messages[:-1]
+
+
+def test_every_template_is_compared():
+    assert {template for _, template in CASES} == set(get_args(TemplateName))
 
 
 @pytest.mark.parametrize(("source", "template"), CASES)
