@@ -259,7 +259,7 @@ def _special_ids(training: Tokenizer, source: Path, known: dict[str, int]) -> di
     config = folder / "tokenizer_config.json"
     token = read_json(config).get("pad_token") if config.is_file() else None
     pad = token.get("content") if isinstance(token, dict) else token
-    named = (known.get(name) for name in (pad, "<unk>"))
+    named = (known.get(name) for name in (pad, "<unk>") if name is not None)
     names["pad"] = next((id for id in named if id is not None), names["eos"])
     return {name: id for name, id in names.items() if id is not None}
 

@@ -4,6 +4,8 @@ Runs on transformers 4.57 and later. The parts are built here and not by LLaVA's
 refuse the projector's activation, which keeps them from computing something else.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel
@@ -27,7 +29,9 @@ class CrocMultiModalProjector(nn.Module):
                 f"projector_hidden_act is {config.projector_hidden_act!r}, not {_ACTIVATION!r}: "
                 "export the checkpoint again"
             )
-        inner, outer = config.vision_config.hidden_size, config.text_config.hidden_size
+        vision: Any = config.vision_config
+        text: Any = config.text_config
+        inner, outer = vision.hidden_size, text.hidden_size
         self.linear_1 = nn.Linear(inner, outer, bias=config.multimodal_projector_bias)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(outer, outer, bias=config.multimodal_projector_bias)
@@ -70,6 +74,6 @@ class CrocForConditionalGeneration(LlavaForConditionalGeneration):
         """Build Croc's model and the output layer."""
         LlavaPreTrainedModel.__init__(self, config)
         self.model = CrocModel(config)
-        text = config.text_config
+        text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
