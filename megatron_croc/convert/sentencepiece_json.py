@@ -27,8 +27,6 @@ SPACE = "\u2581"
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _UNIGRAM, _BPE = 1, 2
-_LOWEST_SCORE = -1e9
-"""Score of pieces that ordinary text must not become: specials and bytes of a Unigram model."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class SentencePieceModel:
     """Fields of a SentencePiece model that decide about ids."""
 
     pieces: tuple[Piece, ...]
-    model_type: int
     byte_fallback: bool
     charsmap: bytes
     """Compiled normalization rules; empty: none."""
@@ -92,16 +89,14 @@ def _parse(content: bytes, path: Path) -> SentencePieceModel:
         raise ValueError("it has no pieces")
     model = SentencePieceModel(
         pieces=tuple(pieces),
-        model_type=trainer.get(3, _UNIGRAM),
         byte_fallback=bool(trainer.get(35, 0)),
         charsmap=normalizer.get(2, b""),
         adds_prefix=bool(normalizer.get(3, 1)),
         strips_spaces=bool(normalizer.get(4, 1)),
     )
     faults = {
-        f"model_type {model.model_type} is not BPE or Unigram": (
-            model.model_type not in (_UNIGRAM, _BPE)
-        ),
+        # Unigram: a tokenizer.json takes the text "</s>" for the special token's piece.
+        "it is not of type BPE": trainer.get(3, _UNIGRAM) != _BPE,
         "its pieces end with spaces (treat_whitespace_as_suffix)": bool(trainer.get(24, 0)),
         "it does not mark spaces (escape_whitespaces is off)": not normalizer.get(5, 1),
         "it changes decoded text (denormalizer_spec)": bool(denormalizer.get(2)),
@@ -183,7 +178,7 @@ def sentencepiece_json(model: SentencePieceModel, *, legacy: bool) -> dict[str, 
         "pre_tokenizer": None if every or not model.adds_prefix else first_prefix(),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(model) if model.model_type == _BPE else _unigram(model),
+        "model": _bpe(model),
     }
 
 
@@ -229,19 +224,6 @@ def _bpe(model: SentencePieceModel) -> dict[str, Any]:
         "ignore_merges": False,
         "vocab": ids,
         "merges": [list(pair) for pair in merges],
-    }
-
-
-def _unigram(model: SentencePieceModel) -> dict[str, Any]:
-    vocabulary = [
-        [piece.text, piece.score if piece.kind in (_NORMAL, _UNKNOWN) else _LOWEST_SCORE]
-        for piece in model.pieces
-    ]
-    return {
-        "type": "Unigram",
-        "unk_id": model.pieces.index(_unknown(model)),
-        "vocab": vocabulary,
-        "byte_fallback": model.byte_fallback,
     }
 
 
