@@ -82,7 +82,7 @@ def test_the_written_ids_are_compared(model, tmp_path, monkeypatch):
 
     sentencepiece_json = tokenizer_files.sentencepiece_json
     monkeypatch.setattr(tokenizer_files, "sentencepiece_json", without_prefix)
-    with pytest.raises(CheckpointError, match="other ids in a tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"other ids in a tokenizer\.json"):
         write_tokenizer(model, tmp_path, template="v1")
 
 
@@ -98,7 +98,7 @@ def test_another_tokenizer_than_the_runs(model, tmp_path):
             (changed.parent / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=f"export with --tokenizer {model}"):
             check_same_tokenizer(changed, data, 512)
-    with pytest.raises(CheckpointError, match="is not the run's: .*vocab_size is 100"):
+    with pytest.raises(CheckpointError, match=r"is not the run.s: .*vocab_size is 100"):
         check_same_tokenizer(model, DataConfig(), 100)
 
 
