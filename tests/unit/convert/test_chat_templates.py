@@ -100,8 +100,16 @@ def train(**settings: Any) -> bytes:
 
 
 def make_qwen(folder: Path) -> None:
-    """A byte-level BPE tokenizer with the special tokens of Qwen2.5."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    """A byte-level BPE tokenizer with the special tokens of Qwen2.5, that begins every text."""
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from tokenizers.trainers import BpeTrainer
 
     backend = Tokenizer(models.BPE())
@@ -113,9 +121,12 @@ def make_qwen(folder: Path) -> None:
     backend.add_special_tokens(
         [AddedToken(t, special=True) for t in ("<|endoftext|>", IM_START, IM_END)]
     )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{IM_END} $A", special_tokens=[(IM_END, backend.token_to_id(IM_END))]
+    )
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": IM_END}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -198,6 +209,10 @@ def test_prompts_have_the_ids_of_training(source, template, sources, records, tm
                 ids = tokenizer.apply_chat_template(
                     messages, add_generation_prompt=not answered, return_dict=False
                 )
+                text = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=not answered, tokenize=False
+                )
+                assert tokenizer(text)["input_ids"] == ids  # as a processor calls it
                 if answered:
                     record = as_record(told)
                     marks = sum(q.count(MARK) for q, _ in told)
@@ -211,6 +226,8 @@ def test_prompts_have_the_ids_of_training(source, template, sources, records, tm
                 want = [image.id if id == IMAGE_TOKEN_INDEX else id for id in expected]
                 assert ids == want, (messages, tokenizer.decode(ids), tokenizer.decode(want))
 
+    for text in CHUNKS[:8] + CHUNKS[12:]:
+        assert exported(text)["input_ids"] == training.encode(text)
     for record in records[:20]:
         values = [message["value"] for message in record["conversations"]]
         told = list(zip(values[::2], values[1::2], strict=True))
