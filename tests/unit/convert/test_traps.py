@@ -83,6 +83,18 @@ def test_no_loader_takes_it_for_stock_llava(family, exported):
         assert (ours(**inputs).logits - stock(**inputs).logits).abs().max() > 0.01
 
 
+def test_a_tokenizer_that_is_not_the_runs_is_refused_before_writing(exported, tmp_path):
+    from megatron_croc.convert.exporting import export_huggingface
+    from megatron_croc.data.demo.dataset import train_tokenizer
+    from megatron_croc.errors import CheckpointError
+
+    checkpoint, _ = exported("vicuna + clip")
+    (tmp_path / "other.model").write_bytes(train_tokenizer(seed=1))
+    with pytest.raises(CheckpointError, match="is not the run's"):
+        export_huggingface(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "other.model")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_rope_is_written_as_every_version_reads_it(exported):
     for family, theta in (("qwen2 + siglip", 1e6), ("llama3 rope + clip", 5e5)):
         text = config_of(exported(family)[1])["text_config"]
