@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import AutoImageProcessor
 from vllm.config import VllmConfig  # type: ignore[import-not-found]
 from vllm.model_executor.models.llava import (  # type: ignore[import-not-found]
     LlavaDummyInputsBuilder,
@@ -16,6 +17,19 @@ from vllm.model_executor.models.llava import (  # type: ignore[import-not-found]
     LlavaProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY  # type: ignore[import-not-found]
+
+
+class CrocProcessingInfo(LlavaProcessingInfo):
+    """LLaVA's processor with training's pixels."""
+
+    def get_hf_processor(self, **options: Any) -> Any:
+        """Return the processor; it resizes with PIL, as training does, and not with torchvision."""
+        processor = super().get_hf_processor(**options)
+        if not type(processor.image_processor).__name__.endswith("Pil"):
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                self.ctx.model_config.model, backend="pil", local_files_only=True
+            )
+        return processor
 
 
 class CrocMultiModalProcessor(LlavaMultiModalProcessor):
@@ -36,7 +50,7 @@ class CrocMultiModalProcessor(LlavaMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    CrocMultiModalProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    CrocMultiModalProcessor, info=CrocProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class CrocForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA with Croc's projector; rows without a word are never generated."""

@@ -3,12 +3,15 @@
 tests/ecosystem runs it in vLLM itself.
 """
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from tests.support.synthetic import tiny_run
 
 MARK = 7
 
@@ -26,6 +29,17 @@ class StandInLlava:
         return None if hidden_states is None else torch.zeros(2, 10)
 
 
+class TorchvisionImages:
+    """An image processor that resizes with torchvision."""
+
+
+class StandInInfo:
+    ctx = SimpleNamespace(model_config=SimpleNamespace(model="folder"))
+
+    def get_hf_processor(self, **options: object) -> Any:
+        return SimpleNamespace(image_processor=TorchvisionImages(), **options)
+
+
 class StandInProcessor:
     def apply(self, inputs: Any) -> Any:
         return inputs
@@ -36,7 +50,6 @@ def vllm(monkeypatch) -> Any:
     registered: dict[str, str] = {}
     registry = SimpleNamespace(register_model=registered.__setitem__)
     multimodal = SimpleNamespace(register_processor=lambda *_, **__: lambda model: model)
-    llava = {name: object for name in ("LlavaDummyInputsBuilder", "LlavaProcessingInfo")}
     modules: dict[str, dict[str, Any]] = {
         "vllm": {"ModelRegistry": registry},
         "vllm.config": {"VllmConfig": object},
@@ -45,7 +58,8 @@ def vllm(monkeypatch) -> Any:
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": {}},
         "vllm.model_executor.models.llava": {
-            **llava,
+            "LlavaDummyInputsBuilder": object,
+            "LlavaProcessingInfo": StandInInfo,
             "LlavaForConditionalGeneration": StandInLlava,
             "LlavaMultiModalProcessor": StandInProcessor,
         },
@@ -111,6 +125,18 @@ def test_unit_length_and_words_that_are_never_generated(vllm):
     assert logits is not None
     assert logits.isinf().nonzero()[:, 1].unique().tolist() == [MARK, 8, 9]
     assert model.compute_logits(None) is None  # a rank that does not sample
+
+
+def test_images_are_resized_as_in_training(vllm, tmp_path, monkeypatch):
+    from megatron_croc.convert.export_config import processor_configs
+    from megatron_croc.serving.vllm_model import CrocProcessingInfo
+
+    run = tiny_run("finetune")
+    for name, content in processor_configs(run.model.vision_tower, run.data).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setattr(StandInInfo.ctx.model_config, "model", str(tmp_path))
+    processor = CrocProcessingInfo().get_hf_processor()
+    assert type(processor.image_processor).__name__ == "LlavaImageProcessorPil"
 
 
 def test_marks_without_an_image_are_refused(vllm):
