@@ -4,6 +4,7 @@
 # make wheel        build the wheel, install it in an empty folder and run its commands
 # make check        lint, test, wheel, and whether the pinned versions agree: what a change must pass
 # make libraries    tests against the real Python of Transformer Engine and flash-attn (10 MB from PyPI)
+# make ecosystem    exports in transformers 4.57 and 5, peft and vLLM (CPU; 3 GB from PyPI)
 # make mutations    plant one-line faults in a copy, list those no test sees; ARGS="--sample 60"
 # make docs         the pages of docs/ as a site in build/site; a broken link is an error
 # make clean        remove .venv and everything that was made
@@ -21,7 +22,7 @@ DOCS := build/docs-venv
 # One thread per process: distributed tests start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint wheel check libraries mutations docs clean
+.PHONY: quickstart test lint wheel check libraries ecosystem mutations docs clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh $(ARGS)
@@ -45,6 +46,10 @@ check: lint test wheel
 libraries: $(READY)
 	PYTHON=$(BIN)/python tests/support/fetch_libraries.sh
 	$(BIN)/python -m pytest -m libraries tests/libraries
+
+ecosystem: $(READY)
+	PYTHON=$(PYTHON) tests/support/make_ecosystem.sh build/ecosystem
+	$(BIN)/python -m pytest -m ecosystem tests/ecosystem
 
 mutations: $(READY)
 	$(BIN)/python -W ignore tests/mutation/run.py $(ARGS)

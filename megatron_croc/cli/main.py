@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": ("convert:main", "weights from and to Hugging Face: import, export, verify"),
     "generate": ("generate:main", "answers to questions about images"),
     "chat": ("chat:main", "a conversation with a model, in the terminal or a local page"),
+    "serve": ("serve:main", "a model behind OpenAI's interface, with vLLM"),
     "data preprocess": ("data.preprocess:main", "images and texts to shards for training"),
     "data index": ("data.preprocess:index_main", "WebDataset tars for training, left in place"),
     "data lengths": ("data.lengths:main", "sample lengths, for packing and grouping"),

@@ -5,6 +5,8 @@ from typing import Literal
 
 TemplateName = Literal["plain", "v1", "qwen_1_5"]
 
+TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -20,9 +22,7 @@ class DataConfig:
     eval_answers_data_path: tuple[str, ...] = ()
     """Folders of shards with answers to check; empty: the same as valid_data_path."""
 
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = (
-        "SentencePieceTokenizer"
-    )
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
     """SentencePieceTokenizer reads a .model file, HuggingFaceTokenizer a directory."""
 
     tokenizer_model: str | None = None

@@ -12,6 +12,13 @@ from megatron_croc.convert.configs import CONVERSATION, EXPORT, SETTINGS
 IMAGE_TOKEN = "<image>"
 """Mark of the image in a prompt; the processor repeats it once per visual token."""
 
+PROJECTOR_ACTIVATION = "gelu_unit_length"
+"""Activation named in config.json: GELU, and unit length of the projected tokens.
+
+LLaVA cannot compute it: without the norm its answers are wrong, with no message. Every LLaVA (of
+transformers, vLLM, SGLang) looks its activation up by this name, and stops as it knows none.
+"""
+
 _CONVERSATION_FIELDS = ("tokenizer_type", "conversation_template", "image_aspect_ratio")
 
 _ROWS = 64
@@ -43,6 +50,7 @@ def croc_config(
             "AutoConfig": "configuration_croc.CrocConfig",
             "AutoModel": "modeling_croc.CrocModel",
             "AutoModelForImageTextToText": "modeling_croc.CrocForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_croc.CrocForConditionalGeneration",
         },
         "text_config": text,
         "vision_config": vision_config(vision, vision.num_active_layers),
@@ -50,7 +58,7 @@ def croc_config(
         "vision_feature_select_strategy": _select_strategy(vision),
         "image_token_index": image_token_id,
         "image_seq_length": vision.num_visual_tokens,
-        "projector_hidden_act": "gelu",
+        "projector_hidden_act": PROJECTOR_ACTIVATION,
         "multimodal_projector_bias": True,
         "tie_word_embeddings": text["tie_word_embeddings"],
         "torch_dtype": _name(dtype),

@@ -40,8 +40,8 @@ def load_export(
         build, trust = AutoModelForImageTextToText, {"trust_remote_code": True}
     else:
         raise CheckpointError(
-            f"{foreign}: is not the code this program exports, and is not run; export again, or "
-            "add --trust-remote-code if you know it"
+            f"{foreign}: is not the code this program exports (an older version's, or a "
+            "stranger's), and is not run; export again, or add --trust-remote-code if you know it"
         )
     # The attention is set here because a configuration may name one to download.
     try:
@@ -63,12 +63,15 @@ def load_export(
 
 
 def _foreign_code(folder: Path) -> Path | None:
-    """Return the first code file beside the weights whose bytes differ from ours; None if none."""
+    """Return the first code file beside the weights whose bytes differ from ours; None if none.
+
+    A folder saved again by transformers may have no code: then there is none to run.
+    """
     from megatron_croc.convert.remote_code import configuration_croc, modeling_croc
 
     for module in (configuration_croc, modeling_croc):
         ours = Path(str(module.__file__))
         theirs = folder / ours.name
-        if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+        if theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
             return theirs
     return None

@@ -34,7 +34,12 @@ from megatron_croc.convert.model_card import write_model_card
 from megatron_croc.convert.names import CROC, EXPORT, VICTOR, Layout, Rule, build_rules
 from megatron_croc.convert.safetensors_writer import Group, write_sharded
 from megatron_croc.convert.staging import staged_directory
-from megatron_croc.convert.tokenizer_files import ImageToken, write_tokenizer
+from megatron_croc.convert.tokenizer_files import (
+    ImageToken,
+    check_same_tokenizer,
+    copy_tokenizer,
+    write_tokenizer,
+)
 from megatron_croc.errors import CheckpointError
 
 ExportLayout = Literal["croc", "release"]
@@ -111,20 +116,29 @@ def export_huggingface(
     reader = CheckpointReader(checkpoint)
     names = _names(run.model, layout)
     rules = build_rules(run.model, names)
+    if tokenizer is not None:
+        check_same_tokenizer(tokenizer, run.data, run.model.language_model.vocab_size)
     keys, left_out = _keys(reader, run.model, rules, training_parts=training_parts)
     with staged_directory(out) as staged:
         vocab_size = run.model.language_model.vocab_size
         image = ImageToken(id=vocab_size)
         if tokenizer is not None:
-            image = write_tokenizer(
-                tokenizer, staged, template=run.data.conversation_template, add=layout == "croc"
-            )
+            if layout == "croc":
+                image = write_tokenizer(
+                    tokenizer,
+                    staged,
+                    template=run.data.conversation_template,
+                    tokenizer_type=run.data.tokenizer_type,
+                )
+            else:
+                image = copy_tokenizer(tokenizer, staged)
         rows = table_rows(run.model, image.id) if layout == "croc" else None
         groups = list(_groups(reader, [rules[key] for key in keys], dtype, rows))
         written = groups[0].dtype
         if layout == "croc":
             groups.append(_identity_norm(run.model.vision_tower.vision_hidden_size, written))
             _write_code(staged)
+            run.data.tokenizer_type = image.tokenizer_type or run.data.tokenizer_type
             config = croc_config(run.model, run.data, written, image.id)
             for file, content in processor_configs(run.model.vision_tower, run.data).items():
                 _write_json(staged / file, content)
@@ -252,8 +266,12 @@ def _write_code(folder: Path) -> None:
 def _generation_config(vocab_size: int, image: ImageToken, rows: int | None) -> dict[str, Any]:
     config: dict[str, Any] = {"do_sample": False, "max_new_tokens": 512}
     config |= {f"{name}_token_id": value for name, value in image.specials.items()}
-    if rows is not None and rows > vocab_size:
-        config["suppress_tokens"] = list(range(vocab_size, rows))  # rows without a word
+    if image.stops:
+        config["eos_token_id"] = list(image.stops)
+    if rows is not None:  # rows without a word, and the mark of the image
+        num_words = vocab_size if image.num_words is None else min(image.num_words, vocab_size)
+        no_words = {*range(num_words, rows), image.id}
+        config["suppress_tokens"] = sorted(no_words)
     return config
 
 

@@ -11,10 +11,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+question = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+prompt = processor.apply_chat_template(
+    [{"role": "user", "content": question}], add_generation_prompt=True
+)
+inputs = processor(text=prompt, images=image, return_tensors="pt")
+answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
 ```
 
-`trust_remote_code` is needed because stock LLaVA does not give visual tokens unit length; loaded
-as stock LLaVA this model would silently compute something else.""",
+`trust_remote_code` is needed because LLaVA does not give visual tokens unit length; it refuses this
+folder. With vLLM: `pip install --no-deps megatron-croc`, then `vllm serve FOLDER`.""",
     "release": "In the layout of the released Croc and LLaVA-1.5 code, which loads it.",
 }
 

@@ -22,6 +22,7 @@ from megatron_croc.config.data import DataConfig, TemplateName
 from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
 from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.tensor_files import read_json
+from megatron_croc.convert.tokenizer_files import is_own_tokenizer, read_exported
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
 from megatron_croc.data.sample.tokenization import (
@@ -255,7 +256,7 @@ def open_generator(
         DataError: no tokenizer was found.
     """
     place = torch.device(device) if device is not None else _default_device()
-    with _as_export(folder, tokenizer) as export:
+    with as_export(folder, tokenizer) as export:
         data = read_conversation(export)
         words = _open_tokenizer(export, data, tokenizer)
         model = load_export(export, dtype, trust_remote_code=trust_remote_code)
@@ -269,8 +270,17 @@ def _default_device() -> torch.device:
 
 
 @contextmanager
-def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
-    """Yield the folder itself, or a temporary export of the checkpoint in it."""
+def as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
+    """Yield the folder itself, or a temporary export of the checkpoint in it.
+
+    Args:
+        folder: an export, a checkpoint, or a folder of checkpoints.
+        tokenizer: of a checkpoint; None: the one the run was trained with.
+
+    Raises:
+        CheckpointError: the folder holds neither an export nor a checkpoint.
+        DataError: the run's tokenizer is not there.
+    """
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("model_type")
         if kind == EXPORT:
@@ -300,9 +310,14 @@ def _as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
 
 def _open_tokenizer(export: Path, data: DataConfig, given: Path | None) -> Tokenizer:
     """Open the given tokenizer, or the tokenizer of the export."""
+    if given is None and is_own_tokenizer(export):
+        return read_exported(export)
     source = export if given is None else given
     if data.tokenizer_type == "SentencePieceTokenizer" and source.is_dir():
         source = source / "tokenizer.model"
     if not source.exists():
-        raise DataError(f"{export}: has no tokenizer; give one with --tokenizer")
+        raise DataError(
+            f"{export}: has no tokenizer of this program (exported without one, or saved again by "
+            "another library); give the run's with --tokenizer"
+        )
     return build_tokenizer(data.tokenizer_type, str(source))

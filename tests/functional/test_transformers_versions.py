@@ -43,11 +43,29 @@ def test_the_other_version_computes_the_same(export: Path):
 def test_a_difference_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys):
     from megatron_croc.verification import transformers_versions
 
-    side = dict(version="1", missing=[], unexpected=[], mismatched=[])
-    good = side | dict(logits=[0.0, 1.0], generated=[[1, 2]])
-    assert transformers_versions.compare(good, good)
-    for change in (dict(logits=[0.0, 1.1]), dict(generated=[[1, 3]]), dict(missing=["a"])):
-        assert not transformers_versions.compare(good, good | change)
+    keys: dict[str, list] = dict(missing=[], unexpected=[], mismatched=[])
+    seen = keys | dict(logits=[0.0, 1.0], generated=[[1, 2]], prompts=[[1, 5]], answers=["a"])
+    good = {"version": "1", "loaded": seen, "saved again": seen}
+    assert transformers_versions.compare(good, good, training=[[1, 5]])
+    for change in (
+        dict(logits=[0.0, 1.1]),
+        dict(logits=[0.0, float("nan")]),
+        dict(generated=[[1, 3]]),
+        dict(missing=["a"]),
+        dict(prompts=[[1, 1, 5]]),
+        dict(answers=["b"]),
+    ):
+        for place in ("loaded", "saved again"):
+            bad = good | {place: seen | change}
+            assert not transformers_versions.compare(good, bad, training=[[1, 5]])
+    assert not transformers_versions.compare(good, good, training=[[1, 6]])
+
+
+def test_prompts_of_training(tmp_path: Path):
+    """The ids that both versions are compared with are those of croc generate."""
+    from megatron_croc.verification.transformers_versions import training_prompts
+
+    assert training_prompts(tmp_path) is None  # no tokenizer there
 
 
 def test_bad_input_is_one_line(export: Path, tmp_path: Path):

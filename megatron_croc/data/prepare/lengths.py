@@ -14,12 +14,11 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from megatron_croc.atomic_files import write_atomically
-from megatron_croc.config.data import TemplateName
+from megatron_croc.config.data import TemplateName, TokenizerType
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.sample.collate import measure_extent
 from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_conversation
@@ -30,8 +29,6 @@ from megatron_croc.data.store.shard_writer import LengthsInfo, add_lengths
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.data.truncation import TruncationCount
 from megatron_croc.ops.special_ids import IMAGE_TOKEN_INDEX
-
-TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
 
 CHUNK = 10_000
 """Number of samples of one job of a worker process."""

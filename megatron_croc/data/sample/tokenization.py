@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_croc.config.data import TemplateName
+from megatron_croc.config.data import TemplateName, TokenizerType
 from megatron_croc.data.sample.conversation import (
     BOS,
     EOS,
@@ -122,7 +122,7 @@ class Tokenizer:
 
 
 def build_tokenizer(
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"],
+    tokenizer_type: TokenizerType,
     tokenizer_model: str | None,
     *,
     legacy: bool | None = None,

@@ -38,11 +38,12 @@ def write_words(folder: Path) -> None:
     """A tokenizer of just as many words as the model has rows."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))]
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    words = [*specials, "<unk>", "\n", *(f"w{number}" for number in range(VOCABULARY - 6))]
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    backend.add_special_tokens(specials)
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
@@ -55,7 +56,7 @@ def config_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize("family", ["vicuna + clip", "qwen2 + siglip"])
 def test_no_loader_takes_it_for_stock_llava(family, exported):
-    """Stock LLaVA loads these weights too, and lacks the norm: its answer is another one."""
+    """Stock LLaVA lacks the norm: made to load the weights, it gives another answer."""
     import transformers
 
     from megatron_croc.convert.export_loader import load_export
@@ -64,17 +65,34 @@ def test_no_loader_takes_it_for_stock_llava(family, exported):
     config = config_of(export)
     assert config["model_type"] == "croc"
     assert config["architectures"] == ["CrocForConditionalGeneration"]
-    assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"} <= config["auto_map"].keys()
+    loaders = {"AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM"}
+    assert loaders | {"AutoConfig"} == config["auto_map"].keys()
+    for stock_class in (transformers.LlavaForConditionalGeneration, transformers.LlavaModel):
+        with pytest.raises(KeyError, match="gelu_unit_length"):
+            stock_class.from_pretrained(export)
 
     ours = load_export(export, torch.float32)
+    as_llava = {"model_type": "llava", "projector_hidden_act": "gelu"}
     stock = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(**{**ours.config.to_dict(), "model_type": "llava"})
+        transformers.LlavaConfig(**{**ours.config.to_dict(), **as_llava})
     ).eval()
     stock.load_state_dict(ours.state_dict())
     ids = torch.tensor([[3, *[ours.config.image_token_id] * 16, 4]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 56, 56)}
     with torch.no_grad():
         assert (ours(**inputs).logits - stock(**inputs).logits).abs().max() > 0.01
+
+
+def test_a_tokenizer_that_is_not_the_runs_is_refused_before_writing(exported, tmp_path):
+    from megatron_croc.convert.exporting import export_huggingface
+    from megatron_croc.data.demo.dataset import train_tokenizer
+    from megatron_croc.errors import CheckpointError
+
+    checkpoint, _ = exported("vicuna + clip")
+    (tmp_path / "other.model").write_bytes(train_tokenizer(seed=1))
+    with pytest.raises(CheckpointError, match="is not the run's"):
+        export_huggingface(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "other.model")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_rope_is_written_as_every_version_reads_it(exported):

@@ -283,6 +283,25 @@ def test_code_beside_the_weights_is_not_run(export, tmp_path):
     assert trace.exists()  # the check above would have seen it run
 
 
+def test_a_folder_saved_again_by_transformers(export, questions, greedy, tmp_path, capsys):
+    from transformers import LlavaProcessor
+
+    from megatron_croc.cli.generate import main
+    from megatron_croc.convert.export_loader import load_export
+    from megatron_croc.inference.generation import open_generator
+
+    again = tmp_path / "again"
+    load_export(export).save_pretrained(again)
+    LlavaProcessor.from_pretrained(export).save_pretrained(again)
+    assert not (again / "tokenizer.model").exists() and not (again / "modeling_croc.py").exists()
+    with open_generator(again) as generator:
+        assert ids_of(generator.answer(questions, sampling())) == greedy
+    other = json.loads((again / "tokenizer.json").read_text()) | {"normalizer": None}
+    (again / "tokenizer.json").write_text(json.dumps(other))  # its ids would be others
+    assert main(["--model", str(again), "--prompt", "a"]) == 1
+    assert "--tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -52,7 +52,6 @@ def test_logits_and_visual_tokens_agree(family, exported):
         ("qwen2 + siglip", "vision_config", dict(hidden_act="gelu")),
         ("vicuna + clip", "text_config", dict(hidden_act="gelu_pytorch_tanh")),
         ("vicuna + clip", None, dict(vision_feature_layer=-2)),
-        ("vicuna + clip", None, dict(projector_hidden_act="relu")),
     ],
 )
 def test_a_wrong_export_is_found_out(family, section, change, exported, tmp_path):
@@ -66,6 +65,20 @@ def test_a_wrong_export_is_found_out(family, section, change, exported, tmp_path
     (config if section is None else config[section]).update(change)
     (bad / "config.json").write_text(json.dumps(config))
     assert not verify_export(start, bad).passed
+
+
+def test_another_activation_is_refused(exported, tmp_path):
+    import shutil
+
+    from megatron_croc.errors import CheckpointError
+    from megatron_croc.inference.verify import verify_export
+
+    start, good = exported("vicuna + clip")
+    bad = Path(shutil.copytree(good, tmp_path / "bad"))
+    config = json.loads((bad / "config.json").read_text()) | dict(projector_hidden_act="gelu")
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="export the checkpoint again"):
+        verify_export(start, bad)
 
 
 @pytest.mark.parametrize("family", ["vicuna + clip", "qwen2 + siglip"])

