@@ -1,9 +1,9 @@
 """Naming of checkpoints: at every moment, a whole checkpoint keeps a name that a start finds.
 
-    iter_0000100.incomplete    being written
-    iter_0000100               finished
-    iter_0000100.superseded    whole, from before the run was set back and came here again; kept
-    iter_0000100.removed       being deleted
+iter_0000100.incomplete    being written
+iter_0000100               finished
+iter_0000100.superseded    whole, from before the run was set back and came here again; kept
+iter_0000100.removed       being deleted
 """
 
 import os

@@ -4,7 +4,7 @@
     agree     every rank reports to rank 0; one failure fails the checkpoint on all ranks
     finish    rank 0: index, state, settings, manifest.json (digests of all files), fsync
     publish   rename to iter_0000100/, then write latest_checkpointed_iteration.txt atomically
-    prune     rename, then delete older checkpoints that need not be kept; not while steps are skipped
+    prune     unless the step was skipped: rename, then delete older checkpoints
 
 A failed save is logged and training continues; the previous checkpoint stays the latest. A save
 fails if a value is not finite. A whole checkpoint is never replaced (publishing.py).

@@ -116,10 +116,13 @@ def _require_finite(bucket: Any) -> None:
     """Refuse NaN and infinity in weights and optimizer state, on the bytes that are written."""
     _, _, (_, tensors) = bucket
     for item, tensor in tensors:
-        # The sum needs no memory; it may overflow by itself, so only the values decide.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
-            if not torch.isfinite(tensor.float()).all():
-                raise CheckpointError(f"{item.index.fqn} is not finite (NaN or infinity)")
+        # The sum is cheap; it may overflow by itself, so only the values decide.
+        if (
+            tensor.is_floating_point()
+            and not torch.isfinite(tensor.float().sum())
+            and not torch.isfinite(tensor.float()).all()
+        ):
+            raise CheckpointError(f"{item.index.fqn} is not finite (NaN or infinity)")
 
 
 class _Counter:

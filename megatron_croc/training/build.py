@@ -124,8 +124,10 @@ def build_training_state(
     Raises:
         CheckpointError: a checkpoint is damaged, or belongs to another stage or model.
     """
+    enter("building the model")
     models = build_model(run, pg_collection)
     chunks = wrap_model(run, models, pg_collection)
+    enter("building the optimizer")
     optimizer = build_optimizer(run.optimizer, chunks, pg_collection)
     scheduler = build_scheduler(
         run.optimizer,
@@ -133,6 +135,7 @@ def build_training_state(
         train_iters=train_iters,
         global_batch_size=run.training.global_batch_size,
     )
+    enter("reading the checkpoint", collective="all-gather")
     state = load_checkpoint(run.checkpoint, run.stage, chunks, optimizer, pg_collection)
     if state is None:
         state = TrainState(stage=run.stage)

@@ -2,6 +2,8 @@
 
 import time
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
@@ -13,13 +15,14 @@ from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.length import resolve_train_iters
+from megatron_croc.training.reporting.best_effort import BestEffort
 from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 from megatron_croc.training.reporting.profiling import ProfileWindow
 from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
-from megatron_croc.training.safety.watchdog import watch_over
+from megatron_croc.training.safety.watchdog import Watchdog, watch_over
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
@@ -39,10 +42,21 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     # Build model, optimizer and data order, or restore them from the last checkpoint.
     pg = start_distributed(run.parallel, seed=run.training.seed)
     clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
+    with watch_over(run.reliability, run.log_folder) as watchdog:
+        return _train(run, pg, weights, watchdog)
+
+
+def _train(
+    run: RunConfig,
+    pg: ProcessGroupCollection,
+    weights: WeightSource | None,
+    watchdog: Watchdog,
+) -> TrainingState:
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
     if folder is not None and rank() == 0:
-        drop_undone_steps(folder, state.iteration)
+        with BestEffort(f"{folder}, where the steps after {state.iteration} are repeated,"):
+            drop_undone_steps(folder, state.iteration)
 
     # Set up metrics, profiler, anomaly checks and checkpoints.
     times = TimeSplit(run.logging, training.chunks, pg) if run.logging.timing_log_level else None
@@ -60,11 +74,12 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
         resumed_at=state.iteration,
     )
 
+    watchdog.first_step = state.iteration + 1
+
     def is_due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
     with (
-        watch_over(run.reliability, folder, first_step=state.iteration + 1),
         stop_requests(run.reliability) as stop,
         open_batch_broadcast(
             run, pg, build_train_loader, state=state.resume_point()
@@ -106,6 +121,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
             saver.poll()
             if is_over or is_due(run.checkpoint.save_interval):
                 enter("saving a checkpoint", collective="barrier")
+                reporter.sync()
                 saver.save(state)
                 reporter.restart_clock()
         enter("finishing the last checkpoint", collective="all-reduce")

@@ -1,11 +1,12 @@
 """Cleaning of metrics.jsonl on a resume: one line per step, also after a crash."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_croc.atomic_files import write_atomically
+from megatron_croc.atomic_files import sync_directory, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
@@ -27,11 +28,16 @@ def drop_undone_steps(folder: Path, iteration: int) -> int:
     if not path.exists():
         return 0
     kept, moved = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         (kept if _iteration_of(line) <= iteration else moved).append(line + "\n")
     if moved:
         with (folder / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(moved)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(folder)
+    if moved or not text.endswith("\n"):  # a whole line without its end would swallow the next one
         write_atomically(path, "".join(kept).encode())
     return len(moved)
 

@@ -14,12 +14,14 @@ from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
+from megatron_croc.training.reporting.best_effort import AppendedLines, BestEffort
 from megatron_croc.training.reporting.metrics import StepMetrics, entropy, usage
+from megatron_croc.training.reporting.metrics_log import METRICS_FILE
 from megatron_croc.training.reporting.prometheus import Endpoint, open_endpoint
 from megatron_croc.training.reporting.stragglers import (
     STRAGGLERS_FILE,
-    append_stragglers,
     find_stragglers,
+    stragglers_line,
 )
 from megatron_croc.training.reporting.time_split import IntervalTimes, TimeSplit
 from megatron_croc.training.reporting.weights_and_biases import open_wandb
@@ -75,17 +77,23 @@ class Reporter:
         self.started = time.perf_counter()
         self.peak = peak_flops(device_name())
         self.is_writer = rank() == 0
-        self.jsonl = self.tensorboard = self.wandb = None
+        self.jsonl: AppendedLines | None = None
+        self.stragglers: AppendedLines | None = None
+        self.tensorboard = self.wandb = None
+        self.has_tensorboard = self.is_writer and folder is not None and config.tensorboard
+        self._efforts = {
+            name: BestEffort(name, errors=(Exception,)) for name in ("TensorBoard", "W&B")
+        }
         self.folder = folder if self.is_writer else None
         self.endpoint: Endpoint | None = None
         if not self.is_writer:
             return
         self.endpoint = open_endpoint(config.prometheus_port)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            if config.tensorboard:
-                self.tensorboard = _open_tensorboard(self.folder)
+            with BestEffort(str(self.folder)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.jsonl = AppendedLines(self.folder / METRICS_FILE)
+            self.stragglers = AppendedLines(self.folder / STRAGGLERS_FILE)
         self.wandb = open_wandb(config, settings, self.folder)
 
     def add_step(
@@ -184,8 +192,8 @@ class Reporter:
             return
         percent, by_rank = self.config.straggler_percent, times.rank_times()
         slow = find_stragglers(by_rank, split.places, percent=percent)
-        if self.folder is not None:
-            append_stragglers(self.folder, iteration, by_rank, slow)
+        if self.stragglers is not None:
+            self.stragglers.write(stragglers_line(iteration, by_rank, slow))
         if slow:
             more = f" and {len(slow) - 4} more, see {STRAGGLERS_FILE}" if len(slow) > 4 else ""
             logger.warning(f"stragglers: {'; '.join(map(str, slow[:4]))}{more}")
@@ -235,15 +243,32 @@ class Reporter:
         row = {name: value for name, value in row.items() if _is_number(value)}
         logger.info(_line(row, self.train_iters))
         if self.jsonl is not None:
-            self.jsonl.write(json.dumps(row) + "\n")
+            self.jsonl.write(json.dumps(row))
         scalars = {name: value for name, value in row.items() if name != "iteration"}
         if self.endpoint is not None:
             self.endpoint.set({"iteration": iteration, **scalars})
-        if self.tensorboard is not None:
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, iteration)
+        if self.has_tensorboard:
+            with self._efforts["TensorBoard"]:
+                self._to_tensorboard(scalars, iteration)
         if self.wandb is not None:
-            self.wandb.log(scalars, step=iteration)
+            with self._efforts["W&B"]:
+                self.wandb.log(scalars, step=iteration)
+
+    def _to_tensorboard(self, scalars: dict[str, Any], iteration: int) -> None:
+        """Write scalars; after a failure, the next ones go to a new file of events."""
+        writer, self.tensorboard = self.tensorboard, None
+        if writer is None and self.folder is not None:
+            writer = _open_tensorboard(self.folder)
+        self.has_tensorboard = writer is not None
+        if writer is not None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
+        self.tensorboard = writer
+
+    def sync(self) -> None:
+        """Flush metrics.jsonl to disk, before a checkpoint counts its steps as done."""
+        if self.jsonl is not None:
+            self.jsonl.sync()
 
     def close(self) -> None:
         """Flush and close all writers."""
@@ -251,12 +276,15 @@ class Reporter:
             self.times.close()
         if self.endpoint is not None:
             self.endpoint.close()
-        if self.jsonl is not None:
-            self.jsonl.close()
+        for lines in (self.jsonl, self.stragglers):
+            if lines is not None:
+                lines.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self._efforts["TensorBoard"]:
+                self.tensorboard.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            with self._efforts["W&B"]:
+                self.wandb.finish()
 
 
 def _is_number(value: float | None) -> bool:

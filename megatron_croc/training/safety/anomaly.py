@@ -27,6 +27,7 @@ from megatron_croc.config.reliability import ReliabilityConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.errors import RunError
 from megatron_croc.log import get_logger, rank, world_size
+from megatron_croc.training.reporting.best_effort import BestEffort
 from megatron_croc.training.reporting.metrics import StepMetrics, StepTotals
 
 logger = get_logger(__name__)
@@ -97,8 +98,8 @@ class AnomalyGuard:
         where = f"; see {self.report} and run croc replay on it" if self.report else ""
         return RunError(
             f"{self.state.skipped_in_a_row} steps in a row had to be skipped, the last is "
-            f"{self.state.iteration}; max_consecutive_skips={limit}{where}{kept}; fix the cause, or "
-            "raise the setting to go past these samples"
+            f"{self.state.iteration}; max_consecutive_skips={limit}{where}{kept}; fix the cause, or raise "
+            "the setting to go past these samples"
         )
 
     def _fault(self, metrics: StepMetrics) -> str | None:
@@ -154,14 +155,17 @@ class AnomalyGuard:
             self.report = self.folder / f"iter_{iteration:07d}.json"
         if rank() == 0:
             if self.report is not None:
-                _write(self.report, report)
+                with BestEffort(str(self.report)) as effort:
+                    _write(self.report, report)
+                if effort.is_failing:
+                    self.report = None
             described = "; ".join(_describe(entry) for entry in suspects[:2])
             logger.warning(
                 "step %d is skipped on all ranks (%s): %s; report: %s",
                 iteration,
                 reason,
                 described,
-                self.report or "none without --save or --log-dir",
+                self.report or "none (it needs --save or --log-dir, and room on the disk)",
             )
 
     def _examine_rank(

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class Fault:
     """One fault, and the place where it happens."""
 
     fault: str
-    """kill | signal | stop | hang | hang_in_c | raise at a place; nan_loss | spike | nan_gradient
+    """kill | signal | stop | suspend | clock | hang | hang_in_c | raise at a place; nan_loss | spike | nan_gradient
     in a step; bad_sample at every occurrence of a sample; kill_at_call at a call during a save;
     disk_full during a save; trace: no fault, only the trace."""
 
@@ -47,7 +48,7 @@ class Fault:
     """Micro-batch of this rank; None: the first one that reaches the place."""
 
     number: int = 1
-    """Number of the signal (signal), or of the call (kill_at_call)."""
+    """Number of the signal (signal) or of the call (kill_at_call); seconds (suspend, clock)."""
 
     name: str = ""
     """Function, such as `os.replace` (kill_at_call), or sample (bad_sample)."""
@@ -118,6 +119,12 @@ def _strike(fault: Fault) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.fault == "suspend":
+        resume = f"sleep {fault.number}; kill -CONT {os.getpid()}"
+        subprocess.Popen(["/bin/sh", "-c", resume], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.fault == "clock":
+        _set_clock_forward(fault.number)
     elif fault.fault == "signal":
         os.kill(os.getpid(), fault.number)
     elif fault.fault == "hang":
@@ -128,6 +135,11 @@ def _strike(fault: Fault) -> None:
         raise RuntimeError("a made-up error of the device")
     else:
         raise ValueError(f"unknown fault {fault.fault}")
+
+
+def _set_clock_forward(seconds: int) -> None:
+    before = time.time
+    time.time = lambda: before() + seconds
 
 
 def _spoil_loss(fault: Fault) -> None:

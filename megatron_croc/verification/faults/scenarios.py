@@ -185,7 +185,7 @@ def _hang(kind: str) -> Callable[[Workplace, Path], Outcome]:
     hang = Fault(fault=kind, rank=1, iteration=4, micro_batch=1)
     return break_and_resume(
         hang,
-        statuses=(1, 1),
+        statuses=(1, KILLED if kind == "hang_in_c" else 1),
         said=r"rank 1 \(.*st(ands|ood) at step 4, forward, micro-batch 1; its stack is in",
         more=("--stall-timeout-minutes=0.1",),
     )
