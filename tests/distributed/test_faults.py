@@ -129,8 +129,9 @@ def test_a_rank_lost_while_the_model_is_built_is_named(data: Path, tmp_path: Pat
 def test_time_that_passes_without_the_run_is_no_stall(data: Path, unbroken: Path, tmp_path: Path):
     """A clock set forward by an hour, then the whole job suspended for longer than the limit."""
     faults = [
-        *(Fault(fault="clock", rank=rank, iteration=2, number=3600) for rank in (0, 1)),
-        *(Fault(fault="suspend", rank=rank, iteration=4, number=4) for rank in (0, 1)),
+        Fault(fault=fault, rank=rank, iteration=step, number=seconds, micro_batch=0)
+        for rank in (0, 1)
+        for fault, step, seconds in (("clock", 2, 3600), ("suspend", 4, 4))
     ]
     exits = run(data, tmp_path, *faults, more=("--stall-timeout-minutes=0.04",))
     assert [e.status for e in exits] == [0, 0], exits[0].output + exits[1].output

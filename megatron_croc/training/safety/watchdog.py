@@ -194,7 +194,7 @@ class Watchdog:
                 return
             now = time.monotonic()
             passed, before = now - before, now
-            if passed > most:
+            if passed > max(most, self._limit):
                 self._note_suspension(passed)
             share_heartbeat()
             is_same = num_phases() == phase
