@@ -4,6 +4,7 @@ import time
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
@@ -15,7 +16,6 @@ from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.length import resolve_train_iters
-from megatron_croc.training.reporting.best_effort import BestEffort
 from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 from megatron_croc.training.reporting.profiling import ProfileWindow
 from megatron_croc.training.reporting.time_split import TimeSplit

@@ -8,7 +8,6 @@ also do so after a special token: "</s>USER" is [.., "_US", "ER"] with legacy an
 without. The released code uses both; the tokenizer_config.json of a checkpoint holds its flag.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from megatron_croc.data.sample.conversation import (
     render_prompt,
 )
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import UnreadableError, read_json
 
 Follows = Literal["start", "special", "text"]
 """Predecessor of a text: nothing (or an image), a special token, or more text."""
@@ -145,11 +145,11 @@ def build_tokenizer(
 def _read_legacy(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     try:
-        flag = json.loads(config.read_text(encoding="utf-8")).get("legacy")
+        flag = read_json(config).get("legacy")
     except FileNotFoundError:
         flag = None
-    except ValueError as error:
-        raise DataError(f"{config} is not valid JSON: {error}") from error
+    except (OSError, UnreadableError) as error:
+        raise DataError(f"{config} cannot be read: {error}") from error
     return True if flag is None else bool(flag)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.parallel.device import (
@@ -16,7 +17,6 @@ from megatron_croc.parallel.device import (
     synchronize,
     write_memory_history,
 )
-from megatron_croc.training.reporting.best_effort import BestEffort
 
 logger = get_logger(__name__)
 

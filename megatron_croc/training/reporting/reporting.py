@@ -9,12 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_croc.best_effort import AppendedLines, BestEffort
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
-from megatron_croc.training.reporting.best_effort import AppendedLines, BestEffort
 from megatron_croc.training.reporting.metrics import StepMetrics, entropy, usage
 from megatron_croc.training.reporting.metrics_log import METRICS_FILE
 from megatron_croc.training.reporting.prometheus import Endpoint, open_endpoint

@@ -22,12 +22,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.reliability import ReliabilityConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.errors import RunError
 from megatron_croc.log import get_logger, rank, world_size
-from megatron_croc.training.reporting.best_effort import BestEffort
 from megatron_croc.training.reporting.metrics import StepMetrics, StepTotals
 
 logger = get_logger(__name__)

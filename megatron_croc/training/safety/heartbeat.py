@@ -15,11 +15,13 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_croc.best_effort import BestEffort
+from megatron_croc.errors import printable
+from megatron_croc.file_reading import UnreadableError, build, read_json
 from megatron_croc.log import rank
-from megatron_croc.training.reporting.best_effort import BestEffort
 
 _BYTES = 512
 """Size of a file. The longest line, with a host name of 64 characters, is about 300 bytes."""
@@ -173,15 +175,18 @@ def beat_file(folder: Path, number: int) -> Path:
     return folder / f"rank_{number:05d}.json"
 
 
+def read_beat(path: Path) -> Beat | None:
+    """Read one heartbeat; None if the file is missing or damaged."""
+    try:
+        beat = build(Beat, read_json(path, most=8 * _BYTES))
+    except (OSError, UnreadableError):
+        return None
+    beat.host, beat.phase = printable(beat.host), printable(beat.phase)
+    beat.collective = None if beat.collective is None else printable(beat.collective)
+    return beat
+
+
 def read_heartbeats(folder: Path, world_size: int) -> list[Beat]:
     """Last heartbeats in rank order; ranks with a missing or damaged file are left out."""
-    beats = []
-    names = {field.name for field in fields(Beat)}
-    for number in range(world_size):
-        try:
-            content = json.loads(beat_file(folder, number).read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and set(content) == names:
-            beats.append(Beat(**content))
-    return beats
+    beats = (read_beat(beat_file(folder, number)) for number in range(world_size))
+    return [beat for beat in beats if beat is not None]

@@ -46,15 +46,15 @@ if os.getppid() == rank:
 class Minder:
     """Helper process of this rank."""
 
-    def __init__(self, *, pause: float, most_missed: int, stacks: TextIO | None) -> None:
+    def __init__(self, *, pause: float, most_missed: int, stacks: TextIO) -> None:
         """Start the helper.
 
         Args:
             pause: seconds between two wake-ups of the helper.
             most_missed: wake-ups in a row without a sign after which the rank is ended.
-            stacks: open file for the stacks of a rank that is ended; None: the error output.
+            stacks: open file for the stacks of a rank that is ended.
         """
-        faulthandler.register(signal.SIGUSR2, file=stacks or sys.__stderr__, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         words = [sys.executable, "-S", "-E", "-c", _HELPER]
         self._process = subprocess.Popen(
             [*words, str(os.getpid()), str(pause), str(most_missed)],
@@ -63,6 +63,8 @@ class Minder:
             stderr=subprocess.DEVNULL,
             bufsize=0,
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # a stopped helper stops nobody
 
     def tick(self) -> None:
         """Tell the helper that this rank's interpreter runs."""

@@ -14,6 +14,7 @@ process").
 import faulthandler
 import math
 import os
+import sys
 import threading
 import time
 import traceback
@@ -22,11 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.config.reliability import WATCHDOG_MARGIN, ReliabilityConfig
 from megatron_croc.errors import CrocError, RunError, first_line
 from megatron_croc.log import get_logger, rank, world_size
 from megatron_croc.parallel.flight_recorder import last_collective
-from megatron_croc.training.reporting.best_effort import BestEffort
 from megatron_croc.training.safety.heartbeat import (
     Beat,
     close_heartbeat,
@@ -163,7 +164,9 @@ class Watchdog:
         self._minder: Minder | None = None
         if self.others_wait:
             most = math.ceil(10 * WATCHDOG_MARGIN * limit / min(limit, first_step_limit))
-            self._minder = Minder(pause=self._pause, most_missed=most, stacks=self.stacks)
+            self._minder = Minder(
+                pause=self._pause, most_missed=most, stacks=self.stacks or sys.stderr
+            )
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 

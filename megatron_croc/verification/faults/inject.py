@@ -31,9 +31,9 @@ class Fault:
     """One fault, and the place where it happens."""
 
     fault: str
-    """kill | signal | stop | suspend | clock | hang | hang_in_c | raise at a place; nan_loss | spike |
-    nan_gradient in a step; bad_sample at every occurrence of a sample; kill_at_call at a call during a save;
-    disk_full during a save; trace: no fault, only the trace."""
+    """kill | signal | stop | suspend | clock | hang | hang_in_c | raise at a place; nan_loss |
+    spike | nan_gradient | nan_weights in a step; bad_sample at every occurrence of a sample;
+    kill_at_call at a call during a save; disk_full during a save; trace: only the trace."""
 
     rank: int = 0
     """The rank on which it happens."""
