@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_croc.atomic_files import sync_directory
 from megatron_croc.errors import first_line
 from megatron_croc.log import get_logger
 
@@ -73,6 +74,7 @@ class AppendedLines:
             self._flush()
             if self._file is not None:
                 os.fsync(self._file)
+                sync_directory(self._path.parent)  # the file may be new
 
     def close(self) -> None:
         """Write the rest, and close the file."""

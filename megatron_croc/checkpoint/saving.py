@@ -26,12 +26,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_croc.atomic_files import make_directory, write_atomically
+from megatron_croc.atomic_files import make_directory, sync_file, write_atomically
 from megatron_croc.checkpoint.choosing import agreed_damage
 from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.publishing import publish, sweep
 from megatron_croc.checkpoint.retention import STAGED, prune
-from megatron_croc.checkpoint.safe_reading import COMMON_FILE
+from megatron_croc.checkpoint.safe_reading import COMMON_FILE, INDEX_FILE
 from megatron_croc.checkpoint.sharded import checkpoint_content
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
 from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE, Share, Written, reason
@@ -178,6 +178,7 @@ class CheckpointSaver:
         share, staged, final = pending.share, pending.staged, pending.final
         assert share.metadata is not None
         share.writer.finish(share.metadata, [w.results for w in everyone])
+        sync_file(staged / INDEX_FILE)  # torch syncs it while its content is still in a buffer
         common = io.BytesIO()
         torch.save(share.common, common)
         write_atomically(staged / COMMON_FILE, common.getvalue())

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_croc.atomic_files import sync_file
 from megatron_croc.checkpoint.manifest import FileDigest, digest_file
 from megatron_croc.errors import CheckpointError, first_line
 
@@ -108,6 +109,7 @@ class Share:
                 raise answer
             written.results += answer
             path, name, _ = bucket
+            sync_file(Path(path))  # megatron syncs it while its end may still be in a buffer
             written.digests[name] = digest_file(Path(path))
         return written
 

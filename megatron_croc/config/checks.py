@@ -5,13 +5,13 @@ mistake. Each line names the setting, its value and the way out. Checks of sizes
 in layout_checks.py, checks of logging in logging_checks.py.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_croc.config.base import raise_faults
+from megatron_croc.config.folder_checks import find_unwritable_folders
 from megatron_croc.config.fp8 import fp8_gathered_unit, fp8_unit
 from megatron_croc.config.layout_checks import find_layout_faults
 from megatron_croc.config.logging_checks import find_logging_faults
@@ -52,7 +52,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
     if for_training:
         faults += _missing_inputs(run)
         # Folders are made only for a run that has no other fault.
-        faults = faults or list(_unwritable_folders(run))
+        faults = faults or list(find_unwritable_folders(run))
     return faults
 
 
@@ -277,21 +277,6 @@ def _checkpoint_faults(run: RunConfig) -> Iterator[str]:
             f"keep_every={run.checkpoint.keep_every} without keep_last: nothing is ever removed; "
             "set keep_last too, or leave both out"
         )
-
-
-def _unwritable_folders(run: RunConfig) -> Iterator[str]:
-    """Find folders of the run that cannot be made or written; a full disk is no fault here."""
-    for name, folder in {"save": run.checkpoint.save, "log_dir": run.logging.log_dir}.items():
-        if folder is None:
-            continue
-        probe = Path(folder) / f".probe-{os.getpid()}"
-        try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                yield f"{name}={folder}: cannot be written ({error.strerror}); name another folder"
 
 
 def _missing_inputs(run: RunConfig) -> Iterator[str]:
