@@ -27,7 +27,7 @@ from megatron_croc.errors import CrocError, first_line
 MAX_BYTES = 64 << 20
 """Most bytes of a file that is read whole."""
 
-MAX_YAML_BYTES, MAX_YAML_NODES = 256 << 10, 100_000
+MAX_YAML_BYTES, MAX_YAML_NODES = 256 << 10, 20_000
 """Most bytes of a YAML file, and most values of it when every alias is written out."""
 
 MAX_DEPTH = 64
@@ -241,6 +241,7 @@ def read_yaml(path: str | Path) -> Any:
         content = _limited(file, MAX_YAML_BYTES)
     try:
         text = content.decode()
+        _check_events(text)
         loader = _Loader(text)
         loader.name = str(path)
         node = loader.get_single_node()
@@ -259,6 +260,18 @@ def read_yaml(path: str | Path) -> Any:
         raise
     except (ValueError, TypeError, OverflowError) as error:  # a date such as 2024-99-99
         raise UnreadableError(f"not YAML: {first_line(error):.200}") from error
+
+
+def _check_events(text: str) -> None:
+    """Refuse deep or long YAML before anything is built; parsing stops at the limit."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UnreadableError(f"nested more than {MAX_DEPTH} levels")
+        if number > 2 * MAX_YAML_NODES:
+            raise UnreadableError(f"holds more than {MAX_YAML_NODES:,} values")
 
 
 def _written_out(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:

@@ -107,6 +107,10 @@ def check_npy_header(file: BinaryIO, size: int) -> None:
     try:
         header = ast.literal_eval(file.read(length).decode("latin1").strip())
         descr, shape = header["descr"], header["shape"]
+        if set(header) != {"descr", "shape", "fortran_order"}:
+            raise KeyError(set(header))
+        if not isinstance(header["fortran_order"], bool):
+            raise TypeError("fortran_order")
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         raise UnreadableError("damaged .npy header") from error
     kind = re.fullmatch(r"[<>|=][biufc]([0-9]{1,2})", descr) if isinstance(descr, str) else None
