@@ -9,8 +9,11 @@ micro-batch is moved to the device. A fault with a `marker` file happens once, a
 `trace` is a folder for the samples of every step and replica.
 """
 
+import builtins
 import ctypes
+import errno
 import importlib
+import io
 import json
 import os
 import resource
@@ -33,7 +36,7 @@ class Fault:
     fault: str
     """kill | signal | stop | suspend | clock | hang | hang_in_c | raise at a place; nan_loss |
     spike | nan_gradient | nan_weights in a step; bad_sample at every occurrence of a sample;
-    kill_at_call at a call during a save; disk_full during a save; trace: only the trace."""
+    kill_at_call at a call during a save; disk_full during a save; disk_filled for a time; trace."""
 
     rank: int = 0
     """The rank on which it happens."""
@@ -51,7 +54,7 @@ class Fault:
     """Number of the signal (signal) or of the call (kill_at_call); seconds (suspend, clock)."""
 
     name: str = ""
-    """Function, such as `os.replace` (kill_at_call), or sample (bad_sample)."""
+    """Function, such as `os.replace` (kill_at_call), sample (bad_sample), folder (disk_filled)."""
 
     marker: str | None = None
     """File that is made when the fault happens, and prevents a second one; None: no limit."""
@@ -82,9 +85,11 @@ def inject(fault: Fault) -> None:
         "nan_loss": _spoil_loss,
         "spike": _spoil_loss,
         "nan_gradient": _spoil_gradient,
+        "nan_weights": _spoil_weights,
         "bad_sample": _spoil_sample,
         "kill_at_call": _kill_at_call,
         "disk_full": _fill_disk,
+        "disk_filled": _fill_disk_for_all,
         "trace": lambda fault: None,
     }
     installers.get(fault.fault, _strike_at_place)(fault)
@@ -176,6 +181,20 @@ def _spoil_gradient(fault: Fault) -> None:
     on_enter(act)
 
 
+def _spoil_weights(fault: Fault) -> None:
+    """Make one weight NaN in memory, before a step."""
+    from megatron_croc.training.step import TrainStep
+
+    before = TrainStep.forward_backward
+
+    def forward_backward(self: TrainStep, *args: Any, **kwargs: Any) -> Any:
+        if fault.strikes():
+            next(self.chunks[0].parameters()).data.fill_(float("nan"))
+        return before(self, *args, **kwargs)
+
+    TrainStep.forward_backward = forward_backward  # type: ignore[method-assign]
+
+
 def _spoil_sample(fault: Fault) -> None:
     """Make one sample's pixels NaN, every time it is read."""
     from megatron_croc.training import step
@@ -222,6 +241,45 @@ def _fill_disk(fault: Fault) -> None:
     if rank() == fault.rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         on_enter(act)
+
+
+def _fill_disk_for_all(fault: Fault) -> None:
+    """Let no file below the folder `name` grow: from a step on, or until the step `number`."""
+    from megatron_croc.training.safety.heartbeat import own_beat
+
+    traces = str(Path(fault.name) / "trace")
+
+    def check(path: object) -> None:
+        is_below = str(path).startswith(fault.name) and not str(path).startswith(traces)
+        step = own_beat().iteration
+        is_full = step < fault.number if fault.iteration == 0 else step >= fault.iteration
+        if is_below and is_full and rank() == fault.rank:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def wrap(module: Any, name: str, path_of: Callable[..., object | None]) -> None:
+        before = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if (path := path_of(*args, **kwargs)) is not None:
+                check(path)
+            return before(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    def opened(file: object, mode: str = "r", *_: object, **__: object) -> object | None:
+        return file if set(mode) & set("wax+") and not isinstance(file, int) else None
+
+    def made(path: object, flags: int, *_: object, **__: object) -> object | None:
+        return path if flags & os.O_CREAT else None
+
+    def written(handle: int, *_: object) -> object:
+        return os.readlink(f"/proc/self/fd/{handle}")
+
+    wrap(builtins, "open", opened)
+    wrap(io, "open", opened)  # that of pathlib
+    wrap(os, "open", made)
+    for name in ("write", "pwrite"):
+        wrap(os, name, written)
 
 
 def _trace(folder: Path) -> None:

@@ -8,133 +8,33 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
+from megatron_croc.verification.faults.harder_scenarios import HARDER
 from megatron_croc.verification.faults.inject import Fault
-from megatron_croc.verification.faults.launch import Exit, run_to_exit
 from megatron_croc.verification.faults.runs import (
     STAGE,
     curve,
     effective_samples,
-    faulty_train,
-    make_data,
     trace_fault,
     train_words,
 )
+from megatron_croc.verification.faults.workplace import (
+    KILLED,
+    SAME,
+    BrokenPromiseError,
+    Outcome,
+    Workplace,
+    break_and_resume,
+    check_exits,
+    check_said,
+    expect,
+    trace_rows,
+)
 
-
-class BrokenPromiseError(AssertionError):
-    """A run did not behave as promised."""
-
-
-def expect(condition: bool, otherwise: str) -> None:
-    """Raise BrokenPromiseError unless the condition holds."""
-    if not condition:
-        raise BrokenPromiseError(otherwise)
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """Measurements of one fault's run."""
-
-    samples_once: bool | None = None
-    """True when no sample was trained on twice; None: does not apply."""
-
-    steps_lost: int | None = None
-    """Steps that were repeated."""
-
-    seconds: float | None = None
-    """From the end of the broken run to the end of the first step after it."""
-
-
-@dataclass(kw_only=True)
-class Workplace:
-    """A folder with data and an uninterrupted run."""
-
-    root: Path
-    data: Path = field(init=False)
-    unbroken: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Make the data and the uninterrupted run."""
-        self.data = make_data(self.root / "data")
-        self.unbroken = self.root / "unbroken"
-        check_exits(self.train(self.unbroken), [0, 0])
-
-    def train(self, save: Path, *faults: Fault, more: tuple[str, ...] = ()) -> list[Exit]:
-        """Train on two ranks with these faults."""
-        data = save / "data" if (save / "data").exists() else self.data
-        everything = [*faults, trace_fault(save / "trace")]
-        return run_to_exit(faulty_train, 2, everything, train_words(data, save, *more))
-
-    def check_equal(self, save: Path) -> bool:
-        """Require the uninterrupted run's curve and samples, bit for bit; True: no sample twice."""
-        expect(curve(save) == curve(self.unbroken), "the loss curve differs from the unbroken run")
-        samples = effective_samples(save / "trace")
-        expect(samples == effective_samples(self.unbroken / "trace"), "other samples were used")
-        everyone = [sample for step in samples.values() for sample in step]
-        return len(everyone) == len(set(everyone))
-
-
-def check_exits(exits: list[Exit], statuses: list[int]) -> None:
-    """Compare exit statuses; the error holds the last output of the first wrong rank."""
-    for rank, (end, status) in enumerate(zip(exits, statuses, strict=True)):
-        said = end.output.strip().splitlines()[-3:]
-        expect(end.status == status, f"rank {rank} ended with {end.status}, not {status}: {said}")
-
-
-def check_said(exits: list[Exit], pattern: str) -> None:
-    """Require that some rank printed text that matches `pattern`."""
-    output = "\n".join(end.output for end in exits)
-    expect(re.search(pattern, output) is not None, f"no rank printed {pattern!r}")
-
-
-Damage = Callable[[Path], None]
-
-
-def break_and_resume(
-    *faults: Fault,
-    statuses: tuple[int, ...],
-    said: str = "",
-    damage: Damage | None = None,
-    said_later: str = "",
-    more: tuple[str, ...] = (),
-) -> Callable[[Workplace, Path], Outcome]:
-    """Make a scenario: a run with faults, optional damage, then the same command again."""
-
-    def scenario(place: Workplace, save: Path) -> Outcome:
-        exits = place.train(save, *faults, more=more)
-        ended = time.time()
-        check_exits(exits, list(statuses))
-        if said:
-            check_said(exits, said)
-        done = _last_step(save)
-        if damage is not None:
-            damage(save)
-        exits = place.train(save, more=more)
-        check_exits(exits, [0, 0])
-        if said_later:
-            check_said(exits, said_later)
-        first = next(row for row in _trace_rows(save) if row["time"] > ended)
-        return Outcome(
-            samples_once=place.check_equal(save),
-            steps_lost=done - (first["iteration"] - 1),
-            seconds=first["time"] - ended,
-        )
-
-    return scenario
-
-
-def _trace_rows(save: Path) -> list[dict]:
-    lines = (save / "trace" / "rank_0.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _last_step(save: Path) -> int:
-    return max((row["iteration"] for row in _trace_rows(save)), default=0)
+__all__ = ["SCENARIOS", "BrokenPromiseError", "Outcome", "Workplace"]
 
 
 def _killed_under_torchrun(place: Workplace, save: Path) -> Outcome:
@@ -162,7 +62,7 @@ def _killed_under_torchrun(place: Workplace, save: Path) -> Outcome:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     expect(done.returncode == 0, f"torchrun ended with {done.returncode}: {done.stderr[-300:]}")
     struck = (save / "struck").stat().st_mtime
-    first = next(row for row in _trace_rows(save) if row["time"] > struck)
+    first = next(row for row in trace_rows(save) if row["time"] > struck)
     return Outcome(
         samples_once=place.check_equal(save),
         steps_lost=3 - (first["iteration"] - 1),
@@ -255,20 +155,17 @@ def _kill_in_save(name: str, number: int, *, rank: int = 0) -> Fault:
     return Fault(fault="kill_at_call", rank=rank, iteration=4, name=name, number=number)
 
 
-KILLED = -signal.SIGKILL
-
-_SAME = "the same command goes on; the curve is that of an unbroken run, every digit"
-_FALLBACK = "the damage is named, the checkpoint before is taken; " + _SAME
+_FALLBACK = "the damage is named, the checkpoint before is taken; " + SAME
 
 SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
     "rank-killed": (
         "SIGKILL of one rank in a step",
-        "the others end at once and name it; " + _SAME,
+        "the others end at once and name it; " + SAME,
         break_and_resume(_kill(1), statuses=(1, KILLED), said=r"rank 1 \(.*is gone.*step 4"),
     ),
     "job-killed": (
         "SIGKILL of all ranks in a step",
-        _SAME,
+        SAME,
         break_and_resume(_kill(0), _kill(1), statuses=(KILLED, KILLED)),
     ),
     "torchrun-restart": (
@@ -278,7 +175,7 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
     ),
     "sigterm": (
         "SIGTERM to one rank",
-        "all ranks end their step, save, exit 0; " + _SAME,
+        "all ranks end their step, save, exit 0; " + SAME,
         break_and_resume(
             Fault(fault="signal", rank=1, iteration=3, number=signal.SIGTERM),
             statuses=(0, 0),
@@ -301,7 +198,7 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
     ),
     "nan-for-ever": (
         "NaN in two steps in a row, one allowed",
-        "the run stops with a report and a checkpoint from before; " + _SAME,
+        "the run stops with a report and a checkpoint from before; " + SAME,
         break_and_resume(
             *(Fault(fault="nan_gradient", rank=1, iteration=i) for i in (4, 5)),
             statuses=(1, 1),
@@ -311,22 +208,22 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
     ),
     "hang": (
         "one rank sleeps for ever",
-        "all end within the timeout, its place and stack are told; " + _SAME,
+        "all end within the timeout, its place and stack are told; " + SAME,
         _hang("hang"),
     ),
     "hang-in-c": (
         "one rank hangs in C and keeps the GIL",
-        "all end within 1.5 timeouts, its place and stack are told; " + _SAME,
+        "all end within 1.5 timeouts, its place and stack are told; " + SAME,
         _hang("hang_in_c"),
     ),
     "killed-in-save": (
         "SIGKILL as the first file is synced",
-        "the unfinished checkpoint is never taken; " + _SAME,
+        "the unfinished checkpoint is never taken; " + SAME,
         break_and_resume(_kill_in_save("os.fsync", 1), statuses=(KILLED, 1)),
     ),
     "killed-in-publish": (
         "SIGKILL between the files and their name",
-        "the unfinished checkpoint is never taken; " + _SAME,
+        "the unfinished checkpoint is never taken; " + SAME,
         break_and_resume(_kill_in_save("os.replace", 1), statuses=(KILLED, 1)),
     ),
     "truncated": (
@@ -356,7 +253,7 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
     ),
     "disk-full": (
         "disk full while saving, then SIGKILL",
-        "the failure is told, training goes on, the old checkpoint stays; " + _SAME,
+        "the failure is told, training goes on, the old checkpoint stays; " + SAME,
         break_and_resume(
             *(Fault(fault="disk_full", rank=rank, iteration=4) for rank in (0, 1)),
             *(Fault(fault="kill", rank=rank, iteration=5) for rank in (0, 1)),
@@ -366,7 +263,7 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
     ),
     "killed-in-async-save": (
         "SIGKILL while a thread saves (--async-save)",
-        "the unfinished checkpoint is never taken; " + _SAME,
+        "the unfinished checkpoint is never taken; " + SAME,
         break_and_resume(
             *(Fault(fault="kill", rank=rank, iteration=5) for rank in (0, 1)),
             statuses=(KILLED, KILLED),
@@ -383,5 +280,6 @@ SCENARIOS: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
         "the run does not start and names the shard",
         _cut_shard,
     ),
+    **HARDER,
 }
 """name -> (fault, promise, scenario)."""
