@@ -38,8 +38,8 @@ from megatron_croc.ops.attention.backends import choose_backend
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import choose_flash
 from megatron_croc.ops.attention.flip import attend_flip
-from megatron_croc.ops.attention.rows import choose_rows
-from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
+from megatron_croc.ops.attention.position_ops import choose_position_ops
+from megatron_croc.ops.attention.torch_position_ops import TORCH_POSITION_OPS
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.device import current_device, device_name, has_cuda, synchronize
 from megatron_croc.planning.flops import visible_pairs
@@ -103,11 +103,15 @@ def contenders(mask: MixedMask, query: Tensor) -> Iterator[tuple[str, Callable[.
     yield "causal flash", functools.partial(run, mask=causal, backend="flip")
     yield "flip", functools.partial(run, mask=mask, backend="flip")
     flash = choose_flash(query)
-    if flash is not None and choose_rows(query) is not TORCH_ROWS:
+    if flash is not None and choose_position_ops(query) is not TORCH_POSITION_OPS:
         yield (
             "flip, torch",
             functools.partial(
-                attend_flip, plan=mask.flip, softmax_scale=scale, flash=flash, rows=TORCH_ROWS
+                attend_flip,
+                plan=mask.flip,
+                softmax_scale=scale,
+                flash=flash,
+                position_ops=TORCH_POSITION_OPS,
             ),
         )
     yield "flex", functools.partial(run, mask=mask, backend="flex")
@@ -318,7 +322,7 @@ def main() -> None:
         "hardware": device_name() if on_cuda else f"cpu, {platform.machine()}",
         "torch": torch.__version__,
         "flash": flash.name if flash is not None else None,
-        "row_operations": choose_rows(query).name,
+        "row_operations": choose_position_ops(query).name,
         "auto": choose_backend("auto", query),
         "options": {name: str(value) for name, value in vars(options).items() if name != "out"},
         "rows": rows,

@@ -20,8 +20,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     apply_factories,
 )
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -49,14 +51,11 @@ def _metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
 
 def _model_state(chunks: Sequence[nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
     """Sharded state of all chunks. Keys do not name the chunk, so a checkpoint fits any layout."""
+    models: list[Any] = unwrap_model(list(chunks), DistributedDataParallel)
     return {
-        f"model{number}": _unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-        for number, chunk in enumerate(chunks)
+        f"model{number}": model.sharded_state_dict(metadata=metadata)
+        for number, model in enumerate(models)
     }
-
-
-def _unwrap(chunk: nn.Module) -> nn.Module:
-    return chunk.module if hasattr(chunk, "ddp_config") else chunk  # type: ignore[return-value]
 
 
 def checkpoint_content(
@@ -189,8 +188,9 @@ def _forget_objects(content: dict[str, Any]) -> None:
 def _load_chunks(
     chunks: Sequence[nn.Module], loaded: dict[str, Any], *, strict: bool = True
 ) -> None:
-    for number, chunk in enumerate(chunks):
-        _unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=strict)
+    models: list[Any] = unwrap_model(list(chunks), DistributedDataParallel)
+    for number, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{number}"], strict=strict)
 
 
 def _check_fit(folder: Path, model_state: dict[str, Any], fresh: tuple[str, ...]) -> set[str]:

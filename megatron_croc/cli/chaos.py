@@ -19,12 +19,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_croc.verification.faults.scenarios import (
-    SCENARIOS,
-    BrokenPromiseError,
-    Outcome,
-    Workplace,
-)
+from megatron_croc.verification.faults.promises import BrokenPromiseError
+from megatron_croc.verification.faults.scenarios import SCENARIOS
+from megatron_croc.verification.faults.workplace import Outcome, Workplace
 
 HEAD = ("fault", "promise", "result", "samples seen exactly once", "steps lost", "s to recover")
 

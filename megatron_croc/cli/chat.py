@@ -15,19 +15,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_croc.cli.errors import print_error, reports_errors
 from megatron_croc.errors import ConfigError, CrocError, DataError
 
 if TYPE_CHECKING:
     from megatron_croc.inference.chat import Conversation
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hold a conversation; 1 after a fault the user can fix."""
-    try:
-        return _run(_parser().parse_args(argv))
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Hold a conversation; return the exit status."""
+    return _run(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +108,7 @@ def _talk(conversation: "Conversation") -> int:
             elif line:
                 _answer(conversation, line)
         except CrocError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             status = 0 if sys.stdin.isatty() else 1
     return status
 

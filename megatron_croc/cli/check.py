@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import CrocError, DataError
+from megatron_croc.errors import DataError
 from megatron_croc.model.parameters import (
     PARTS,
     Part,
@@ -46,6 +47,7 @@ ATTENTION_BACKENDS = {
 _FLASH_MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, or every fault; return the exit status."""
     parser = run_parser(prog="croc check", description=__doc__ or "")
@@ -57,14 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--for-training", action="store_true", help="also require data and tokenizer to exist"
     )
-    try:
-        options, run = parse_command(parser, argv)
-        raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
-        device = gpu_memory(get_gpu(options.gpu))
-        workload = read_workload(options, run)
-    except CrocError as error:
-        print(error, file=sys.stderr)
-        return 1
+    options, run = parse_command(parser, argv)
+    raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
+    device = gpu_memory(get_gpu(options.gpu))
+    workload = read_workload(options, run)
     if options.dump:
         print(to_yaml(run), end="")
         return 0
@@ -183,8 +181,9 @@ def count_samples(data_path: Sequence[str]) -> int | None:
 
 
 def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    counts, trained = count_parameters(run.model), trained_parts(run)
-    stages = stage_parameters(run)
+    counts = count_parameters(run.model)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts: list[Part] = [part for part in PARTS if any(part in stage for stage in stages)]
     for part in parts:
         state = "trained" if part in trained else "frozen"
@@ -198,7 +197,7 @@ def _parameter_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
 def _rank_table(run: RunConfig) -> Iterator[list[str]]:
     layers = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     tp = run.parallel.tensor_model_parallel_size
-    stages = stage_parameters(run)
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     parts = [part for part in PARTS if any(part in stage for stage in stages)]
     yield ["pipeline stage", "layers", "total", *parts]
     for stage, held in enumerate(stages):
@@ -223,11 +222,13 @@ def _table(title: str, rows: Iterator[list[str]]) -> Iterator[str]:
 
 
 def _flops_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every sample as long as seq_length, with one image."""
+    """Every sample as long as seq_length, with one image and a label at every text token."""
     samples = run.training.global_batch_size
     has_spans = run.model.attention_mask_type != "causal"
     spans = [run.model.vision_tower.num_visual_tokens] if has_spans else []
-    work = Work.from_lengths([run.data.seq_length], num_images=1, span_lengths=spans)
+    length = run.data.seq_length
+    text_tokens = max(length - run.model.vision_tower.num_visual_tokens, 0)
+    work = Work.from_lengths([length], num_labels=text_tokens, num_images=1, span_lengths=spans)
     flops = count_flops(run, work)
     for name, count in flops.items():
         yield name, f"{count * samples / 1e12:>12,.3f}"

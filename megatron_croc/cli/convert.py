@@ -10,27 +10,24 @@
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.errors import CheckpointError, CrocError
+from megatron_croc.cli.errors import reports_errors
+from megatron_croc.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 1 after a fault the user can mend, or a comparison that failed."""
+    """Run one command; return the exit status, 1 also if a comparison failed."""
     arguments = _parser().parse_args(argv)
     from megatron_croc.parallel.device import compute_on_cpu
 
-    try:
-        _check_folders(arguments)
-        compute_on_cpu()
-        return arguments.command(arguments)
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _check_folders(arguments)
+    compute_on_cpu()
+    return arguments.command(arguments)
 
 
 def _check_folders(arguments: argparse.Namespace) -> None:

@@ -14,25 +14,22 @@ by type of question.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_croc.errors import ConfigError, CrocError
+from megatron_croc.cli.errors import reports_errors
+from megatron_croc.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_croc.inference.generation import Answer, Generator, Sampling
     from megatron_croc.inference.questions import Question
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer; 1 after a fault the user can mend."""
-    try:
-        return _run(_parser().parse_args(argv))
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Answer questions; return the exit status."""
+    return _run(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 
 from megatron_croc import __version__
+from megatron_croc.cli.errors import print_error
 from megatron_croc.errors import CrocError
-from megatron_croc.log import rank
 
 COMMANDS = {
     "train": ("train:main", "train one stage; under torchrun for more than one process"),
@@ -55,10 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _function(name)(words[len(name.split()) :]) or 0
         return _list_commands(words)
     except CrocError as error:
-        print(
-            f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}",
-            file=sys.stderr,
-        )
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130

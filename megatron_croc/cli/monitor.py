@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.errors import CrocError
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.monitoring.live.page import write_page
 from megatron_croc.monitoring.live.reading import find_runs, read_run
 from megatron_croc.monitoring.live.terminal import Style, draw_frame
@@ -24,8 +24,9 @@ from megatron_croc.monitoring.live.terminal import Style, draw_frame
 _CLEAR = "\x1b[H\x1b[J"
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show frames until the runs end or Ctrl-C; 1 after a fault the user can mend."""
+    """Show frames until Ctrl-C; return the exit status."""
     options = _parser().parse_args(argv)
     once = options.once or not sys.stdout.isatty()
     try:
@@ -41,9 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if once:
                 return 0
             time.sleep(options.interval)
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"error: {error.filename or options.html}: {error.strerror}", file=sys.stderr)
         return 1

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
-from megatron_croc.errors import CrocError
 from megatron_croc.planning.fit import GIB
 from megatron_croc.planning.gpus import GPUS, Gpu, get_gpu
 from megatron_croc.planning.layouts import LAYOUT
@@ -32,8 +32,9 @@ from megatron_croc.recipes.run_file import as_run_file, write_run_file
 NUM_SHOWN = 5
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; 1 after a fault, or when nothing fits."""
+    """Print the plan; return the exit status, 1 also if nothing fits."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--published"]:
         from megatron_croc.planning.published import comparison
@@ -46,14 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sample_options(parser)
     parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the first layout")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    try:
-        options, run = parse_command(parser, words)
-        gpu = get_gpu(options.gpu)
-        workload = read_workload(options, run)
-        candidates = search(run, options.gpus, gpu, workload)
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    options, run = parse_command(parser, words)
+    gpu = get_gpu(options.gpu)
+    workload = read_workload(options, run)
+    candidates = search(run, options.gpus, gpu, workload)
     best = candidates[0]
     if best.free < 0:
         print(

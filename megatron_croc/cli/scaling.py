@@ -13,11 +13,10 @@ runs are started again by the same command; finished ones are left alone.
 
 import argparse
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.errors import CrocError
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.scaling.grid import Grid, read_grid
 
 COMMANDS = ("plan", "launch", "fit", "report", "all")
@@ -47,21 +46,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 1 after a fault the user can mend."""
+    """Run the command; return the exit status."""
     options = parse_arguments(argv)
-    try:
-        grid = read_grid(options.grid, options.out, data=options.data)
-        options.out.mkdir(parents=True, exist_ok=True)
-        if options.command in ("plan", "all"):
-            plan(grid, options.out)
-        if options.command in ("launch", "all") and not launch(grid, options):
-            return 1
-        if options.command in ("fit", "report", "all"):
-            report(grid, options, draw=options.command != "fit")
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
+    grid = read_grid(options.grid, options.out, data=options.data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.command in ("plan", "all"):
+        plan(grid, options.out)
+    if options.command in ("launch", "all") and not launch(grid, options):
         return 1
+    if options.command in ("fit", "report", "all"):
+        report(grid, options, draw=options.command != "fit")
     return 0
 
 

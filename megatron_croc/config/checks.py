@@ -62,6 +62,7 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         "train_iters": training.train_iters,
         "train_epochs": training.train_epochs,
         "recompute_num_layers": training.recompute_num_layers,
+        "logits_chunk": training.logits_chunk,
         "eval_iters": training.eval_iters,
         "log_interval": run.logging.log_interval,
         "save_interval": run.checkpoint.save_interval,

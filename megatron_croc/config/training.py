@@ -68,6 +68,10 @@ class TrainingConfig:
     recompute_num_layers: int = 1
     """Number of layers with `full`: per chunk (uniform) or per pipeline stage (block)."""
 
+    logits_chunk: int = 8192
+    """Labelled positions whose logits are computed at once. A pack with more of them is computed in
+    chunks, whose logits are computed again in the backward pass: this bounds their memory."""
+
     recompute_vision: bool = False
     """Recompute the activations of the vision tower in the backward pass, if it is trained."""
 

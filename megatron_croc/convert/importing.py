@@ -144,7 +144,9 @@ def _whole_model(run: RunConfig) -> tuple[list[Shard], list[str]]:
     with one_process(seed=run.training.seed) as pg, torch.device("meta"):
         model = CrocModel(
             run,
-            language_model_config(run),
+            language_model_config(
+                run.model.language_model, parallel=run.parallel, training=run.training
+            ),
             pg,  # type: ignore[arg-type]
             pre_process=True,
             post_process=True,
@@ -205,7 +207,11 @@ def _pieces(source: Source, run: RunConfig, shards: list[Shard]) -> list[Piece]:
             raise CheckpointError(f"{', '.join(names)} differ in dtype; they make one tensor")
 
         def load() -> torch.Tensor:
-            whole = fresh_weight(shard, run) if is_fresh else weights(shard)
+            whole = (
+                fresh_weight(shard, run.model, seed=run.training.seed)
+                if is_fresh
+                else weights(shard)
+            )
             assert whole is not None
             return whole
 

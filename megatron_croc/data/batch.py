@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_croc.ops.mixed_mask import MixedMask
-
-IGNORE_INDEX = -100
-"""Label of a position without a text loss."""
-
-IMAGE_TOKEN_INDEX = -200
-"""Input id of a visual token; never looked up in the embedding table."""
+from megatron_croc.ops.special_ids import IGNORE_INDEX as IGNORE_INDEX
+from megatron_croc.ops.special_ids import IMAGE_TOKEN_INDEX as IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +24,6 @@ class Batch:
 
     labels: Tensor
     """int64 [T], shifted: labels[t] is the token after t in the same sample, or IGNORE_INDEX."""
-
-    position_ids: Tensor
-    """int64 [T], 0, 1, ... within each sample."""
 
     mixed_mask: MixedMask
     """Sample boundaries and bidirectional spans."""

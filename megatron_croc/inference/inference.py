@@ -15,7 +15,8 @@ from megatron_croc.convert.exporting import read_run
 from megatron_croc.convert.importing import one_process
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.image_transform import ImageTransform
-from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
+from megatron_croc.model.croc_model import CrocModel
+from megatron_croc.model.interface import ModelInputs, ModelOutput
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.ops.mixed_mask import MixedMask
 
@@ -66,7 +67,9 @@ def observe_megatron(checkpoint: Path, prompt: Prompt, dtype: torch.dtype) -> Ob
     with one_process(seed=run.training.seed) as pg:
         model = CrocModel(
             run,
-            language_model_config(run),
+            language_model_config(
+                run.model.language_model, parallel=run.parallel, training=run.training
+            ),
             pg,  # type: ignore[arg-type]
             pre_process=True,
             post_process=True,

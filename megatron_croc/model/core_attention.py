@@ -1,4 +1,4 @@
-"""The two attentions of the model, in the form megatron-core's `core_attention` slot expects."""
+"""Core attention of language model and vision tower, with the interface of megatron-core."""
 
 from dataclasses import dataclass
 
@@ -25,18 +25,18 @@ from megatron_croc.parallel.device import current_device
 
 @dataclass
 class MixedMaskParams(PackedSeqParams):
-    """Carries the mixed mask through megatron's layers to every core attention.
+    """Argument that carries the mixed mask through megatron's layers to every core attention.
 
-    It takes the place of `attention_mask` because recomputation saves that argument for backward
-    (tensors only) while this one is captured by closure. The format stays `sbhd`: one packed row
-    is a batch of one, and rotary positions need no restart per sample because they are relative.
+    `attention_mask` cannot carry it: recomputation saves that argument for backward, and saves
+    tensors only; this one is captured by closure. The format stays `sbhd`, a pack is a batch of
+    one. Rotary positions are relative, so they need no restart at each sample.
     """
 
     mixed_mask: MixedMask | None = None
 
     @classmethod
     def of(cls, mask: MixedMask) -> "MixedMaskParams":
-        """Wrap `mask`; the maximum lengths are the row's (rotary embeddings read them)."""
+        """Wrap `mask`; the maximum lengths are the pack's (rotary embeddings read them)."""
         return cls(
             qkv_format="sbhd", max_seqlen_q=mask.length, max_seqlen_kv=mask.length, mixed_mask=mask
         )
@@ -58,8 +58,8 @@ class _CoreAttention(nn.Module):
         assert attention_type == "self" and config.kv_channels is not None
         if config.attention_dropout != 0.0:
             raise ConfigError(
-                f"attention_dropout={config.attention_dropout}: no backend of the mixed mask drops "
-                "attention weights; set it to 0"
+                f"attention_dropout={config.attention_dropout}: no attention backend implements "
+                "dropout; set it to 0"
             )
         assert pg_collection is not None
         self.cp = pg_collection.cp
@@ -67,16 +67,16 @@ class _CoreAttention(nn.Module):
 
 
 class MixedMaskAttention(_CoreAttention):
-    """Self-attention of the language model; reads the mask from `MixedMaskParams`."""
+    """Self-attention of the language model under the mask of `MixedMaskParams`."""
 
     backend = "auto"
 
     def set_backend(self, name: str) -> None:
-        """Attend with backend `name`.
+        """Use the backend `name`.
 
         Raises:
-            ConfigError: it does not run on this device, in this dtype or at this head dim; said
-                here, so that it is known when the model is built.
+            ConfigError: it does not run on this device, in this dtype or at this head dim. The
+                check is here, so that it fails when the model is built.
         """
         shape = (1, 1, self.config.kv_channels or 0)
         like = torch.empty(shape, dtype=self.config.params_dtype, device=current_device())
@@ -94,27 +94,27 @@ class MixedMaskAttention(_CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: MixedMaskParams | None = None,
     ) -> Tensor:
-        """[s, 1, H, d], [s, 1, G, d], [s, 1, G, d] -> [s, 1, H * d].
+        """[S, 1, H, d], [S, 1, G, d], [S, 1, G, d] -> [S, 1, H * d].
 
-        Heads are this tensor-parallel rank's, rows this context-parallel rank's.
+        H and G are heads of this tensor-parallel rank, S positions of this context-parallel rank.
         """
         assert packed_seq_params is not None and packed_seq_params.mixed_mask is not None
         mask = packed_seq_params.mixed_mask
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         heads_divide = k.shape[1] % self.cp.size() == 0
-        out = (self._over_heads if heads_divide else self._over_rows)(q, k, v, mask)
+        out = (self._over_heads if heads_divide else self._over_positions)(q, k, v, mask)
         return out.reshape(out.shape[0], 1, -1)
 
     def _over_heads(self, query: Tensor, key: Tensor, value: Tensor, mask: MixedMask) -> Tensor:
-        """Context parallel by all-to-all: the whole row, for this rank's share of the heads."""
+        """Context parallel by all-to-all: this rank's part of the heads, over the whole pack."""
         q, k, v = (sequence_to_heads(x, self.cp) for x in (query, key, value))
         out = attend(q, k, v, mask, softmax_scale=self.softmax_scale, backend=self.backend)
         return heads_to_sequence(out, self.cp)
 
-    def _over_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: MixedMask) -> Tensor:
-        """Context parallel by gathering keys and values: all heads, for this rank's rows."""
+    def _over_positions(self, query: Tensor, key: Tensor, value: Tensor, mask: MixedMask) -> Tensor:
+        """Context parallel by gathering keys and values: all heads, at this rank's positions."""
         k, v = gather_sequence(key, self.cp), gather_sequence(value, self.cp)
-        # Kept on the host: reading positions off the device would wait for it.
+        # On the host: to read positions from the device would be a device sync.
         positions = local_positions(mask.length, self.cp, torch.device("cpu")).view(2, -1)
         chunks = [(int(chunk[0]), int(chunk[-1]) + 1) for chunk in positions]
         return attend(
@@ -129,7 +129,7 @@ class MixedMaskAttention(_CoreAttention):
 
 
 class FullAttention(_CoreAttention):
-    """Self-attention of the vision tower: every patch sees every patch."""
+    """Self-attention of the vision tower, without a mask."""
 
     def forward(
         self,
@@ -142,6 +142,6 @@ class FullAttention(_CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """[s, b, H, d] each -> [s, b, H * d]; heads are this rank's."""
+        """[s, b, H, d] each -> [s, b, H * d], for the heads of this tensor-parallel rank."""
         out = attend_full(query, key, value, softmax_scale=self.softmax_scale)
         return out.flatten(2)

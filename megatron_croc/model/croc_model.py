@@ -1,19 +1,29 @@
-"""The composite model: vision tower, projector, prompt pool, language model, reconstruction head.
+"""Composite model: vision tower, projector, prompt pool, language model, reconstruction head.
 
-    first pipeline stage        ... middle stages ...        last stage
-    1 embed_images   pixels -> visual_embeddings [n, N, h], length 1
-    2 replace        3/4 of them by pool tokens              (stage pretrain_croc)
-    3 merge          into the text row [T, 1, h]
-    4 language model ------------------------------------->  text loss
-    5                visual_embeddings (detached) -------->  reconstruct: SmoothL1
+    first pipeline stage          ... middle stages ...          last pipeline stage
+    1 embed_images   pixels -> visual embeddings [n, N, D], length 1
+    2 replace        3/4 of them by pool tokens                (training stage pretrain_croc)
+    3 merge          into the pack [T, 1, D]
+    4 language model ----------------------------------------> text loss
+    5                visual embeddings (detached) -----------> reconstruction: SmoothL1
 
-Micro-batches without images run the same graph on a dummy image whose output counts zero times, so
-no rank waits for a gradient that never comes.
+Letters in shapes, here and in the other modules of this folder:
+
+    T  positions of a pack      n  images                           D    hidden size of the LM
+    S  positions on this rank   N  visual tokens of one image       D_v  hidden size of the tower
+    B  micro-batch, always 1    R  replaced tokens of one image     H    attention heads
+    C  vocabulary               P  pool tokens                      G    key/value heads
+                                                                    d    size of one head
+
+A suffix of capital letters on a variable is its shape: `visual_nND` is [n, N, D]. megatron's own
+tensors are [S, B, D].
+
+A micro-batch without images computes the same graph on a dummy image with weight zero. All ranks
+then take part in the same gradient collectives.
 """
 
 import logging
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from megatron.core import tensor_parallel
@@ -26,18 +36,25 @@ from torch import Tensor
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, log_once
 from megatron_croc.model.core_attention import MixedMaskParams
+from megatron_croc.model.interface import EmbeddedImages, ModelInputs, ModelOutput, StepContext
 from megatron_croc.model.language_model import LanguageModel, LanguageModelOutput
 from megatron_croc.model.projector import Projector
-from megatron_croc.model.prompt_pool import PendingReplacement, PromptPool, Replacement
+from megatron_croc.model.prompt_pool import PromptPool, Replacement
 from megatron_croc.model.reconstruction_head import build_reconstruction_head
 from megatron_croc.model.token_merge import (
     merge_visual_tokens,
     take_visual_tokens,
     visual_positions,
 )
+from megatron_croc.model.transformer_configs import (
+    params_dtype,
+    projector_config,
+    vision_tower_config,
+)
+from megatron_croc.model.transformer_engine import resolve_transformer_impl
 from megatron_croc.model.vision_tower import VisionTower
-from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.ops.reconstruction_loss import reconstruction_loss_sum
+from megatron_croc.ops.special_ids import IGNORE_INDEX
 from megatron_croc.parallel.context import gather_sequence, split_sequence
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.parallel.target_channel import TargetChannel
@@ -46,85 +63,9 @@ logger = get_logger(__name__)
 
 _PerImage = TypeVar("_PerImage", Tensor, tuple[int, ...])
 
-IGNORED = -100
-"""Label of a position without a text loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInputs:
-    """One packed row, on the device. T tokens, n images of N visual tokens (n may be 0)."""
-
-    input_ids: Tensor
-    """int64 [T], negative at visual positions."""
-
-    labels: Tensor | None
-    """int64 [T], shifted, IGNORED where there is no text loss; None: logits are returned."""
-
-    mixed_mask: MixedMask
-    """Of length T."""
-
-    image_starts: Tensor
-    """int64 [n]."""
-
-    replaced: Tensor
-    """bool [n, N]."""
-
-    pixel_values: Tensor | None
-    """[n, 3, H, W], uint8 or normalised; needed on the first stage only."""
-
-    image_seeds: tuple[int, ...] = ()
-    """One per image, for the head's dropout; empty: none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOutput:
-    """What the last pipeline stage returns. Losses are sums; the caller divides by counts."""
-
-    text_loss_sum: Tensor | None
-    """float32 scalar over this CP rank's labelled positions; None without labels."""
-
-    reconstruction_loss_sum: Tensor
-    """float32 scalar over every element of this CP rank's images; 0 outside pretrain_croc."""
-
-    logits: Tensor | None = None
-    """[T, vocabulary of this TP rank], without labels."""
-
-    hidden_states: Tensor | None = None
-    """[T, 1, h] (this rank's part under CP and SP), after the final norm."""
-
-    reconstruction: Tensor | None = None
-    """[n, N, h], the head's output for this CP rank's images."""
-
-
-def _embeds_ahead(run: RunConfig) -> bool:
-    """Whether images are embedded, and their matching pending, a micro-batch early."""
-    if not run.reconstructs or not run.model.prompt_pool.overlap_assignment:
-        return False
-    if not run.training.freeze_ViT:
-        log_once(
-            logger,
-            logging.INFO,
-            "matching is not overlapped: a trained vision tower would keep the activations of "
-            "another micro-batch for it",
-        )
-    return run.training.freeze_ViT
-
-
-class _Embedded(NamedTuple):
-    """A micro-batch's images before their tokens are replaced."""
-
-    visual: Tensor
-    """visual_embeddings [n, N, h]."""
-
-    zero_term: Tensor | float
-    """A zero that ties a dummy image into the graph."""
-
-    pending: PendingReplacement | None = None
-    """Their matching, if it was pending early."""
-
 
 class CrocModel(MegatronModule):
-    """One pipeline stage's share of the model."""
+    """The parts of the model that one pipeline stage holds."""
 
     def __init__(
         self,
@@ -137,15 +78,15 @@ class CrocModel(MegatronModule):
         target_channel: TargetChannel | None = None,
         vp_stage: int | None = None,
     ) -> None:
-        """Build what this stage holds.
+        """Build the parts of this pipeline stage.
 
         Args:
-            run: sizes, stage and choices.
-            config: the language model's, shared with the schedule.
+            run: configuration of the whole run.
+            config: megatron's configuration of the language model, shared with the schedule.
             pg_collection: process groups.
             pre_process: this is the first stage (vision tower, projector, pool, embedding).
             post_process: this is the last stage (final norm, output layer, head).
-            target_channel: from the first to the last stage; needed by stage pretrain_croc.
+            target_channel: from the first to the last stage; required in stage pretrain_croc.
             vp_stage: index of this model chunk under the interleaved schedule.
         """
         super().__init__(config=config)
@@ -156,89 +97,138 @@ class CrocModel(MegatronModule):
         self.pg_collection = pg_collection
         self.target_channel = target_channel
         self.num_visual_tokens = run.model.vision_tower.num_visual_tokens
-        self.last_replacement: Replacement | None = None
-        self._ahead: tuple[ModelInputs, _Embedded] | None = None
-        self._embeds_ahead = _embeds_ahead(run) if pre_process else False
 
-        reconstructs = run.reconstructs
-        self.vision_tower = VisionTower(run, pg_collection) if pre_process else None
-        self.projector = Projector(run, pg_collection) if pre_process else None
-        self.prompt_pool = PromptPool(run, pg_collection) if pre_process and reconstructs else None
+        parallel, training = run.parallel, run.training
+        vision, hidden_size = run.model.vision_tower, run.model.language_model.hidden_size
+        implementation = resolve_transformer_impl(run.training)
+        self.vision_tower = self.projector = self.prompt_pool = None
+        if pre_process:
+            self.vision_tower = VisionTower(
+                vision,
+                vision_tower_config(vision, parallel=parallel, training=training),
+                pg_collection,
+                implementation=implementation,
+            )
+            self.projector = Projector(
+                projector_config(hidden_size, parallel=parallel, training=training),
+                pg_collection,
+                input_size=vision.vision_hidden_size,
+            )
+        if pre_process and run.reconstructs:
+            self.prompt_pool = PromptPool(
+                run.model.prompt_pool,
+                pg_collection,
+                num_visual_tokens=vision.num_visual_tokens,
+                hidden_size=hidden_size,
+                dtype=params_dtype(run.training),
+            )
         self.language_model = LanguageModel(
-            run,
+            run.model.language_model,
             config,
             pg_collection,
+            implementation=implementation,
+            attention_backend=run.model.attention_backend,
+            logits_chunk=run.training.logits_chunk,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        self.reconstruction_head = (
-            build_reconstruction_head(run) if post_process and reconstructs else None
-        )
+        self.reconstruction_head = None
+        if post_process and run.reconstructs:
+            self.reconstruction_head = build_reconstruction_head(
+                run.model.reconstruction,
+                hidden_size=hidden_size,
+                num_visual_tokens=vision.num_visual_tokens,
+                dtype=params_dtype(run.training),
+            )
         self.share_embeddings_and_output_weights = (
             self.language_model.share_embeddings_and_output_weights
         )
+        self.embeds_ahead = pre_process and self._can_embed_ahead()
+
+    def _can_embed_ahead(self) -> bool:
+        """Return True if images may be embedded, and their matching started, a micro-batch early.
+
+        A trained vision tower would keep the activations of a second micro-batch for it.
+        """
+        training, pool = self.run.training, self.run.model.prompt_pool
+        if not self.run.reconstructs or not pool.overlap_assignment:
+            return False
+        if not training.freeze_ViT:
+            log_once(
+                logger,
+                logging.INFO,
+                "matching is not overlapped: a trained vision tower would keep the activations of "
+                "another micro-batch for it",
+            )
+        return training.freeze_ViT
 
     def forward(
-        self, inputs: ModelInputs, upcoming: ModelInputs | None = None
+        self,
+        inputs: ModelInputs,
+        upcoming: ModelInputs | None = None,
+        context: StepContext | None = None,
     ) -> Tensor | ModelOutput:
-        """Run this stage; hidden states for the next one, or the losses on the last.
+        """Compute this stage's part of one micro-batch.
 
         Args:
             inputs: this micro-batch.
-            upcoming: the next one of the same optimizer step, if any; its matching may begin here.
+            upcoming: the next micro-batch of the same step; with a `context`, its matching may
+                start here.
+            context: values shared by the forward passes of the step; None for a single pass.
+
+        Returns:
+            Hidden states [S, 1, D] for the next stage, or the losses on the last stage.
         """
-        decoder_input = None
-        if self.pre_process:
-            embedded = self._take_embedded(inputs)
-            visual = embedded.visual
-            if self.target_channel is not None and self.run.reconstructs:
-                self.target_channel.put(self._own_images(visual.detach()))
-            visual = self._replace(embedded, inputs)
-            if upcoming is not None:
-                self._embed_ahead(upcoming)
-            decoder_input = self._merge(visual, inputs) + embedded.zero_term
-        labels = inputs.labels
-        if labels is not None:
-            labels = split_sequence(labels, self.pg_collection.cp)
+        if context is None:
+            context, upcoming = StepContext(), None
+        decoder_input = self._embed(inputs, upcoming, context) if self.pre_process else None
         output = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
-            labels=None if labels is None else labels.unsqueeze(0),
+            labels=inputs.labels,
             packed_seq_params=MixedMaskParams.of(inputs.mixed_mask),
         )
         if not self.post_process:
             return output
-        return self._losses(output, labels, inputs)
+        return self._losses(output, inputs)
 
-    def _take_embedded(self, inputs: ModelInputs) -> _Embedded:
-        """This micro-batch's images: embedded ahead, or now."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is inputs:
-            return ahead[1]
-        return self._embed_images(inputs)
+    def _embed(
+        self, inputs: ModelInputs, upcoming: ModelInputs | None, context: StepContext
+    ) -> Tensor:
+        """Input of the decoder [S, 1, D]: text embeddings and (replaced) visual tokens."""
+        embedded = context.take_embedded(inputs) or self._embed_images(inputs)
+        visual_nND = embedded.visual
+        if self.target_channel is not None and self.run.reconstructs:
+            self.target_channel.put(self._own_images(visual_nND.detach()))
+        if self.prompt_pool is not None:
+            replacement = self._replace(self.prompt_pool, embedded, inputs)
+            visual_nND = replacement.embeddings
+            if context.on_replacement is not None:
+                context.on_replacement(replacement)
+            if upcoming is not None and self.embeds_ahead:
+                self._embed_ahead(self.prompt_pool, upcoming, context)
+        return self._merge(visual_nND, inputs) + embedded.zero_term
 
-    def _embed_ahead(self, upcoming: ModelInputs) -> None:
-        """Embed the next micro-batch's images, so that they are matched while this one computes.
+    def _embed_ahead(self, pool: PromptPool, upcoming: ModelInputs, context: StepContext) -> None:
+        """Embed the next micro-batch's images, to match them while this micro-batch computes.
 
-        Weights only change between optimizer steps, so its numbers are those it would have later.
-        It costs the memory of one more micro-batch of visual embeddings, which a trained tower's
-        activations would make large. The pool is read outside of its forward pass: this micro-batch
-        has called it before, so `overlap_param_gather` has its rows in place.
+        The result equals that of a later call, because weights change only between steps. It costs
+        the memory of one more micro-batch of visual embeddings. The pool's weights are read outside
+        of its forward pass; this micro-batch has already called it, so `overlap_param_gather` has
+        gathered them.
         """
-        pool = self.prompt_pool
-        if pool is None or not self._embeds_ahead:
-            return
         if len(upcoming.replaced) == 0:
             return
         embedded = self._embed_images(upcoming)
         pending = pool.start_matching(embedded.visual, upcoming.replaced, ahead=True)
-        self._ahead = upcoming, embedded._replace(pending=pending)
+        context.embedded_ahead = upcoming, embedded._replace(pending=pending)
 
     @region("vision")
-    def _embed_images(self, inputs: ModelInputs) -> _Embedded:
+    def _embed_images(self, inputs: ModelInputs) -> EmbeddedImages:
+        """Vision tower and projector over the images, or over a dummy image if there are none."""
         assert self.vision_tower is not None and self.projector is not None
         pixels = inputs.pixel_values
         assert pixels is not None, "the first stage needs pixel_values"
@@ -248,30 +238,27 @@ class CrocModel(MegatronModule):
         trains_tower = self.training and not self.run.training.freeze_ViT
         with torch.set_grad_enabled(trains_tower and torch.is_grad_enabled()):
             features = self.vision_tower(pixels)
-        visual = self.projector(features)
+        visual_nND = self.projector(features)
         if is_dummy:
-            return _Embedded(visual[:0], 0.0 * visual.sum())
-        return _Embedded(visual, 0.0)
+            return EmbeddedImages(visual_nND[:0], 0.0 * visual_nND.sum())
+        return EmbeddedImages(visual_nND, 0.0)
 
     @region("matching")
-    def _replace(self, embedded: _Embedded, inputs: ModelInputs) -> Tensor:
-        """Pool tokens in place of the chosen visual tokens.
+    def _replace(
+        self, pool: PromptPool, embedded: EmbeddedImages, inputs: ModelInputs
+    ) -> Replacement:
+        """Replace the chosen visual tokens by pool tokens.
 
-        The pool is called without images too: so its gradient is reduced in every step, and with
-        overlap_param_gather its gathered weights come in.
+        The pool is called even without images. Its gradient is then reduced in every step, and
+        `overlap_param_gather` gathers its weights.
         """
-        visual = embedded.visual
-        if self.prompt_pool is None:
-            return visual
-        replacement: Replacement = self.prompt_pool(visual, inputs.replaced, embedded.pending)
-        self.last_replacement = replacement
-        return replacement.embeddings
+        return pool(embedded.visual, inputs.replaced, embedded.pending)
 
-    def _merge(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
-        """Text and visual tokens in one row [T, 1, h], this rank's part under CP and SP."""
-        text = self.language_model.embed_text(inputs.input_ids)
-        positions = visual_positions(inputs.image_starts, self.num_visual_tokens)
-        merged = merge_visual_tokens(text, visual, positions)
+    def _merge(self, visual_nND: Tensor, inputs: ModelInputs) -> Tensor:
+        """Text and visual tokens in one pack [T, 1, D]; this rank's part [S, 1, D]."""
+        text_T1D = self.language_model.embed_text(inputs.input_ids)
+        positions_nN = visual_positions(inputs.image_starts, self.num_visual_tokens)
+        merged = merge_visual_tokens(text_T1D, visual_nND, positions_nN)
         merged = split_sequence(merged, self.pg_collection.cp)
         if self.config.sequence_parallel:
             merged = tensor_parallel.scatter_to_sequence_parallel_region(
@@ -279,14 +266,12 @@ class CrocModel(MegatronModule):
             )
         return merged
 
-    def _losses(
-        self, output: LanguageModelOutput, labels: Tensor | None, inputs: ModelInputs
-    ) -> ModelOutput:
+    def _losses(self, output: LanguageModelOutput, inputs: ModelInputs) -> ModelOutput:
+        """Loss sums of this rank's part of the pack."""
         text_loss_sum = None
-        if labels is not None:
-            counted = labels != IGNORED
+        if inputs.labels is not None:
             assert output.token_losses is not None
-            text_loss_sum = (output.token_losses * counted).sum()
+            text_loss_sum = (output.token_losses * (inputs.labels.ids != IGNORE_INDEX)).sum()
         reconstruction, loss = None, output.hidden_states.new_zeros((), dtype=torch.float32)
         if self.reconstruction_head is not None:
             reconstruction, loss = self._reconstruct(output.hidden_states, inputs)
@@ -300,43 +285,38 @@ class CrocModel(MegatronModule):
 
     @region("reconstruction")
     def _reconstruct(self, hidden_states: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-        """Head and loss over all visual positions, not only the replaced ones.
+        """Reconstruction head and loss over all visual tokens, not only the replaced ones.
 
-        Under context parallelism every rank does this for its share of the images.
+        Under context parallelism every rank computes this for its share of the images.
         """
         assert self.reconstruction_head is not None and self.target_channel is not None
-        if self.config.sequence_parallel:
-            # Every rank runs the whole head, so each already holds the whole gradient: give back
-            # only this rank's slice of it instead of summing.
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
         hidden_states = gather_sequence(hidden_states, self.pg_collection.cp)
         starts = self._own_images(inputs.image_starts)
-        tokens = take_visual_tokens(hidden_states, visual_positions(starts, self.num_visual_tokens))
-        target = self.target_channel.get(
-            tuple(tokens.shape), dtype=tokens.dtype, device=tokens.device
+        positions_nN = visual_positions(starts, self.num_visual_tokens)
+        hidden_nND = take_visual_tokens(hidden_states, positions_nN)
+        target_nND = self.target_channel.get(
+            tuple(hidden_nND.shape), dtype=hidden_nND.dtype, device=hidden_nND.device
         )
-        if tokens.shape[0] == 0:
-            dummy = tokens.new_zeros(1, *tokens.shape[1:])
+        if hidden_nND.shape[0] == 0:
+            dummy = hidden_nND.new_zeros(1, *hidden_nND.shape[1:])
             zero_term = self.reconstruction_head(dummy).float().sum() + hidden_states.float().sum()
-            return tokens, 0.0 * zero_term
+            return hidden_nND, 0.0 * zero_term
         seeds = tuple(self._own_images(inputs.image_seeds))
-        prediction = self.reconstruction_head(tokens, seeds or None)
+        prediction_nND = self.reconstruction_head(hidden_nND, seeds or None)
         beta = self.run.model.reconstruction.smooth_l1_beta
-        return prediction, reconstruction_loss_sum(prediction, target, beta=beta)
+        return prediction_nND, reconstruction_loss_sum(prediction_nND, target_nND, beta=beta)
 
     def _own_images(self, per_image: _PerImage) -> _PerImage:
-        """The images this context-parallel rank reconstructs."""
+        """Images that this context-parallel rank reconstructs."""
         cp = self.pg_collection.cp
         return per_image[cp.rank() :: cp.size()]
 
-    # What megatron-core's schedules and gradient finalisation ask of a model.
+    # Methods that megatron-core's schedules and gradient finalisation call.
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the hidden states of the stage before."""
+        """Set the hidden states received from the previous stage."""
         self.language_model.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied embedding, where there is one on this stage."""
+        """Tied embedding of this stage; None if there is none."""
         return self.language_model.shared_embedding_or_output_weight()

@@ -1,4 +1,4 @@
-"""Fresh weights: a pure function of (seed, global parameter name), the same at any layout."""
+"""Fresh weights: a pure function of seed and global parameter name, equal at any layout."""
 
 import hashlib
 import math
@@ -13,21 +13,21 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.model.sharded_weights import Shard, fill_weights
 
 
-def initialize_weights(chunk: nn.Module, run: RunConfig) -> None:
+def initialize_weights(chunk: nn.Module, model: CrocModelConfig, *, seed: int) -> None:
     """Draw every weight of a model chunk: matrices normal, norms 1, biases 0."""
-    fill_weights(chunk, lambda shard: fresh_weight(shard, run))
+    fill_weights(chunk, lambda shard: fresh_weight(shard, model, seed=seed))
     _mark_tensor_parallel(chunk)
 
 
 def _mark_tensor_parallel(chunk: nn.Module) -> None:
-    """Tell the gradient norm which weights are shards.
+    """Mark tensor-parallel weights for the gradient norm.
 
-    megatron 0.16 sets these marks while it draws weights, which it does not do here (0.19 always
-    sets them); without them only the first tensor-parallel rank's shard would be counted.
+    megatron 0.16 sets these marks only while it draws weights, which is turned off here; 0.19
+    always sets them. Without the marks the norm counts only the first TP rank's shard.
     """
     cut_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
@@ -37,26 +37,26 @@ def _mark_tensor_parallel(chunk: nn.Module) -> None:
         set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def fresh_weight(shard: Shard, run: RunConfig) -> Tensor:
-    """The whole fresh tensor a shard belongs to, float32."""
+def fresh_weight(shard: Shard, model: CrocModelConfig, *, seed: int) -> Tensor:
+    """Draw the whole tensor that a shard belongs to, float32."""
     name = shard.key.rsplit(".", 1)[-1]
     if len(shard.shape) == 1:
         return torch.full(shard.shape, 0.0 if name.endswith("bias") else 1.0)
-    generator = torch.Generator().manual_seed(_seed_of(shard.name, run.training.seed))
+    generator = torch.Generator().manual_seed(_seed_of(shard.name, seed))
     drawn = torch.empty(shard.shape).normal_(generator=generator)
     if shard.key.startswith("prompt_pool."):
-        return normalize(drawn, dim=1) if run.model.prompt_pool.pool_init == "unit" else drawn
-    return drawn * _standard_deviation(shard.key, run)
+        return normalize(drawn, dim=1) if model.prompt_pool.pool_init == "unit" else drawn
+    return drawn * _standard_deviation(shard.key, model)
 
 
-def _standard_deviation(key: str, run: RunConfig) -> float:
-    """GPT-2's rule: layers that write into the residual stream start smaller, by its depth."""
-    std = run.model.language_model.init_method_std
+def _standard_deviation(key: str, model: CrocModelConfig) -> float:
+    """`init_method_std`, divided by sqrt(2 * layers) for output layers of the residual (GPT-2)."""
+    std = model.language_model.init_method_std
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         if key.startswith("language_model."):
-            return std / math.sqrt(2.0 * run.model.language_model.num_layers)
+            return std / math.sqrt(2.0 * model.language_model.num_layers)
         if key.startswith("vision_tower."):
-            return std / math.sqrt(2.0 * run.model.vision_tower.num_active_layers)
+            return std / math.sqrt(2.0 * model.vision_tower.num_active_layers)
     return std
 
 

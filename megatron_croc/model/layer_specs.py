@@ -1,7 +1,7 @@
-"""Which modules megatron-core's transformer layers are made of.
+"""Module specs of megatron-core's transformer layers, with and without Transformer Engine.
 
-Transformer Engine fuses norms with the linear layers behind them, while megatron-core's own stand
-apart; the key map gives both the same names in a checkpoint, so either loads what the other saved.
+Transformer Engine fuses each norm with the linear layer after it; megatron-core has them as
+separate modules. The key map gives both the same names in a checkpoint, so both can load it.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ _TE_KEYS = {
 
 
 def mlp_submodules() -> MLPSubmodules:
-    """Column-parallel, activation, row-parallel."""
+    """Spec of column-parallel linear layer, activation, row-parallel linear layer."""
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
@@ -84,9 +84,9 @@ def _te_layer_spec(core_attention: type, attn_mask_type: AttnMaskType) -> Module
 def language_model_spec(
     num_layers: int, implementation: Implementation = "local"
 ) -> TransformerBlockSubmodules:
-    """Decoder of `num_layers` layers (those of this stage) under the mixed mask, final norm."""
+    """Spec of a decoder: `num_layers` layers (of this stage) under the mixed mask, final norm."""
     layer = _layer_spec(MixedMaskAttention, AttnMaskType.causal, implementation)
-    # megatron builds it from the class; its annotation knows instances only
+    # megatron builds an instance from the class, but its annotation allows instances only
     norm: Any = linear_modules().norm if implementation == "te" else Norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
@@ -94,6 +94,6 @@ def language_model_spec(
 def vision_tower_spec(
     num_layers: int, implementation: Implementation = "local"
 ) -> TransformerBlockSubmodules:
-    """Encoder of `num_layers` layers with full attention and no final norm."""
+    """Spec of an encoder: `num_layers` layers with full attention, no final norm."""
     layer = _layer_spec(FullAttention, AttnMaskType.no_mask, implementation)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)

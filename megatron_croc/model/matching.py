@@ -1,10 +1,10 @@
-"""Which pool row each replaced token gets: shared out, begun early, collected late.
+"""Matching of replaced tokens and pool tokens, split over ranks and concurrent with other work.
 
-tokens [n, R, h]   of the tp * cp ranks that hold the same images, rank r matches images
-    |                  r, r + tp * cp, r + 2 tp * cp, ...
-  begin            cost, then the search: in a thread, or on a stream of its own
-    :                  meanwhile this process computes something else
-  finish           waits for what is left, all-gather: all these ranks agree
+tokens [n, R, D]   of the TP x CP ranks with the same images, rank r matches images
+    |                  r, r + TP * CP, r + 2 TP * CP, ...
+  start            cost, then the search: in a thread, or on a side stream
+    :                  (this process computes something else)
+  wait             waits for the search, then an all-gather: all these ranks get the same result
     v
 index [n, R]
 """
@@ -33,7 +33,7 @@ from megatron_croc.parallel.device import SideWork, beside, to_device
 
 
 class MatchingSample(NamedTuple):
-    """One image's matching problem and its solution, kept so that it can be checked."""
+    """Matching problem and solution of one image, for the check in `training`."""
 
     cost: Tensor
     """float32 [R, P]."""
@@ -46,68 +46,68 @@ class Matches(NamedTuple):
     """Result of `Matcher.wait`."""
 
     index: Tensor
-    """int64 [n, R], pool row of each token."""
+    """int64 [n, R], pool token of each replaced token."""
 
     distance: Tensor
-    """float32 [n, R], distance of each token to its pool row."""
+    """float32 [n, R], distance of each replaced token to its pool token."""
 
     seconds: float
-    """What matching kept this process waiting, exchange included, as the host sees it."""
+    """Seconds of host time that this process spent on matching, exchange included."""
 
     hidden_seconds: float
-    """What a thread searched beyond the wait for it; 0 where a GPU searches, which no host sees."""
+    """Seconds of search in a thread that this process did not wait for; 0 if a GPU searches."""
 
     sample: MatchingSample | None
-    """The first image this rank matched, if any."""
+    """First image matched on this rank, if any."""
 
 
 class Pending(NamedTuple):
-    """A matching under way."""
+    """Matching that was started."""
 
     num_images: int
-    """Of the micro-batch."""
+    """Images of the micro-batch, over all ranks."""
 
     tokens: Tensor
-    """Held until the side stream has read them."""
+    """Tokens of this rank's images; they must live until the side stream has read them."""
 
     cost: Tensor
-    """float32 [m, R, P], of this rank's m images."""
+    """float32 [m, R, P], cost for this rank's m images."""
 
     side: SideWork
-    """What the main stream must wait for before it reads `cost` or the result."""
+    """Work that the main stream must wait for before it reads `cost` or the result."""
 
     result: Callable[[], tuple[Assignment, float]]
-    """Assignment of this rank's images, and the seconds a thread searched for it; may wait."""
+    """Waits for the assignment of this rank's images and the seconds of its search in a thread."""
 
     seconds: float
-    """What it took to begin."""
+    """Seconds of host time of `Matcher.start`."""
 
 
 class Matcher:
-    """Matches the images of a micro-batch over the ranks that hold it."""
+    """Matching of a micro-batch, split over the ranks that hold its images."""
 
     def __init__(self, config: PromptPoolConfig, pg_collection: ProcessGroupCollection) -> None:
-        """Bind the solver and the groups that share the work."""
+        """Set the solver, and the groups that split the work."""
         self.assign_mode: Literal["hungarian", "nearest"] = config.assign_mode
         self.assign_backend: Backend = config.assign_backend
         self.tp, self.cp = pg_collection.tp, pg_collection.cp
 
     @torch.no_grad()
     def start(self, tokens: Tensor, pool: Tensor, *, ahead: bool = False) -> Pending:
-        """Start to match.
+        """Start the matching of one micro-batch.
 
         Args:
-            tokens: [n, R, h], of one micro-batch.
-            pool: [P, h]; must not change before `wait`.
-            ahead: other work comes before `wait`, so search beside it.
+            tokens: [n, R, D], the tokens to replace.
+            pool: [P, D]; it must not change before `wait`.
+            ahead: other work comes before `wait`; the search is concurrent with it.
         """
         started = time.perf_counter()
         size = self.tp.size() * self.cp.size()
         rank = self.cp.rank() * self.tp.size() + self.tp.rank()
         mine = tokens[rank::size]
         with beside(enabled=ahead) as side:
-            # What is not finite must reach the loss, which is refused on all ranks together; the
-            # search would raise on this rank alone. Any match will do for it.
+            # The search would raise on this rank alone for values that are not finite. Any match is
+            # good enough for them: they reach the loss, which all ranks refuse together.
             cost = pairwise_cost(mine, pool).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             result = self._search(cost, side, ahead=ahead)
         seconds = time.perf_counter() - started
@@ -117,11 +117,11 @@ class Matcher:
         self, cost: Tensor, side: SideWork, *, ahead: bool
     ) -> Callable[[], tuple[Assignment, float]]:
         if self.assign_mode == "nearest":
-            found = nearest(cost, check=False)  # it is finite, see `start`
+            found = nearest(cost, check=False)  # finite, see `start`
             return lambda: (found, 0.0)
         backend = choose_backend(self.assign_backend, cost.device)
         if backend == "triton" or not ahead:
-            # The cost is finite: a GPU need not wait to be told so.
+            # The cost is finite, see `start`; a check would be a device sync.
             found = assign(cost, backend=backend, check=backend != "triton")
             return lambda: (found, 0.0)
         on_host = side.to_host(cost)
@@ -135,7 +135,7 @@ class Matcher:
 
     @torch.no_grad()
     def wait(self, pending: Pending) -> Matches:
-        """Wait for the search, then let all ranks know all images."""
+        """Wait for the search, and exchange the results between the ranks."""
         started = time.perf_counter()
         found, searched = pending.result()
         waited = time.perf_counter() - started
@@ -151,9 +151,9 @@ class Matcher:
         return Matches(index, distance, seconds, hidden, sample)
 
     def _exchange(self, index: Tensor, distance: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-        """This rank's [m, R] -> everyone's [n, R], in the order of the images."""
+        """[m, R] of this rank -> [n, R] of all ranks, in the order of the images."""
         size = self.tp.size() * self.cp.size()
-        per_rank = -(-num_images // size)  # ranks with one image less send an empty row
+        per_rank = -(-num_images // size)  # ranks with one image less send zeros for it
         packed = index.new_zeros((per_rank, index.shape[1], 2), dtype=torch.float64)
         packed[: len(index), :, 0] = index.double()
         packed[: len(index), :, 1] = distance.double()
@@ -166,7 +166,7 @@ class Matcher:
 
 @cache
 def _searcher() -> ThreadPoolExecutor:
-    """One thread: micro-batches come in order, and `assign` has threads for their images.
+    """Thread of the search. One is enough, because `assign` has threads for the images.
 
     State of the whole process, listed in docs/design.md.
     """

@@ -1,7 +1,7 @@
-"""How many parameters each part has, and where they lie; from the configuration, without torch.
+"""Numbers of parameters of each part and pipeline stage, from the configuration alone.
 
-`whole` parameters stand on every tensor-parallel rank, `cut` ones are shared out over them. The
-vision tower, projector and language model are tensor-parallel; pool and head stand whole.
+`cut` parameters are split over the tensor-parallel ranks, `whole` parameters are on each of them.
+Vision tower, projector and language model are tensor-parallel; pool and head are not.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from megatron_croc.config.model import (
     ReconstructionConfig,
     VisionTowerConfig,
 )
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.training import TrainingConfig
 
 Part = Literal["vision_tower", "projector", "prompt_pool", "language_model", "reconstruction_head"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -25,7 +26,7 @@ class Parameters:
     """A number of parameters, by how tensor parallelism treats them."""
 
     cut: int = 0
-    """Shared out over the tensor-parallel ranks."""
+    """Split over the tensor-parallel ranks."""
 
     whole: int = 0
     """On every tensor-parallel rank."""
@@ -36,20 +37,20 @@ class Parameters:
         return self.cut + self.whole
 
     def on_rank(self, tensor_model_parallel_size: int) -> int:
-        """Parameters one tensor-parallel rank holds."""
+        """Parameters on one tensor-parallel rank."""
         return self.cut // tensor_model_parallel_size + self.whole
 
     def __add__(self, other: "Parameters") -> "Parameters":
-        """Both together."""
+        """Sum of both."""
         return Parameters(cut=self.cut + other.cut, whole=self.whole + other.whole)
 
     def __mul__(self, times: int) -> "Parameters":
-        """The same several times."""
+        """Parameters of `times` equal modules."""
         return Parameters(cut=self.cut * times, whole=self.whole * times)
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding table: the vocabulary, up to a multiple of the TP size."""
+    """Rows of the embedding table: the vocabulary, rounded up to a multiple of the TP size."""
     return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
@@ -62,7 +63,7 @@ def vision_layer(config: VisionTowerConfig) -> Parameters:
 
 
 def vision_tower(config: VisionTowerConfig) -> Parameters:
-    """Patches, positions and the layers that run (the last one and its norm do not exist)."""
+    """Patch and position embeddings and the active layers; unused last layers are not built."""
     h = config.vision_hidden_size
     embeddings = (3 * config.patch_dim**2 + config.num_visual_tokens) * h
     # CLIP: class token, its position, pre-layernorm. SigLIP: the bias of the patches.
@@ -101,9 +102,10 @@ def reconstruction_head(
     return Parameters(whole=num_visual_tokens * h + attention + feed_forward + norms + linear)
 
 
-def language_model_stages(run: RunConfig) -> list[Parameters]:
-    """The language model's share of each pipeline stage."""
-    config, parallel = run.model.language_model, run.parallel
+def language_model_stages(
+    config: LanguageModelConfig, parallel: ParallelConfig
+) -> list[Parameters]:
+    """Parameters of the language model on each pipeline stage."""
     rows = padded_vocab_size(config.vocab_size, parallel.tensor_model_parallel_size)
     table = Parameters(cut=rows * config.hidden_size)
     stages = [
@@ -111,22 +113,29 @@ def language_model_stages(run: RunConfig) -> list[Parameters]:
     ]
     stages[0] += table
     stages[-1] += Parameters(whole=config.hidden_size)  # the final norm
-    # A tied output layer needs a copy of the table where it is not on the same stage.
+    # A tied output layer needs its own copy of the table on another stage than the embedding.
     if config.untie_embeddings_and_output_weights or len(stages) > 1:
         stages[-1] += table
     return stages
 
 
-def stage_parameters(run: RunConfig) -> list[dict[Part, Parameters]]:
-    """What each pipeline stage holds, part by part."""
-    model = run.model
+def stage_parameters(
+    model: CrocModelConfig, parallel: ParallelConfig, *, reconstructs: bool
+) -> list[dict[Part, Parameters]]:
+    """Parameters of each part on each pipeline stage.
+
+    Args:
+        model: sizes.
+        parallel: sizes of the parallel axes.
+        reconstructs: prompt pool and reconstruction head are part of the model.
+    """
     h = model.language_model.hidden_size
     stages: list[dict[Part, Parameters]] = [
-        {"language_model": share} for share in language_model_stages(run)
+        {"language_model": share} for share in language_model_stages(model.language_model, parallel)
     ]
     stages[0]["vision_tower"] = vision_tower(model.vision_tower)
     stages[0]["projector"] = projector(model.vision_tower.vision_hidden_size, h)
-    if run.reconstructs:
+    if reconstructs:
         stages[0]["prompt_pool"] = Parameters(whole=model.prompt_pool.pool_size * h)
         stages[-1]["reconstruction_head"] = reconstruction_head(
             model.reconstruction,
@@ -137,20 +146,18 @@ def stage_parameters(run: RunConfig) -> list[dict[Part, Parameters]]:
 
 
 def count_parameters(model: CrocModelConfig) -> dict[Part, int]:
-    """Parameters of each part of the published model, vocabulary not padded, nothing twice."""
-    run = RunConfig(stage="pretrain_croc", model=model)  # one process
-    (parts,) = stage_parameters(run)
+    """Parameters of each part of the published model: no vocabulary padding, no copies."""
+    (parts,) = stage_parameters(model, ParallelConfig(), reconstructs=True)
     return {part: parts[part].total for part in PARTS}
 
 
-def trained_parts(run: RunConfig) -> frozenset[Part]:
-    """The parts whose weights change in this run."""
-    training = run.training
+def trained_parts(training: TrainingConfig, *, reconstructs: bool) -> frozenset[Part]:
+    """Parts of the model whose weights are trained."""
     trained: Mapping[Part, bool] = {
         "vision_tower": not training.freeze_ViT,
         "projector": not training.freeze_projector,
-        "prompt_pool": run.reconstructs,
+        "prompt_pool": reconstructs,
         "language_model": not training.freeze_LM,
-        "reconstruction_head": run.reconstructs,
+        "reconstruction_head": reconstructs,
     }
     return frozenset(part for part, is_trained in trained.items() if is_trained)

@@ -1,9 +1,9 @@
-"""The learnable pool, and the replacement of visual tokens by its rows.
+"""Prompt pool: learned pool tokens, and the replacement of visual tokens by them.
 
-visual_embeddings [n, N, h]
-    |  begin: rows chosen by `replaced` --> matching (beside other work, if it comes early)
+visual_embeddings [n, N, D]
+    |  start_matching: tokens chosen by `replaced` --> matching, concurrent with other work if early
     v
-  forward: those rows taken from the pool (which gets their gradient), by index [n, R]
+  forward: chosen tokens replaced by pool tokens at index [n, R]; the pool gets their gradient
 """
 
 from typing import NamedTuple
@@ -12,76 +12,77 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.model import PromptPoolConfig
 from megatron_croc.model.matching import Matcher, MatchingSample, Pending
-from megatron_croc.model.transformer_configs import params_dtype
 from megatron_croc.ops.patch_selection import num_kept
 from megatron_croc.parallel.stopwatch import region
 
 
 class PendingReplacement(NamedTuple):
-    """A micro-batch's replacement under way."""
+    """Replacement of one micro-batch whose matching has been started."""
 
     positions: Tensor
-    """int64 [n, R], the tokens to replace, ascending."""
+    """int64 [n, R], the visual tokens to replace, ascending."""
 
     matching: Pending
-    """Their matching."""
+    """Matching of these tokens."""
 
 
 class Replacement(NamedTuple):
     """Result of `PromptPool.forward`."""
 
     embeddings: Tensor
-    """[n, N, h], replaced rows taken from the pool."""
+    """[n, N, D], replaced tokens taken from the pool."""
 
     index: Tensor
-    """int64 [n, R], pool row of each replaced token, ascending by position."""
+    """int64 [n, R], pool token of each replaced token, ascending by position."""
 
     distance: Tensor
-    """float32 [n, R], distance of each replaced token to its pool row."""
+    """float32 [n, R], distance of each replaced token to its pool token."""
 
     seconds: float = 0.0
-    """What the matching kept this process waiting, exchange included."""
+    """Seconds that this process waited for the matching, exchange included."""
 
     hidden_seconds: float = 0.0
-    """What a thread searched meanwhile without keeping it waiting."""
+    """Seconds of search in a thread that this process did not wait for."""
 
     sample: MatchingSample | None = None
-    """The first image this rank matched, if any."""
+    """First image matched on this rank, if any."""
 
 
 class PromptPool(nn.Module):
-    """`pool_size` learnable tokens; `weight` is [P, h]."""
+    """`pool_size` learned tokens; `weight` is [P, D]."""
 
-    def __init__(self, run: RunConfig, pg_collection: ProcessGroupCollection) -> None:
-        """Build the pool; the same on every tensor- and context-parallel rank."""
+    def __init__(
+        self,
+        config: PromptPoolConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        num_visual_tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Build the pool; it is equal on all tensor- and context-parallel ranks."""
         super().__init__()
-        pool, vision = run.model.prompt_pool, run.model.vision_tower
-        self.matcher = Matcher(pool, pg_collection)
-        self.num_replaced = vision.num_visual_tokens - num_kept(
-            vision.num_visual_tokens, pool.replace_ratio
-        )
-        hidden_size = run.model.language_model.hidden_size
-        self.weight = nn.Parameter(
-            torch.empty(pool.pool_size, hidden_size, dtype=params_dtype(run))
-        )
+        self.matcher = Matcher(config, pg_collection)
+        self.num_replaced = num_visual_tokens - num_kept(num_visual_tokens, config.replace_ratio)
+        self.weight = nn.Parameter(torch.empty(config.pool_size, hidden_size, dtype=dtype))
 
     @region("matching")
     def start_matching(
         self, visual_embeddings: Tensor, replaced: Tensor, *, ahead: bool = False
     ) -> PendingReplacement:
-        """Choose the tokens and begin to match them; the pool must not change until `forward`.
+        """Choose the tokens and start to match them; the pool must not change until `forward`.
 
         Args:
-            visual_embeddings: [n, N, h].
-            replaced: bool [n, N]; every image has the same number R of True.
-            ahead: other work comes before `forward`.
+            visual_embeddings: [n, N, D].
+            replaced: bool [n, N], with the same number R of True in every image.
+            ahead: other work runs before `forward`; the matching is concurrent with it.
         """
-        # A stable sort finds the rows without the device sync of boolean indexing.
+        # A stable sort finds the tokens without the device sync of boolean indexing.
         positions = torch.argsort((~replaced).to(torch.uint8), dim=1, stable=True)
         positions = positions[:, : self.num_replaced]
-        tokens = _take_rows(visual_embeddings.detach(), positions)
+        tokens = _take_tokens(visual_embeddings.detach(), positions)
         return PendingReplacement(positions, self.matcher.start(tokens, self.weight, ahead=ahead))
 
     def forward(
@@ -90,9 +91,9 @@ class PromptPool(nn.Module):
         """Replace the chosen tokens.
 
         Args:
-            visual_embeddings: [n, N, h].
+            visual_embeddings: [n, N, D].
             replaced: bool [n, N].
-            pending: what `start_matching` returned for the same two, if that was early.
+            pending: result of `start_matching` for the same arguments, if it was called early.
         """
         if pending is None:
             pending = self.start_matching(visual_embeddings, replaced)
@@ -102,6 +103,6 @@ class PromptPool(nn.Module):
         return Replacement(visual_embeddings.scatter(1, target, prompt), *matches)
 
 
-def _take_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """x [n, N, h], positions [n, R] -> [n, R, h]."""
+def _take_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """x [n, N, D], positions [n, R] -> [n, R, D]."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,51 +1,51 @@
-"""Hidden states at the visual positions -> the original visual tokens.
+"""Reconstruction heads: hidden states of the visual tokens -> the original visual tokens.
 
-`bert` is Croc's head: learned positions, one post-LayerNorm BertLayer over the tokens of one
-image, a linear layer. `linear` is ViCToR's. Both are the same on every tensor-parallel rank: the
-published head of a small model has a single attention head, which cannot be shared out.
+`bert` is Croc's head: position embeddings, one post-LayerNorm BertLayer over the tokens of one
+image, a linear layer. `linear` is ViCToR's head. Neither is tensor-parallel: the published head of
+a small model has a single attention head, which cannot be split.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_croc.config.run import RunConfig
-from megatron_croc.model.transformer_configs import params_dtype
+from megatron_croc.config.model import ReconstructionConfig
 from megatron_croc.parallel.device import manual_generator
 
 HEAD_DIM = 64
-"""Width of one attention head of the `bert` head (released code: hidden_size // 64 heads)."""
+"""Size of one attention head of the `bert` head (released code: hidden_size // 64 heads)."""
 
 NORM_EPSILON = 1e-12
-"""Epsilon of its layer norms (released code)."""
+"""Epsilon of the layer norms of the `bert` head (released code)."""
 
 
-def build_reconstruction_head(run: RunConfig) -> nn.Module:
-    """The head that `reconstruction_head` names; called with ([n, N, h], seeds or None)."""
-    config, dtype = run.model.reconstruction, params_dtype(run)
-    hidden_size = run.model.language_model.hidden_size
+def build_reconstruction_head(
+    config: ReconstructionConfig, *, hidden_size: int, num_visual_tokens: int, dtype: torch.dtype
+) -> nn.Module:
+    """Build the head named by `config.reconstruction_head`.
+
+    Its forward takes ([n, N, D], dropout seeds or None) and returns [n, N, D].
+    """
     if config.reconstruction_head == "linear":
         return LinearHead(hidden_size).to(dtype)
-    return BertHead(
-        hidden_size, run.model.vision_tower.num_visual_tokens, config.reconstruction_dropout
-    ).to(dtype)
+    return BertHead(hidden_size, num_visual_tokens, config.reconstruction_dropout).to(dtype)
 
 
 class LinearHead(nn.Module):
-    """ViCToR's img_head."""
+    """One linear layer (`img_head` in ViCToR's code)."""
 
     def __init__(self, hidden_size: int) -> None:
-        """One linear layer of the language model's width."""
+        """Build the layer, with the language model's width on both sides."""
         super().__init__()
         self.resize = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, dropout_seeds: tuple[int, ...] | None = None) -> Tensor:
-        """[n, N, h] -> [n, N, h]."""
+        """[n, N, D] -> [n, N, D]."""
         return self.resize(x)
 
 
 class BertHead(nn.Module):
-    """Croc's transform_block."""
+    """One BertLayer and a linear layer (`transform_block` in Croc's code)."""
 
     def __init__(self, hidden_size: int, num_positions: int, dropout: float) -> None:
         """Build the head for images of `num_positions` tokens."""
@@ -64,15 +64,16 @@ class BertHead(nn.Module):
         self.resize = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, dropout_seeds: tuple[int, ...] | None = None) -> Tensor:
-        """[n, N, h] -> [n, N, h].
+        """[n, N, D] -> [n, N, D].
 
         Args:
             x: hidden states of every visual token.
-            dropout_seeds: one per image, so that what is dropped does not depend on the parallel
-                layout. None: no dropout.
+            dropout_seeds: one per image, which makes dropout independent of the parallel layout.
+                None: no dropout.
         """
         drop = _Dropout(self.dropout if self.training else 0.0, dropout_seeds)
-        # Called, not read: with overlap_param_gather a module's call waits for its weights.
+        # Call the module instead of reading its weight: under overlap_param_gather the call waits
+        # until the weight is gathered.
         x = x + self.position_embeddings(torch.arange(x.shape[1], device=x.device))
         attended = self.attention_output(self._attend(x, drop))
         x = self.attention_norm(x + drop(attended))

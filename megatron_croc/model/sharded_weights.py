@@ -1,8 +1,7 @@
-"""Every parameter of a model chunk as pieces of whole, layout-independent tensors.
+"""Parameter shards: the parts of whole, layout-independent tensors that a model chunk holds.
 
-megatron's sharded state dict knows, for each parameter, its global key, layer, shape and offset.
-Fresh weights, weights from other formats and gathered gradients are all written in those terms,
-so none of them can depend on how the model is cut.
+megatron's sharded state dict has the global key, layer, shape and offset of each parameter. Initial
+weights, imported weights and gathered gradients all use these, and so do not depend on the layout.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,22 +15,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One contiguous block of one whole tensor."""
+    """Parameter shard: one contiguous block of one whole tensor."""
 
     key: str
-    """Global name, the same at any layout (layers are an index, not part of the name)."""
+    """Global name, equal at any layout; the layer is not part of it."""
 
     layer: int | None
-    """Global layer index where the key is shared by the layers of a stack."""
+    """Global layer index, if layers share the key; else None."""
 
     shape: tuple[int, ...]
     """Shape of the whole tensor (of one layer)."""
 
     block: tuple[slice, ...]
-    """Where this piece lies in it."""
+    """Position of the block in the whole tensor, one slice per dim."""
 
     data: Tensor
-    """The piece: a view of the parameter, or of what `pick` returned for it."""
+    """View of the parameter, or of the tensor that `pick` returned for it."""
 
     @property
     def name(self) -> str:
@@ -40,13 +39,18 @@ class Shard:
 
 
 WeightSource = Callable[[Shard], Tensor | None]
-"""Gives the whole tensor a shard belongs to; None leaves the shard as it is."""
+"""Function from a shard to its whole tensor; None leaves the shard unchanged."""
 
 
 def iter_shards(
     chunk: nn.Module, pick: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter
 ) -> Iterator[Shard]:
-    """Pieces held by this rank; `pick` may choose a tensor of the same shape, or None to skip."""
+    """Iterate over the shards of this rank.
+
+    Args:
+        chunk: model chunk.
+        pick: returns the tensor to use for a parameter, of its shape, or None to skip it.
+    """
     state = chunk.sharded_state_dict()  # type: ignore[operator]
     for entry in nested_values(state):
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -79,7 +83,7 @@ def _shard(entry: ShardedTensor, data: Tensor) -> Shard:
 
 @torch.no_grad()
 def fill_weights(chunk: nn.Module, source: WeightSource) -> None:
-    """Copy this rank's piece of every whole tensor that `source` gives into the parameters."""
+    """Copy this rank's block of every whole tensor from `source` into the parameters."""
     for shard in iter_shards(chunk):
         whole = source(shard)
         if whole is None:

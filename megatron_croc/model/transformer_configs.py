@@ -1,4 +1,4 @@
-"""megatron-core's TransformerConfig for each part, from our configuration."""
+"""TransformerConfig of megatron-core for each part of the model."""
 
 from functools import partial
 
@@ -6,14 +6,16 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.model import LanguageModelConfig, VisionTowerConfig
+from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.training import TrainingConfig
 from megatron_croc.model.transformer_engine import fp8_settings
 from megatron_croc.parallel.device import has_cuda
 
 
-def params_dtype(run: RunConfig) -> torch.dtype:
+def params_dtype(training: TrainingConfig) -> torch.dtype:
     """Dtype of weights and activations."""
-    return torch.bfloat16 if run.training.bf16 else torch.float32
+    return torch.bfloat16 if training.bf16 else torch.float32
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -26,14 +28,14 @@ gelu_tanh = partial(functional.gelu, approximate="tanh")
 _VISION_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh}
 
 
-def _common(run: RunConfig) -> dict:
-    """Settings every part shares. Weights are drawn later, by `initialization`."""
-    dtype = params_dtype(run)
+def _common(parallel: ParallelConfig, training: TrainingConfig) -> dict:
+    """Fields shared by all parts. megatron draws no weights; `initialization` does it later."""
+    dtype = params_dtype(training)
     return {
         "params_dtype": dtype,
-        "bf16": run.training.bf16,
+        "bf16": training.bf16,
         "pipeline_dtype": dtype,
-        "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "use_cpu_initialization": True,
@@ -41,17 +43,18 @@ def _common(run: RunConfig) -> dict:
     }
 
 
-def language_model_config(run: RunConfig) -> TransformerConfig:
-    """Llama or Qwen2.5 decoder; also the configuration the pipeline schedule reads."""
-    model, parallel, training = run.model.language_model, run.parallel, run.training
+def language_model_config(
+    model: LanguageModelConfig, *, parallel: ParallelConfig, training: TrainingConfig
+) -> TransformerConfig:
+    """Configuration of a Llama or Qwen2.5 decoder; the pipeline schedule reads it too."""
     granularity = (
-        None if training.recompute_granularity == "none" else (training.recompute_granularity)
+        None if training.recompute_granularity == "none" else training.recompute_granularity
     )
     full = granularity == "full"
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
-        **_common(run),
-        **fp8_settings(run),
+        **_common(parallel, training),
+        **fp8_settings(training),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -74,28 +77,30 @@ def language_model_config(run: RunConfig) -> TransformerConfig:
         recompute_granularity=granularity,
         recompute_method=training.recompute_method if full else None,
         recompute_num_layers=training.recompute_num_layers if full else None,
-        # Rows differ in length (parallel/pipeline.py knows each); megatron asks for this dispatcher
-        # even without experts.
+        # Packs differ in length; parallel/pipeline.py knows each length. megatron requires this
+        # dispatcher with variable lengths, even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=True,
-        # Batched point-to-point is silently wrong with the interleaved schedule at PP 2 (0.16).
+        # megatron 0.16: batched point-to-point gives wrong results without an error under the
+        # interleaved schedule at PP 2.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # A wait for the whole device after each call would also wait for the target channel's open
-        # sends, which the last stage cannot take yet: a deadlock. NCCL needs it no longer.
+        # No device sync after each call: it would also wait for the open sends of the target
+        # channel, which the last stage cannot receive yet (deadlock). NCCL no longer needs it.
         batch_p2p_sync=False,
-        # Our losses are sums divided by global counts: megatron must not average them again.
+        # Losses are already divided by global counts; megatron must not average them again.
         calculate_per_token_loss=True,
     )
 
 
-def vision_tower_config(run: RunConfig) -> TransformerConfig:
-    """CLIP or SigLIP encoder; whole on the first pipeline stage, cut over the same TP group."""
-    model = run.model.vision_tower
-    recompute = run.training.recompute_vision and not run.training.freeze_ViT
+def vision_tower_config(
+    model: VisionTowerConfig, *, parallel: ParallelConfig, training: TrainingConfig
+) -> TransformerConfig:
+    """Configuration of a CLIP or SigLIP encoder: tensor-parallel, on the first pipeline stage."""
+    recompute = training.recompute_vision and not training.freeze_ViT
     return TransformerConfig(
-        **_common(run),
+        **_common(parallel, training),
         num_layers=model.num_active_layers,
         hidden_size=model.vision_hidden_size,
         ffn_hidden_size=model.vision_ffn_hidden_size,
@@ -111,15 +116,16 @@ def vision_tower_config(run: RunConfig) -> TransformerConfig:
     )
 
 
-def projector_config(run: RunConfig) -> TransformerConfig:
-    """mlp2x_gelu: Linear, exact GELU, Linear, both of the language model's width, with bias."""
-    hidden_size = run.model.language_model.hidden_size
+def projector_config(
+    hidden_size: int, *, parallel: ParallelConfig, training: TrainingConfig
+) -> TransformerConfig:
+    """Configuration of mlp2x_gelu: Linear, exact GELU, Linear, with biases and width D."""
     return TransformerConfig(
-        **_common(run),
+        **_common(parallel, training),
         num_layers=1,
         hidden_size=hidden_size,
         ffn_hidden_size=hidden_size,
-        num_attention_heads=run.parallel.tensor_model_parallel_size,  # unused, but must divide
+        num_attention_heads=parallel.tensor_model_parallel_size,  # unused, but must divide
         activation_func=functional.gelu,
         add_bias_linear=True,
     )

@@ -1,27 +1,27 @@
-"""Transformer Engine's linear layers, when they are wanted and there.
+"""Optional linear layers of Transformer Engine (TE).
 
-TE fuses each norm with the linear layer behind it and can run the matrix products in fp8. Its
-attention is never used: the core attention is ours (ops/attention). Nothing here has been run on a
-GPU so far; tests/libraries runs Transformer Engine's own Python over a made-up extension.
+TE fuses each norm with the linear layer that follows it and can compute matrix products in fp8.
+TE's attention is not used; the core attention is in ops/attention. Not run on a GPU so far;
+tests/libraries runs TE's Python code with a substitute for its extension module.
 """
 
 import functools
 from typing import Literal, NamedTuple
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.training import TrainingConfig
 from megatron_croc.errors import ConfigError, first_line
 from megatron_croc.libraries import name_unknown_version
 from megatron_croc.parallel.device import has_cuda
 
 Implementation = Literal["local", "te"]
-"""local: megatron-core's own layers and our norm. te: Transformer Engine's."""
+"""local: linear layers of megatron-core and `model.norm.Norm`. te: layers of Transformer Engine."""
 
 FIRST_ARCHITECTURE = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""fp8_recipe -> lowest compute capability of the GPU (TE's documentation of its recipes)."""
+"""fp8_recipe -> lowest compute capability of the GPU (source: TE's documentation of recipes)."""
 
 
 class LinearModules(NamedTuple):
-    """megatron-core's wrappers of TE layers."""
+    """Wrappers of TE layers in megatron-core."""
 
     norm: type
     """TENorm."""
@@ -33,23 +33,21 @@ class LinearModules(NamedTuple):
     """TERowParallelLinear."""
 
 
-def resolve_transformer_impl(run: RunConfig) -> Implementation:
-    """The layers `run` is built of on this machine.
+def resolve_transformer_impl(training: TrainingConfig) -> Implementation:
+    """Return the implementation of the layers on this machine.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and does not work here.
+        ConfigError: Transformer Engine is required and does not work here.
     """
-    wanted = run.training.transformer_impl
+    wanted = training.transformer_impl
     if wanted == "local":
         return "local"
     reason = te_unsupported_reason()
     if reason is None:
         name_unknown_version("transformer-engine")
         return "te"
-    if wanted == "te" or run.training.fp8_format is not None:
-        setting = (
-            "transformer_impl=te" if wanted == "te" else f"fp8_format={run.training.fp8_format}"
-        )
+    if wanted == "te" or training.fp8_format is not None:
+        setting = "transformer_impl=te" if wanted == "te" else f"fp8_format={training.fp8_format}"
         raise ConfigError(
             f"{setting}: {reason}; use the NGC image (Dockerfile.ngc), or set "
             "transformer_impl=local and no fp8_format"
@@ -59,18 +57,18 @@ def resolve_transformer_impl(run: RunConfig) -> Implementation:
 
 @functools.cache
 def te_unsupported_reason() -> str | None:
-    """Why Transformer Engine cannot be used here; None when it can."""
+    """Reason that Transformer Engine cannot be used here; None if it can."""
     if not has_cuda():
         return "Transformer Engine needs a GPU and there is none"
     try:
         linear_modules()
-    except Exception as error:  # a package built for another torch fails in any way it likes
+    except Exception as error:  # a package built for another torch may raise any error
         return f"Transformer Engine does not import ({first_line(error)})"
     return None
 
 
 def linear_modules() -> LinearModules:
-    """The layers.
+    """Import the layers.
 
     Raises:
         ImportError: Transformer Engine is not installed.
@@ -82,9 +80,8 @@ def linear_modules() -> LinearModules:
     return LinearModules(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear)
 
 
-def fp8_settings(run: RunConfig) -> dict:
-    """Fields of megatron's TransformerConfig that turn fp8 on in the language model."""
-    training = run.training
+def fp8_settings(training: TrainingConfig) -> dict:
+    """Fields of megatron's TransformerConfig that turn on fp8 in the language model."""
     if training.fp8_format is None:
         return {}
     return {

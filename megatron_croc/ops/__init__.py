@@ -1,1 +1,1 @@
-"""Tensor functions that know neither megatron nor the configuration."""
+"""Functions of tensors and numbers, independent of megatron and of the configuration."""

@@ -1,4 +1,7 @@
-"""How a mixed mask becomes two causal varlen calls: index lists, made once per row on the host."""
+"""Plan of the flip: index lists for the two causal varlen calls that compute a mixed mask.
+
+A plan is made once for each pack, on the CPU.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,40 +13,40 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class CausalCall:
-    """One causal varlen attention call: the rows it reads and where they are cut into pieces.
+    """One causal varlen attention call: its queries and keys, cut into pieces.
 
-    Causal is aligned to the bottom right of each piece: its last query sees all of its keys.
+    A piece is one causal block: its last query sees all of its keys (bottom-right alignment).
     """
 
     queries: Tensor | None
-    """int64 [n], positions in the query tensor; None: its first rows, in order."""
+    """int64 [n], places in the query tensor; None: the first ones, in order."""
 
     keys: Tensor | None
-    """int64 [m], positions in the row; None: its first rows, in order."""
+    """int64 [m], positions in the pack; None: the first ones, in order."""
 
     cu_queries: Tensor
-    """int32 [c + 1], where the pieces of the queries begin."""
+    """int32 [c + 1], beginnings of the pieces among the queries, and their end."""
 
     cu_keys: Tensor
-    """int32 [c + 1], where the pieces of the keys begin."""
+    """int32 [c + 1], beginnings of the pieces among the keys, and their end."""
 
     num_queries: int
-    """cu_queries[-1], on the host; the rows behind it belong to no piece."""
+    """cu_queries[-1], on the host; later queries belong to no piece."""
 
     num_keys: int
     """cu_keys[-1], on the host."""
 
     keys_are_distinct: bool
-    """No key is read by two pieces; pieces of one sample, cut by chunks, share keys."""
+    """No key belongs to two pieces. Pieces of one sample that is cut by chunks share keys."""
 
     max_queries: int
-    """Queries of the longest piece."""
+    """Number of queries of the longest piece."""
 
     max_keys: int
-    """Keys of the longest piece."""
+    """Number of keys of the longest piece."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CausalCall":
-        """The same call on `device`."""
+        """Copy the call to `device`."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=non_blocking)
@@ -59,10 +62,10 @@ class CausalCall:
 
 @dataclass(frozen=True, kw_only=True)
 class FlipPlan:
-    """Two causal calls whose disjoint key sets make up the mask.
+    """Two causal calls with disjoint keys; together they are the mask.
 
-    `causal` is the lower triangle of every sample. What a span [b, e) adds is its strictly upper
-    triangle, and that is causal once it is read backwards: queries e - 2 .. b, keys e - 1 .. b + 1.
+    `causal` is the lower triangle of every sample. `flipped` is the strictly upper triangle of
+    every span [b, e). It is causal in reversed order: queries e - 2 .. b, keys e - 1 .. b + 1.
 
         span of 4        keys    b   b+1 b+2 b+3         reversed keys  b+3 b+2 b+1
         query b                  c    x   x   x          query b+2       x
@@ -72,13 +75,13 @@ class FlipPlan:
     """
 
     causal: CausalCall | None
-    """None when none of the rows is a real token."""
+    """None if all queries are padding."""
 
     flipped: CausalCall | None
-    """None when no span has two tokens or more among the rows."""
+    """None if no query lies in a span before its last position."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "FlipPlan":
-        """The same plan on `device`."""
+        """Copy the plan to `device`."""
         causal, flipped = (
             None if call is None else call.to(device, non_blocking=non_blocking)
             for call in (self.causal, self.flipped)
@@ -89,12 +92,12 @@ class FlipPlan:
 def plan_flip(
     bounds: Sequence[int], spans: Sequence[tuple[int, int]], chunks: Sequence[tuple[int, int]]
 ) -> FlipPlan:
-    """The plan of some rows of a packed row, on the CPU.
+    """Make the plan for some positions of a pack, on the CPU.
 
     Args:
-        bounds: the row's cu_seqlens.
+        bounds: cu_seqlens of the pack.
         spans: its bidirectional intervals, sorted and disjoint.
-        chunks: ascending, disjoint intervals: the rows that are queries. The whole row is one
+        chunks: ascending, disjoint intervals of positions that are queries. A whole pack is one
             chunk, [0, cu_seqlens[-1]).
     """
     causal: list[tuple[range, range]] = []
@@ -110,16 +113,16 @@ def plan_flip(
             if a < b:
                 queries = range(b - shift - 1, a - shift - 1, -1)
                 flipped.append((queries, range(last - 1, a, -1)))
-    # Padding ends the row and chunks ascend: the real queries are the first ones, in order.
-    whole_row = list(chunks) == [(0, bounds[-1])]
+    # Chunks ascend and padding is last, so queries that are not padding come first, in order.
+    is_whole_pack = list(chunks) == [(0, bounds[-1])]
     return FlipPlan(
-        causal=_call(causal, index_queries=False, index_keys=not whole_row),
+        causal=_call(causal, index_queries=False, index_keys=not is_whole_pack),
         flipped=_call(flipped, index_queries=True, index_keys=True),
     )
 
 
 def _with_shifts(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Each chunk with what to subtract from a row's position to get its place among the queries."""
+    """Each chunk, with the difference of its positions and their places in the query tensor."""
     held = 0
     for begin, end in chunks:
         yield begin - held, (begin, end)

@@ -1,16 +1,16 @@
-"""The mixed attention mask as row intervals: what each token may look at, in a few integers.
+"""Mixed attention mask of a pack, stored as a few integers: one interval of keys per position.
 
-Samples are laid end to end in one row of `length` tokens. Row t sees exactly the keys
-[start[t], end[t]): start is its sample's first token; end is t + 1 (causal), or the end of the
-span t lies in (tokens of one span see each other). Both are non-decreasing, so causal, prefix,
-visual, packed and padded masks are all one kind of object, and any backend can be fed from it.
+The samples of a pack of `length` positions are placed one after the other. Position t sees exactly
+the keys [start[t], end[t]): start is the first position of its sample; end is t + 1 (causal), or
+the end of the span of t (positions of one span see each other). Neither start nor end decreases.
+Causal, prefix, visual, packed and padded masks all have this form.
 
     sample 0                 sample 1          padding
     |text [ image span ] text|[span] text      |......|
     ^cu_seqlens[0]           ^cu_seqlens[1]    ^cu_seqlens[-1]   length
 
 `prefix` is one span per sample, [sample start, first label); `visual` is one span per image.
-Padding rows, at and past cu_seqlens[-1], see only themselves, so a softmax over them is finite.
+Padding, from cu_seqlens[-1] on, sees itself only, so that its softmax is finite.
 """
 
 import bisect
@@ -27,28 +27,28 @@ from megatron_croc.ops.flip_plan import FlipPlan, plan_flip
 
 @dataclass(frozen=True, kw_only=True)
 class MixedMask:
-    """Compact mask of one packed row; made on the CPU by the data layer, moved with `to`."""
+    """Compact mask of one pack; the data layer builds it on the CPU, `to` copies it to a device."""
 
     cu_seqlens: Tensor
-    """int32 [B + 1], first 0, ascending: where samples begin; the last entry ends real tokens."""
+    """int32 [samples + 1], ascending from 0: beginnings of the samples, and the end of the last."""
 
     spans: Tensor
     """int32 [m, 2], sorted, disjoint half-open intervals, each inside one sample; m may be 0."""
 
     bounds: tuple[int, ...]
-    """cu_seqlens as Python integers: to be read on the host without a device sync."""
+    """cu_seqlens as Python integers, readable on the host without a device sync."""
 
     span_bounds: tuple[tuple[int, int], ...]
     """spans as Python integers."""
 
     length: int
-    """Tokens of the row, padding included."""
+    """Positions of the pack, including padding."""
 
     max_seqlen: int
     """Length of the longest sample."""
 
     flip: FlipPlan
-    """The whole row as two causal calls."""
+    """Plan of the whole pack as two causal calls."""
 
     _chunk_plans: dict[tuple[tuple[int, int], ...], FlipPlan] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -67,13 +67,14 @@ class MixedMask:
 
         Args:
             cu_seqlens: boundaries of the samples, starting at 0.
-            spans: bidirectional intervals [begin, end) in row positions, sorted.
-            length: tokens of the row; default cu_seqlens[-1] (no padding).
-            sample_ids: names used in errors, one per sample; default its place in the row.
+            spans: bidirectional intervals [begin, end) of positions, sorted.
+            length: positions of the pack; default cu_seqlens[-1] (no padding).
+            sample_ids: names for error messages, one per sample; default: its number in the pack.
 
         Raises:
-            DataError: boundaries not ascending from 0, or past `length`; a span empty, unsorted,
-                overlapping another or leaving its sample. Names the sample and the values.
+            DataError: boundaries do not ascend from 0, or exceed `length`; a span is empty, out of
+                order, overlaps another or crosses the end of its sample. The message names the
+                sample and the values.
         """
         cu = tuple(int(x) for x in cu_seqlens)
         length = cu[-1] if length is None else length
@@ -92,16 +93,16 @@ class MixedMask:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the row."""
+        """Number of samples."""
         return len(self.bounds) - 1
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """Device of the tensors."""
         return self.cu_seqlens.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MixedMask":
-        """The same mask on `device`."""
+        """Copy the mask to `device`."""
         return replace(
             self,
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
@@ -110,11 +111,11 @@ class MixedMask:
         )
 
     def flip_of(self, chunks: Sequence[tuple[int, int]]) -> FlipPlan:
-        """The plan of some rows against the whole row; made once per mask and on the host.
+        """Plan for some positions against the whole pack; made once per mask, on the host.
 
         Args:
-            chunks: ascending, disjoint intervals of the row; the query tensor holds their rows one
-                chunk after the other. Context parallel cuts the row into such chunks.
+            chunks: ascending, disjoint intervals of the pack, such as the context chunks of a rank;
+                the query tensor holds their positions, one chunk after the other.
         """
         chunks = tuple(chunks)
         if chunks not in self._chunk_plans:
@@ -123,7 +124,7 @@ class MixedMask:
         return self._chunk_plans[chunks]
 
     def intervals(self) -> tuple[Tensor, Tensor]:
-        """(start, end), int64 [length] each: row t sees the keys [start[t], end[t])."""
+        """Return (start, end), int64 [length] each: position t sees the keys [start[t], end[t])."""
         position = torch.arange(self.length, device=self.device)
         cu = self.cu_seqlens.long()
         sample = torch.searchsorted(cu, position, right=True) - 1
@@ -138,21 +139,21 @@ class MixedMask:
         return start, end
 
     def visible(self) -> Tensor:
-        """The dense mask, bool [length, length]: row = query, True = the query sees the key."""
+        """Return the dense mask, bool [length, length], True if query (row) sees key (column)."""
         start, end = self.intervals()
         key = torch.arange(self.length, device=self.device)
         return (key >= start[:, None]) & (key < end[:, None])
 
 
 def _name(sample: int, sample_ids: Sequence[str] | None) -> str:
-    return f"#{sample} of the row" if sample_ids is None else sample_ids[sample]
+    return f"#{sample} of the pack" if sample_ids is None else sample_ids[sample]
 
 
 def _check_samples(cu: Sequence[int], length: int, sample_ids: Sequence[str] | None) -> None:
     if len(cu) < 2 or cu[0] != 0:
-        raise DataError(f"cu_seqlens must begin with 0 and hold a sample, got {[*cu]}")
+        raise DataError(f"cu_seqlens must begin with 0 and contain a sample, got {[*cu]}")
     if sample_ids is not None and len(sample_ids) != len(cu) - 1:
-        raise DataError(f"cu_seqlens {[*cu]} hold {len(cu) - 1} samples, not {len(sample_ids)}")
+        raise DataError(f"cu_seqlens {[*cu]} contain {len(cu) - 1} samples, not {len(sample_ids)}")
     for sample, (begin, end) in enumerate(itertools.pairwise(cu)):
         if begin >= end:
             raise DataError(
@@ -163,7 +164,7 @@ def _check_samples(cu: Sequence[int], length: int, sample_ids: Sequence[str] | N
     if past is not None:
         raise DataError(
             f"sample {_name(past, sample_ids)}: cu_seqlens end it at {cu[past + 1]}, past the "
-            f"row's {length} tokens"
+            f"pack's {length} positions"
         )
 
 
@@ -177,7 +178,7 @@ def _check_spans(
         if begin >= end:
             fault = "is empty"
         elif begin < cu[sample] or end > cu[sample + 1]:
-            fault = f"leaves the sample's tokens [{cu[sample]}, {cu[sample + 1]})"
+            fault = f"is not inside the sample's tokens [{cu[sample]}, {cu[sample + 1]})"
         elif previous is not None and begin < previous[1]:
             before = f"[{previous[0]}, {previous[1]})"
             overlaps = end > previous[0]

@@ -1,7 +1,7 @@
-"""Which visual tokens of an image are replaced: a pure function of seed, epoch, sample and image.
+"""Selection of the visual tokens to replace: a pure function of seed, epoch, sample and image.
 
-Nothing is drawn from a global generator, so the set is the same at any parallel layout, with any
-worker count and after a resume. (The released code draws torch.randperm from the global one.)
+No global generator is used, so the selection does not depend on the parallel layout, on the number
+of workers or on restarts. (The released code uses torch.randperm of the global generator.)
 """
 
 import hashlib
@@ -10,23 +10,23 @@ import numpy as np
 
 
 def num_kept(num_visual_tokens: int, replace_ratio: float) -> int:
-    """Visual tokens that stay: floor(N * (1 - ratio)), as N // 4 in the released code."""
+    """Number of visual tokens that stay: floor(N * (1 - ratio)); released code: N // 4."""
     return int(num_visual_tokens * (1.0 - replace_ratio) + 1e-6)
 
 
 def image_seed(*, seed: int, epoch: int, sample_id: str, image_index: int) -> int:
-    """A 63-bit seed of one image in one epoch; everything random about the image uses it."""
+    """Return the 63-bit seed for all random draws of one image in one epoch."""
     name = f"{seed}/{epoch}/{sample_id}/{image_index}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
 
 
 def select_replaced(num_visual_tokens: int, replace_ratio: float, *, seed: int) -> np.ndarray:
-    """Draw the replaced set of one image (paper section 3.2; N - floor(N / 4) tokens at 0.75).
+    """Draw the visual tokens to replace of one image (paper section 3.2).
 
     Args:
         num_visual_tokens: N.
-        replace_ratio: share of them to replace.
-        seed: the image's, see `image_seed`.
+        replace_ratio: share of them to replace; 0.75 replaces N - floor(N / 4).
+        seed: seed of the image, see `image_seed`.
 
     Returns:
         bool [num_visual_tokens], True where the token is replaced.

@@ -1,4 +1,4 @@
-"""From the one rank that reads data to every other rank of the same model replica."""
+"""Broadcast from the rank that reads data to the other ranks of its replica."""
 
 import pickle
 from typing import Any
@@ -11,12 +11,12 @@ from megatron_croc.parallel.device import current_device
 
 
 def is_source(group: dist.ProcessGroup) -> bool:
-    """Whether this rank is the group's first."""
+    """Return True on the first rank of the group."""
     return dist.get_rank(group) == 0
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
-    """The first rank's `value` on every rank of the group; tensors in it stay on the CPU."""
+    """Return the first rank's `value` on every rank of the group; tensors in it stay on the CPU."""
     if group.size() == 1:
         return value
     source = dist.get_process_group_ranks(group)[0]
@@ -41,7 +41,7 @@ def broadcast_tensor(
     dtype: torch.dtype,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """The first rank's tensor on every rank of the group, on the current device."""
+    """Return the first rank's tensor on every rank of the group, on the current device."""
     if not is_source(group):
         tensor = torch.empty(shape, dtype=dtype)
     assert tensor is not None and tuple(tensor.shape) == shape

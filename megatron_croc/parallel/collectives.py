@@ -1,4 +1,4 @@
-"""Collectives that cost nothing in a group of one."""
+"""Collectives that do nothing in a group of one rank."""
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ def all_reduce(
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Every rank's [...] -> [ranks, ...] on each of them; None: of all ranks."""
+    """[...] of every rank -> [ranks, ...] on all of them; group None: all ranks."""
     size = dist.get_world_size(group)
     if size == 1:
         return tensor.unsqueeze(0)

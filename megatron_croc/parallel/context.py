@@ -1,11 +1,11 @@
-"""A packed row cut over the context-parallel ranks.
+"""Split of a pack over the context-parallel ranks.
 
-The row is cut into 2 * CP chunks and rank r holds chunks r and 2 * CP - 1 - r, as megatron's rotary
-embedding expects; under a causal mask every rank then has the same work.
+A pack is split into 2 * CP context chunks; rank r holds chunks r and 2 * CP - 1 - r, as megatron's
+rotary embedding expects. Under a causal mask all ranks then have the same number of pairs.
 
-    row    | 0 | 1 | 2 | 3 |          CP = 2: rank 0 holds chunks 0 and 3, rank 1 holds 1 and 2
+    pack   | 0 | 1 | 2 | 3 |          CP = 2: rank 0 holds chunks 0 and 3, rank 1 holds 1 and 2
 
-Gradients follow one rule: what a rank computes is its share, and shares are summed over the ranks.
+Each rank computes a part of every gradient; the parts are summed over the ranks.
 """
 
 import functools
@@ -22,48 +22,48 @@ def _positions(length: int, rank: int, size: int, device: torch.device) -> Tenso
 
 
 def local_positions(length: int, cp: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """int64 [length / CP], the row positions this rank holds, in the order it holds them."""
+    """Positions of the pack on this rank, int64 [length / CP], in their order on this rank."""
     return _positions(length, cp.rank(), cp.size(), device)
 
 
 @functools.cache
-def _to_row_order(length: int, size: int, device: torch.device) -> Tensor:
+def _to_pack_order(length: int, size: int, device: torch.device) -> Tensor:
     order = torch.cat([_positions(length, rank, size, device) for rank in range(size)])
     return order.argsort()
 
 
 def split_sequence(x: Tensor, cp: dist.ProcessGroup) -> Tensor:
-    """x [T, ...], the same on every rank -> this rank's [T / CP, ...]."""
+    """x [T, ...], equal on all ranks -> [T / CP, ...] of this rank."""
     if cp.size() == 1:
         return x
     return x.index_select(0, local_positions(x.shape[0], cp, x.device))
 
 
 def gather_sequence(x: Tensor, cp: dist.ProcessGroup) -> Tensor:
-    """This rank's [T / CP, ...] -> the whole row [T, ...] in row order, on every rank.
+    """[T / CP, ...] of this rank -> the whole pack [T, ...] in order, on every rank.
 
-    Backward sums every rank's gradient in float32 and gives each its part.
+    Backward sums the gradients of all ranks in float32; each rank gets its part of the sum.
     """
     if cp.size() == 1:
         return x
     gathered = _Gather.apply(x, cp)
     assert isinstance(gathered, Tensor)
-    return gathered.index_select(0, _to_row_order(gathered.shape[0], cp.size(), x.device))
+    return gathered.index_select(0, _to_pack_order(gathered.shape[0], cp.size(), x.device))
 
 
 def sequence_to_heads(x: Tensor, cp: dist.ProcessGroup) -> Tensor:
-    """[T / CP, H, d] of all heads -> [T, H / CP, d] of this rank's heads, in row order."""
+    """[T / CP, H, d] of all heads -> [T, H / CP, d] of this rank's heads, in the pack's order."""
     if cp.size() == 1:
         return x
     per_rank = x.unflatten(1, (cp.size(), -1)).transpose(0, 1)  # [CP, T / CP, H / CP, d]
     received = _AllToAll.apply(per_rank.contiguous(), cp)
     assert isinstance(received, Tensor)
-    rows = received.flatten(0, 1)
-    return rows.index_select(0, _to_row_order(rows.shape[0], cp.size(), x.device))
+    pack = received.flatten(0, 1)
+    return pack.index_select(0, _to_pack_order(pack.shape[0], cp.size(), x.device))
 
 
 def heads_to_sequence(x: Tensor, cp: dist.ProcessGroup) -> Tensor:
-    """[T, H / CP, d] of this rank's heads, in row order -> [T / CP, H, d] of all heads."""
+    """[T, H / CP, d] of this rank's heads, in the pack's order -> [T / CP, H, d] of all heads."""
     if cp.size() == 1:
         return x
     length = x.shape[0]
@@ -77,7 +77,7 @@ def heads_to_sequence(x: Tensor, cp: dist.ProcessGroup) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cp: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.cp, ctx.rows = cp, x.shape[0]
+        ctx.cp, ctx.length = cp, x.shape[0]
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(cp.size())]
         dist.all_gather(parts, x, group=cp)
@@ -85,11 +85,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        # Reduced in float32: every rank's queries add to the same keys. gloo has no reduce-scatter
-        # of its own, and an all-reduce here is as small as the keys and values are.
+        # In float32, because the queries of all ranks add to the same keys. An all-reduce, because
+        # gloo has no reduce-scatter; keys and values are small.
         total = grad.float()
         dist.all_reduce(total, group=ctx.cp)
-        mine = total[ctx.cp.rank() * ctx.rows : (ctx.cp.rank() + 1) * ctx.rows]
+        mine = total[ctx.cp.rank() * ctx.length : (ctx.cp.rank() + 1) * ctx.length]
         return mine.to(grad.dtype), None
 
 
@@ -103,7 +103,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        grad = grad.contiguous()  # first: empty_like keeps strides, and data would be misplaced
+        grad = grad.contiguous()  # before empty_like, which would copy its strides
         out = torch.empty_like(grad)
         dist.all_to_all_single(out, grad, group=ctx.cp)
         return out, None

@@ -1,12 +1,11 @@
-"""The one place that knows CUDA from CPU.
+"""Everything that differs between CUDA and CPU.
 
-megatron-core calls torch.cuda in many places. Where CUDA is there, nothing here changes anything.
-Where it is not, `install_cpu_stand_in` points those few calls at the CPU, so that the very same
-schedules, layers, optimizer and checkpoints run on CPU and gloo. Each entry below is needed by
-megatron-core 0.16 or 0.19; the comment names where. `compute_on_cpu` does the same for a process
-that leaves the machine's GPU alone.
+megatron-core calls torch.cuda in many places. Without CUDA, `install_cpu_stand_in` replaces the few
+functions that need it by CPU ones, so that the same schedules, layers, optimizer and checkpoints
+run on CPU and gloo. Each replacement is needed by megatron-core 0.16 or 0.19; its comment names the
+module. With CUDA nothing is replaced. `compute_on_cpu` does the same on a machine with a GPU.
 
-transformers asks torch.cuda what it can do when it is imported: import it before the stand-in.
+Import transformers before the replacement: it queries torch.cuda during its import.
 """
 
 import functools
@@ -47,44 +46,44 @@ _installed = False
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on a CUDA device."""
+    """Return True if this process computes on a CUDA device."""
     return torch.cuda.is_available() and not _installed
 
 
 def distributed_backend() -> str:
-    """Backend of torch.distributed for the device at hand."""
+    """Return the backend of torch.distributed for the current device."""
     return "nccl" if has_cuda() else "gloo"
 
 
 def current_device() -> torch.device:
-    """The device this process computes on."""
+    """Return the device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised CPU memory; pinned where there is CUDA, so that copies to it overlap."""
+    """Allocate uninitialised CPU memory; pinned with CUDA, so that copies are asynchronous."""
     return torch.empty(shape, dtype=dtype, pin_memory=has_cuda())
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of host memory on the current device, which this process does not wait for."""
+    """Copy host memory to the current device, asynchronously."""
     if not has_cuda():
         return tensor
     return tensor.pin_memory().to(current_device(), non_blocking=True)
 
 
 def forbid_tf32() -> None:
-    """Let float32 products be float32's: TF32 keeps 10 bits, and moves 3 to 7 % of the matches.
+    """Compute float32 products in float32: TF32 has 10 bits and changes 3 to 7 % of the matches.
 
-    Some images allow it through TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and cuDNN does by default.
-    Products in bfloat16 are not concerned.
+    Some images allow TF32 by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and cuDNN does so by default.
+    Products in bfloat16 do not change.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def set_local_device(local_rank: int) -> None:
-    """Bind this process to its GPU; nothing to do on a CPU."""
+    """Select the GPU of this process; nothing on a CPU."""
     if has_cuda():
         torch.cuda.set_device(local_rank)
 
@@ -96,12 +95,12 @@ def synchronize() -> None:
 
 
 def device_name() -> str:
-    """Name of the accelerator, as the peak-FLOPs table knows it."""
+    """Return the name of the accelerator, as in the table of peak FLOP/s."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
 def describe_gpus() -> list[str]:
-    """One line per visible GPU: name, memory, compute capability; empty without CUDA."""
+    """Return one line per visible GPU: name, memory, compute capability."""
     if not has_cuda():
         return []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -109,7 +108,7 @@ def describe_gpus() -> list[str]:
 
 
 def describe_cuda() -> str:
-    """Versions of CUDA, cuDNN and NCCL that torch was built with."""
+    """Return the versions of CUDA, cuDNN and NCCL of this torch."""
     from torch.cuda import nccl
 
     nccl_version = ".".join(map(str, nccl.version()))
@@ -117,12 +116,12 @@ def describe_cuda() -> str:
 
 
 def max_memory_allocated() -> int:
-    """Peak bytes of device memory since the start; 0 on a CPU."""
+    """Return the peak of device memory in bytes since the start; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if has_cuda() else 0
 
 
 def moment() -> Any:
-    """Now: an event on the device's compute stream, not waited for; host seconds on a CPU."""
+    """Return the present moment: an event on the compute stream, or host seconds on a CPU."""
     if not has_cuda():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -131,7 +130,7 @@ def moment() -> Any:
 
 
 def seconds_between(begin: Any, end: Any) -> float:
-    """Seconds from one `moment` to a later one, which the host waits for."""
+    """Return the seconds from one `moment` to a later one; waits for the later one."""
     if isinstance(begin, float):
         return end - begin
     end.synchronize()
@@ -139,59 +138,59 @@ def seconds_between(begin: Any, end: Any) -> float:
 
 
 def record_memory_history() -> bool:
-    """Begin to note every allocation with its stack; False on a CPU, which has no such record."""
+    """Begin to record every allocation with its stack; False on a CPU, which has no such record."""
     if has_cuda():
         torch.cuda.memory._record_memory_history()
     return has_cuda()
 
 
 def write_memory_history(path: Path) -> None:
-    """Write what was noted (for pytorch.org/memory_viz), and stop noting."""
+    """Write the record of allocations (for pytorch.org/memory_viz), and stop it."""
     torch.cuda.memory._dump_snapshot(str(path))
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def manual_generator(seed: int) -> torch.Generator:
-    """A generator of its own on the current device, seeded with `seed`."""
+    """Return a new generator on the current device, seeded with `seed`."""
     return torch.Generator(device=current_device()).manual_seed(seed)
 
 
 class SideWork:
-    """Work queued beside the main stream; on a CPU it is done as soon as it is queued."""
+    """Work on a side stream; on a CPU it is done immediately."""
 
     def __init__(self) -> None:
-        """Nothing to wait for yet."""
+        """Start without anything to wait for."""
         self._copied: torch.Event | None = None
         self._done: torch.Event | None = None
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in host memory, there after `wait_on_host`; on a CPU the tensor itself."""
+        """Copy to host memory, complete after `wait_on_host`; on a CPU the tensor itself."""
         if not tensor.is_cuda:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
-        # The copy's own event: a thread that is given `host` may be faster than the block's end.
+        # An event of the copy alone: a thread may need `host` before the block of `beside` ends.
         self._copied = torch.cuda.current_stream().record_event()
         return host
 
     def wait_on_host(self) -> None:
-        """Keep this thread until the last `to_host` has arrived."""
+        """Make this thread wait for the last `to_host`."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def wait_on_device(self) -> None:
-        """Keep the main stream, not this thread, until the work is done."""
+        """Make the main stream, not this thread, wait for the work."""
         if self._done is not None:
             torch.cuda.current_stream().wait_event(self._done)
 
 
 @contextmanager
 def beside(*, enabled: bool = True) -> Iterator[SideWork]:
-    """Queue the block's work on a stream of its own, after what the main stream holds so far.
+    """Queue the work of the block on the side stream, after the present work of the main stream.
 
-    Memory needs no more care than that order: what the block allocates is handed out again to a
-    later block only, which starts after all that the main stream did with it. Tensors of the main
-    stream that the block reads must live until it has been waited for.
+    Memory that the block allocates is reused by a later block only, which starts after the main
+    stream has used it. Tensors of the main stream that the block reads must live until the block
+    has been waited for.
     """
     work = SideWork()
     if not (enabled and has_cuda()):
@@ -210,17 +209,16 @@ def _side_stream() -> torch.cuda.Stream:
 
 
 def compute_on_cpu() -> None:
-    """Keep this process off every GPU there is. Call it before megatron.core is imported.
+    """Compute on the CPU, on a machine with GPUs. Call it before megatron.core is imported.
 
-    CUDA is hidden from all that asks for it from now on, Transformer Engine and transformers
-    included.
+    CUDA is hidden from all libraries from now on, also from Transformer Engine and transformers.
 
     Raises:
-        ConfigError: a GPU is in use already.
+        ConfigError: this process uses a GPU already.
     """
     if torch.cuda.is_available() and not _installed:
         if torch.cuda.is_initialized():
-            raise ConfigError("this process uses a GPU already; start another one for the CPU")
+            raise ConfigError("this process uses a GPU already; start a new one for the CPU")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that do not ask torch
         torch.cuda.is_available = lambda: False
         torch.cuda.device_count = lambda: 0
@@ -228,7 +226,7 @@ def compute_on_cpu() -> None:
 
 
 def install_cpu_stand_in() -> None:
-    """Let megatron-core run without CUDA. Call it before megatron.core is imported; idempotent."""
+    """Make megatron-core run without CUDA. Call it before megatron.core is imported; idempotent."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -236,14 +234,14 @@ def install_cpu_stand_in() -> None:
     cpu = torch.device("cpu")
     cuda = torch.cuda
 
-    # tensor_parallel/mappings, p2p_communication, param_and_grad_buffer ask where to allocate.
+    # tensor_parallel/mappings, p2p_communication, param_and_grad_buffer allocate on this device.
     cuda.current_device = lambda: cpu  # type: ignore[assignment]
     # p2p_communication and the checkpoint writer wait for the device.
     cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
-    # param_and_grad_buffer (0.19) waits for replayed CUDA graphs, of which there are none.
+    # param_and_grad_buffer (0.19) waits for CUDA graphs; there are none.
     cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
 
-    # tensor_parallel/random keeps named generator states; here they are the CPU generator's.
+    # tensor_parallel/random saves named generator states; here those of the CPU generator.
     def manual_seed(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
@@ -257,14 +255,14 @@ def install_cpu_stand_in() -> None:
 
     # schedules, clip_grads, rope_utils: torch.zeros(..., device="cuda") and pin_memory=True.
     # Wrapping the functions costs nothing; a TorchFunctionMode costs 13-18 % of a step.
-    # torch.device("meta") knows the functions by identity: it must learn the real ones first.
+    # torch.device("meta") identifies the functions by identity; let it collect the real ones first.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
 
-    # Tensor.cuda() and Module.cuda() stay where they are.
+    # Tensor.cuda() and Module.cuda() do nothing.
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
-    # distrib_optimizer, optimizer, clip_grads look for "torch.cuda.FloatTensor" and refuse others.
+    # distrib_optimizer, optimizer, clip_grads accept the type name "torch.cuda.FloatTensor" only.
     real_type = torch.Tensor.type
 
     def tensor_type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
@@ -273,7 +271,7 @@ def install_cpu_stand_in() -> None:
 
     torch.Tensor.type = tensor_type  # type: ignore[assignment,method-assign]
 
-    # tensor_parallel/random bound these two names from torch.cuda when it was imported.
+    # tensor_parallel/random imported these two functions from torch.cuda by name.
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._get_cuda_rng_state = get_rng_state  # type: ignore[assignment]
@@ -283,7 +281,7 @@ def install_cpu_stand_in() -> None:
 
 
 def _on_cpu(factory, cpu: torch.device):
-    """`factory` with any CUDA device read as the CPU and without pinned memory."""
+    """Wrap `factory`: a CUDA device becomes the CPU, and memory is not pinned."""
 
     @functools.wraps(factory)
     def made_on_cpu(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""What torch's flight recorder knows about the collective that failed, where torch has one."""
+"""Last pending collective, from torch's flight recorder, if torch has one."""
 
 import json
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any
 from torch._C import _distributed_c10d as distributed_c10d  # type: ignore[attr-defined]
 
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
-"""NCCL's recorder, in builds with NCCL; gloo's, from torch 2.8 on."""
+"""Functions that return a record: NCCL's, in builds with NCCL; gloo's, from torch 2.8 on."""
 
 
 def last_collective() -> str | None:
-    """The last recorded collective that did not complete: its name and group.
+    """Return name and group of the last recorded collective that did not complete.
 
-    NCCL's are preferred, as gloo only carries small objects beside it; and of those one that is
-    running (known with TORCH_NCCL_ENABLE_TIMING) over ones that are queued behind it.
+    Collectives of NCCL come first, because gloo is only used for small objects beside it. Of those
+    a running one (known with TORCH_NCCL_ENABLE_TIMING) comes before queued ones.
     """
     for name in _DUMPS:
         pending = [e for e in _entries(getattr(distributed_c10d, name, None)) if _is_pending(e)]

@@ -1,4 +1,4 @@
-"""Start torch.distributed and megatron-core, and hand out the process groups.
+"""Start of torch.distributed and megatron-core; returns the process groups.
 
 megatron's parallel state belongs to the whole process, see docs/design.md.
 """
@@ -14,33 +14,33 @@ from megatron_croc.config.parallel import ParallelConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.log import world_size
 from megatron_croc.parallel import device
-from megatron_croc.parallel.megatron_versions import name_untried_megatron
+from megatron_croc.parallel.megatron_versions import name_untested_megatron
 from megatron_croc.parallel.processes import tie_processes_together
 
 
 def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
-    """Join the other processes and cut the world into parallel groups.
+    """Join the other processes and create the parallel groups.
 
     Args:
-        config: sizes of the axes; their product must divide the world.
-        seed: of megatron's generators; every data-parallel rank gets the same ones.
+        config: sizes of the axes; their product must divide the number of processes.
+        seed: seed of megatron's generators, equal on all data-parallel ranks.
 
     Returns:
         megatron's groups (tp, pp, cp, dp, mp, embd, ...).
 
     Raises:
-        ConfigError: the world cannot be cut that way.
+        ConfigError: the number of processes does not fit the layout.
     """
     processes = world_size()
     if processes % config.model_parallel_size:
         raise ConfigError(
-            f"{processes} processes cannot be cut into copies of "
+            f"{processes} processes cannot be divided into replicas of "
             f"tensor {config.tensor_model_parallel_size} x pipeline "
             f"{config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
             f"= {config.model_parallel_size}; start a multiple of {config.model_parallel_size}"
         )
     tie_processes_together()
-    name_untried_megatron()
+    name_untested_megatron()
     start_torch(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -48,14 +48,14 @@ def start_distributed(config: ParallelConfig, *, seed: int) -> ProcessGroupColle
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
-        create_gloo_process_groups=False,  # for optimizer state gathered over hosts, as ours is not
+        create_gloo_process_groups=False,  # only for optimizer state gathered on hosts
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def start_torch(config: ParallelConfig) -> None:
-    """Bind this process to its device and join torch.distributed's world; once is enough."""
+    """Select this process's device and join torch.distributed; idempotent."""
     if dist.is_initialized():
         return
     processes = world_size()

@@ -1,4 +1,4 @@
-"""The versions of megatron-core this code was tried with, and what it leans on."""
+"""Versions of megatron-core that this code was tested with, and its assumptions about others."""
 
 import logging
 
@@ -8,29 +8,29 @@ from megatron_croc.log import get_logger, log_once
 
 logger = get_logger(__name__)
 
-TRIED = {
+TESTED = {
     "0.16.1": "marks weights as tensor-parallel only while it draws them; frees an activation that "
     "the interleaved schedule may still be sending",
     "0.19.2": "always marks them; asks torch.cuda for the current stream while it reduces",
 }
-"""Version -> what was found there and is allowed for here."""
+"""Version -> behaviour of that version that this code handles."""
 
 ASSUMED = (
-    "a loss that comes with a token count is not divided again",
-    "the optimizer's prepare_grads, get_grad_norm and step_with_ready_grads can be called apart",
-    "parameter groups of a checkpoint are told apart by wd_mult and lr_mult",
+    "a loss with a token count is not divided again",
+    "prepare_grads, get_grad_norm and step_with_ready_grads of the optimizer are separate steps",
+    "wd_mult and lr_mult identify the parameter groups of a checkpoint",
 )
-"""What could change without an error, and would make a run wrong."""
+"""Behaviour that another version could change without an error, and with wrong results."""
 
 
-def name_untried_megatron(version: str = __version__) -> None:
-    """Warn once of a version that was not tried, saying what is assumed of it."""
-    if version.partition("+")[0] not in TRIED:
+def name_untested_megatron(version: str = __version__) -> None:
+    """Warn once about a version that was not tested, with the assumptions about it."""
+    if version.partition("+")[0] not in TESTED:
         log_once(
             logger,
             logging.WARNING,
-            "megatron-core %s was not tried (%s were); assumed of it: %s",
+            "megatron-core %s is not tested (%s are); the run is right only if: %s",
             version,
-            ", ".join(TRIED),
+            ", ".join(TESTED),
             "; ".join(ASSUMED),
         )

@@ -1,13 +1,13 @@
-"""Hidden states and their gradients between neighbouring pipeline stages.
+"""Communication of hidden states and their gradients between neighbouring pipeline stages.
 
-megatron-core's communicator asks the neighbour for the shape of every tensor when rows differ in
-length, and waits for the whole device twice for each call. Here nothing is asked and nothing waits:
-every rank holds all batches of a step before it starts, so it knows each shape.
+megatron-core's communicator exchanges the shape of every tensor if packs differ in length, with two
+device syncs for each call. Here every rank has all batches of a step before it starts, so it knows
+each shape; there is no exchange and no sync.
 
-Sends under the interleaved schedule are not waited for at once. megatron-core 0.16 frees a sent
-activation by taking its memory away (`out.data = torch.empty(1)`) while it is still being read;
-0.18 waits before it frees. `_HeldSend` keeps the memory until the send has been waited for, so both
-are right and neither keeps more than the tensors that are on their way.
+Under the interleaved schedule a send stays open for a while. megatron-core 0.16 frees the memory of
+a sent activation (`out.data = torch.empty(1)`) while the send may still read it; 0.18 waits for the
+send first. `_HeldSend` keeps the memory until the send has been waited for, so both are correct and
+only tensors of open sends are kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
-_NOTHING = (0, 0, 0)
+_NO_SHAPE = (0, 0, 0)
 
 
 class PipelineCommunicator(P2PCommunicator):
-    """Point-to-point communication of one run of a pipeline schedule, with shapes known ahead."""
+    """Point-to-point communication for one run of a pipeline schedule, with known shapes."""
 
     def __init__(
         self, pp: dist.ProcessGroup, config: ModelParallelConfig, shapes: Sequence[Shape]
@@ -34,21 +34,21 @@ class PipelineCommunicator(P2PCommunicator):
 
         Args:
             pp: pipeline-parallel group.
-            config: of the language model; `variable_seq_lengths` must be set.
-            shapes: of the hidden states of each micro-batch on one rank, [s / (CP * SP), 1, h].
+            config: configuration of the language model; `variable_seq_lengths` must be set.
+            shapes: shape of the hidden states of each micro-batch on one rank, [S, 1, D].
         """
         super().__init__(pp, config)
-        assert config.variable_seq_lengths, "megatron asks for shapes only then"
+        assert config.variable_seq_lengths, "megatron calls _communicate_shapes only then"
         is_first, is_last = pp.rank() == 0, pp.rank() == pp.size() - 1
-        self._from_previous = self._arrivals(shapes, wraps_around=is_first)
-        self._from_next = self._arrivals(shapes, wraps_around=is_last)
+        self._from_previous = self._received_shapes(shapes, wraps_around=is_first)
+        self._from_next = self._received_shapes(shapes, wraps_around=is_last)
 
-    def _arrivals(self, shapes: Sequence[Shape], *, wraps_around: bool) -> Iterator[Shape]:
+    def _received_shapes(self, shapes: Sequence[Shape], *, wraps_around: bool) -> Iterator[Shape]:
         """Shapes in the order in which a neighbour sends them, forward or backward.
 
-        Every rank walks the same table of (micro-batch, model chunk), backward with the chunks in
-        reverse. What goes around the ring, from the last rank to the first or back, leaves out the
-        last chunk of that walk: its output is the loss, or the gradient of the input tokens.
+        All ranks follow the same table of (micro-batch, model chunk), in the backward pass with the
+        chunks in reverse. Between the last rank and the first, nothing is sent for the last chunk
+        of the table: its output is the loss, or the gradient of the input tokens.
         """
         num_chunks = self.virtual_pipeline_model_parallel_size or 1
         table = get_schedule_table(
@@ -65,13 +65,13 @@ class PipelineCommunicator(P2PCommunicator):
         recv_prev: bool,
         recv_next: bool,
     ) -> tuple[Shape, Shape]:
-        """Shapes of what arrives, (from the stage before, from the stage after)."""
-        before = next(self._from_previous) if recv_prev else _NOTHING
-        after = next(self._from_next) if recv_next else _NOTHING
+        """Shapes of the tensors to receive, (from the previous stage, from the next stage)."""
+        before = next(self._from_previous) if recv_prev else _NO_SHAPE
+        after = next(self._from_next) if recv_next else _NO_SHAPE
         return before, after
 
     def _communicate(self, **arguments: Any) -> Any:
-        """Send and receive as megatron does; sends that are left open keep their memory."""
+        """Send and receive as megatron does; open sends keep their memory."""
         received: Any = super()._communicate(**arguments)
         requests = received[2]
         if isinstance(requests, dict) and "send_next" in requests:
@@ -81,13 +81,13 @@ class PipelineCommunicator(P2PCommunicator):
 
 
 class _HeldSend:
-    """An open send whose memory stays until it has been waited for."""
+    """Open send that keeps its memory until it has been waited for."""
 
     def __init__(self, work: dist.Work, tensor: Tensor) -> None:
         self._work = work
         self._tensor: Tensor | None = tensor
 
     def wait(self) -> None:
-        """Wait for the send, then let go of its memory."""
+        """Wait for the send, then release its memory."""
         self._work.wait()
         self._tensor = None

@@ -1,4 +1,4 @@
-"""Processes that end together: with their launcher, and children with their parent (Linux)."""
+"""Processes end together: workers with their launcher, children with their parent (Linux)."""
 
 import ctypes
 import os
@@ -7,30 +7,30 @@ import socket
 import stat
 
 PR_SET_PDEATHSIG = 1
-"""prctl's option: the signal this process gets when its parent ends."""
+"""Option of prctl: signal that this process gets when its parent ends."""
 
 _installed = False
 """State of the whole process, listed in docs/design.md."""
 
 
 def tie_processes_together() -> None:
-    """Leave no process behind, however this one or its launcher ends; idempotent.
+    """End workers and child processes with their parent, even after SIGKILL; idempotent.
 
-    - A worker of torchrun is killed with it; by SIGKILL a launcher would leave workers training on.
-    - A child forked from here is killed with this process.
-    - Such a child gives up the connections to other ranks it has inherited. As long as it held
-      them, a rank that was killed would look alive to its peers, until their timeout.
+    - A worker of torchrun is killed when torchrun ends. Otherwise it would go on training.
+    - A child that is forked from this process is killed when this process ends.
+    - The child closes the connections to other ranks that it inherited. While they are open, the
+      other ranks do not notice that this rank was killed, until their timeout.
     """
     global _installed
     if _installed or not hasattr(os, "register_at_fork"):
         return
     _installed = True
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a plain parent may be a shell that is closed
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # another parent may be a shell that the user closes
         _die_with_parent()
-    os.register_at_fork(after_in_child=_become_a_tied_child)
+    os.register_at_fork(after_in_child=_tie_child)
 
 
-def _become_a_tied_child() -> None:
+def _tie_child() -> None:
     _die_with_parent()
     _close_inherited_connections()
 
@@ -38,19 +38,19 @@ def _become_a_tied_child() -> None:
 def _die_with_parent() -> None:
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (AttributeError, OSError):  # no Linux
+    except (AttributeError, OSError):  # not Linux
         return
 
 
 def _close_inherited_connections() -> None:
-    """Close every internet socket; pipes and local sockets are how a child talks to its parent."""
+    """Close all internet sockets, but no pipes and local sockets, which lead to the parent."""
     for name in os.listdir("/proc/self/fd"):
         descriptor = int(name)
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
             inherited = socket.socket(fileno=descriptor)
-        except OSError:  # the listing's own descriptor, closed by now
+        except OSError:  # descriptor of the listing itself, already closed
             continue
         if inherited.family in (socket.AF_INET, socket.AF_INET6):
             inherited.close()

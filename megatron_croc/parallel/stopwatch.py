@@ -1,15 +1,15 @@
-"""Where a step's time goes: named regions whose own times add up to all the time there is.
+"""Stopwatch for the parts of a step: named regions whose times add up to the whole time.
 
     with region("vision"):        as a block, or @region("vision") on a function
         ...
 
-Regions nest, and a moment counts for the innermost one only, so `forward` around `vision` is the
-forward pass without it. What is in no region is `other`. One stopwatch runs per process, found here
-like a logger; without it a region does nothing.
+Regions can be nested. Time counts for the innermost region only: `forward` around `vision` is the
+forward pass without vision. Time outside all regions is `other`. There is one stopwatch per
+process, as there is one logger; without it a region does nothing.
 
-On a GPU each change of region records a CUDA event on the compute stream and nothing waits for it:
-the times are the stream's, so a region also holds what the stream idled in it (for data, for a
-pipeline neighbour). On a CPU they are the host's. torch.profiler sees regions by their names.
+On a GPU each change of region records a CUDA event on the compute stream, without a sync. The times
+are those of the stream, so a region includes idle time of the stream (waiting for data or for a
+pipeline stage). On a CPU they are times of the host. Regions have names in torch.profiler too.
 """
 
 import threading
@@ -39,25 +39,25 @@ Region = Literal[
 ]
 
 REGIONS: tuple[Region, ...] = get_args(Region)
-"""Every region, in the order of a step."""
+"""All regions, in the order of a step."""
 
-_MANY = 8192
-"""Moments kept at most before the older half is added up."""
+_MAX_CHANGES = 8192
+"""Largest number of stored changes; the older half is added up then."""
 
 
 class Stopwatch:
-    """Adds up the own time of each region; starts in `other`."""
+    """Sum of the time in each region; begins in `other`."""
 
     def __init__(
         self,
         now: Callable[[], Any] = moment,
         between: Callable[[Any, Any], float] = seconds_between,
     ) -> None:
-        """Start.
+        """Start the stopwatch.
 
         Args:
-            now: the present moment, of any type.
-            between: seconds from one moment to a later one.
+            now: returns the present moment, of any type.
+            between: returns the seconds from one moment to a later one.
         """
         self._now, self._between = now, between
         self._thread = threading.get_ident()
@@ -66,16 +66,16 @@ class Stopwatch:
         self._changes = [(self._label(), now())]
 
     def start(self, name: str, *, whole: bool = False) -> None:
-        """Enter a region; in a whole one, those inside it count for it."""
+        """Enter a region; if `whole`, time of the regions inside it counts for it."""
         if threading.get_ident() != self._thread:
-            return  # a thread beside the step takes none of its time
+            return  # other threads are not part of the step
         seen = record_function(name)
         seen.__enter__()
         self._open.append((name, whole, seen))
         self._change()
 
     def stop(self, name: str) -> None:
-        """Leave a region, and those inside it that an error left open."""
+        """Leave a region, and regions inside it that an exception left open."""
         if threading.get_ident() != self._thread or all(name != n for n, _, _ in self._open):
             return
         while True:
@@ -86,7 +86,7 @@ class Stopwatch:
         self._change()
 
     def read(self) -> dict[str, float]:
-        """Seconds of each region since the last read; waits for the device."""
+        """Return the seconds of each region since the last call; waits for the device."""
         self._changes.append((self._label(), self._now()))
         self._add_up(len(self._changes) - 1)
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
@@ -102,11 +102,11 @@ class Stopwatch:
         if label == self._changes[-1][0]:
             return
         self._changes.append((label, self._now()))
-        if len(self._changes) > _MANY:
-            self._add_up(_MANY // 2)
+        if len(self._changes) > _MAX_CHANGES:
+            self._add_up(_MAX_CHANGES // 2)
 
     def _add_up(self, count: int) -> None:
-        """Turn the oldest `count` changes into seconds."""
+        """Convert the oldest `count` changes to seconds."""
         for (label, begin), (_, end) in pairwise(self._changes[: count + 1]):
             self._seconds[label] += self._between(begin, end)
         del self._changes[:count]
@@ -117,25 +117,25 @@ _running: Stopwatch | None = None
 
 
 def start_stopwatch() -> Stopwatch:
-    """Start this process's stopwatch, in place of one that ran."""
+    """Start the stopwatch of this process; an earlier one is dropped."""
     global _running
     _running = Stopwatch()
     return _running
 
 
 def drop_stopwatch() -> None:
-    """From now on regions do nothing."""
+    """Drop the stopwatch of this process; regions do nothing from now on."""
     global _running
     _running = None
 
 
 @contextmanager
 def region(name: Region, *, whole: bool = False) -> Iterator[None]:
-    """Count what is inside for `name`, if a stopwatch runs.
+    """Count the time of a block for the region `name`, if there is a stopwatch.
 
     Args:
         name: the region.
-        whole: regions inside it count for it as well.
+        whole: time of the regions inside it counts for it.
     """
     watch = _running
     if watch is None:
@@ -149,7 +149,7 @@ def region(name: Region, *, whole: bool = False) -> Iterator[None]:
 
 
 MEGATRON_TIMERS: dict[str, Region] = {
-    "forward-backward": "pipeline_wait",  # what is left of it without all below
+    "forward-backward": "pipeline_wait",  # without the timers below
     "forward-compute": "forward",
     "backward-compute": "backward",
     "forward-recv": "pipeline_wait",
@@ -166,7 +166,7 @@ MEGATRON_TIMERS: dict[str, Region] = {
     "non-tensor-parallel-grads-all-reduce": "sync",
     "embedding-grads-all-reduce": "sync",
 }
-"""The timers that megatron-core's schedules start and stop, and the region of each."""
+"""Timers of megatron-core's schedules, and the region of each."""
 
 
 class _MegatronTimer:
@@ -187,18 +187,18 @@ class _NoTimer:
 
 
 class MegatronTimers:
-    """What megatron-core takes as `config.timers`, in front of a stopwatch.
+    """`config.timers` of megatron-core, on top of a stopwatch.
 
-    megatron's own synchronise the device at every start and stop; these never do.
+    megatron's own timers synchronise the device at every start and stop; these do not.
     """
 
     def __init__(self, watch: Stopwatch, *, is_pipelined: bool, by_name: bool = False) -> None:
-        """Bind.
+        """Create the timers.
 
         Args:
-            watch: what counts the time.
-            is_pipelined: whether there is a neighbour to wait for at all.
-            by_name: count under `region/megatron's name`, not only under the region.
+            watch: the stopwatch.
+            is_pipelined: there is more than one pipeline stage.
+            by_name: count for `region/megatron's name` instead of the region.
         """
         regions: dict[str, str] = dict(MEGATRON_TIMERS)
         if not is_pipelined:
@@ -209,5 +209,5 @@ class MegatronTimers:
         }
 
     def __call__(self, name: str, log_level: int | None = None) -> _MegatronTimer | _NoTimer:
-        """The timer of that name; one that does nothing, where we do not ask for its time."""
+        """Return the timer of that name; for unknown names one that does nothing."""
         return self._timers.get(name) or _NoTimer()

@@ -1,15 +1,15 @@
-"""The reconstruction target's way from the first pipeline stage to the last.
+"""Channel for the reconstruction target, from the first pipeline stage to the last.
 
     first stage: visual_embeddings.detach() --isend--> last stage: reconstruction loss
                  (middle stages never see it)
 
-Both ends walk the micro-batches in the same order, so a plain queue is enough. The two ends meet
-once, when the channel is opened: NCCL makes the communicator of a pair at its first use, and the
-host of either end waits there for the other one. Inside the schedule it would wait for ever.
+Both ends process the micro-batches in the same order, so the channel is a queue. NCCL creates the
+communicator of two ranks at its first use, where each waits for the other. Inside the schedule that
+would be a deadlock, so the channel is used once when it is opened.
 
-Sends are asynchronous, and the schedule never waits for one: when the first stage begins
-micro-batch i under 1F1B, it has the gradient of micro-batch i - p, so the last of the p stages took
-that target long ago (interleaved: i - 2 p). Older sends are retired there, so memory is bounded.
+Sends are asynchronous, and the schedule never waits for one. Under 1F1B with p stages, the first
+stage has the gradient of micro-batch i - p when it begins micro-batch i, so the last stage has
+received that target (interleaved: i - 2 p). Older sends are complete; memory is bounded.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ from megatron_croc.parallel.device import current_device
 
 
 class TargetChannel:
-    """A first-in, first-out channel between the two ends of a pipeline."""
+    """First-in, first-out channel between the first and the last pipeline stage."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class TargetChannel:
         ends: dist.ProcessGroup | None,
         is_interleaved: bool = False,
     ) -> None:
-        """Open the channel; its two ends wait for each other.
+        """Open the channel; the two ends wait for each other.
 
         Args:
-            pp: the pipeline's group.
-            ends: group of its first and last rank (megatron's `embd`); unused when pp has one.
-            is_interleaved: the schedule runs several model chunks per rank.
+            pp: pipeline-parallel group.
+            ends: group of its first and last rank (megatron's `embd`); unused if pp has one rank.
+            is_interleaved: the schedule has several model chunks per rank.
         """
         self._depth = pp.size() * (2 if is_interleaved else 1)
         self._ends = ends
@@ -56,9 +56,9 @@ class TargetChannel:
             dist.recv(greeting, src=self._first, group=self._ends)
 
     def put(self, target: Tensor) -> None:
-        """First stage: hand over one micro-batch's target [n, N, h]; does not wait."""
+        """Send the target [n, N, D] of one micro-batch, on the first stage; does not wait."""
         if target.numel() == 0:
-            return  # the last stage knows the count from its batch, and does not listen
+            return  # the last stage knows n from its batch and does not receive
         if self._first == self._last:
             self._queue.append(target)
             return
@@ -70,7 +70,7 @@ class TargetChannel:
         self._in_flight.append((work, target))
 
     def get(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Last stage: take the next micro-batch's target."""
+        """Receive the target of the next micro-batch, on the last stage."""
         if 0 in shape:
             return torch.empty(shape, dtype=dtype, device=device)
         if self._first == self._last:
@@ -80,6 +80,6 @@ class TargetChannel:
         return target
 
     def flush(self) -> None:
-        """Wait until every target has been taken; call it when the schedule has ended."""
+        """Wait until all targets are received; call it at the end of the schedule."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()

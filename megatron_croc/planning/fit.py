@@ -4,7 +4,7 @@
 samples of a workload; the worst case is every sample of full seq_length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_croc.config.base import as_flags
 from megatron_croc.config.checks import find_faults
@@ -94,7 +94,7 @@ def expected_fit(run: RunConfig, world_size: int, device: Device, workload: Work
 def worst_fit(run: RunConfig, world_size: int, device: Device, workload: Workload) -> Fit:
     """Memory with every sample of a micro-batch as long as seq_length."""
     longest, expected = longest_pack(run), workload.pack(run)
-    pack = Pack(tokens=longest.tokens, images=max(longest.images, expected.images))
+    pack = replace(longest, images=max(longest.images, expected.images))
     return _fit(run, world_size, device, pack)
 
 

@@ -1,13 +1,14 @@
 """Floating-point operations of training, the useful work of MFU.
 
 Counted: every matrix product of vision tower, projector, matching, language model and
-reconstruction head; attention by its visible query-key pairs; forward, and backward as far as the
-trained parts need it. Not counted: padding, recomputation, elementwise work, optimizer.
-A multiply and an add are two operations. Numbers only: no torch, so it can run before a job does.
+reconstruction head; attention by its visible query-key pairs; logits of labelled positions;
+forward, and backward as far as the trained parts need it. Not counted: padding, recomputation,
+elementwise work, optimizer. A multiply and an add are two operations. Numbers only: no torch, so it
+can run before a job does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_croc.config.model import ReconstructionConfig, VisionTowerConfig
 from megatron_croc.config.run import RunConfig
@@ -27,19 +28,33 @@ class Work:
     num_pairs: int
     """Visible query-key pairs, summed over the samples."""
 
+    num_labels: int
+    """Labelled positions, the only ones whose logits are computed."""
+
     num_images: int
     """Images, each seen once by the vision tower."""
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int], *, num_images: int, span_lengths: Sequence[int] = ()
+        cls,
+        lengths: Sequence[int],
+        *,
+        num_labels: int,
+        num_images: int,
+        span_lengths: Sequence[int] = (),
     ) -> "Work":
         """Samples of these lengths; `span_lengths` are those of their bidirectional spans."""
         return cls(
             num_tokens=sum(lengths),
             num_pairs=visible_pairs(lengths, span_lengths),
+            num_labels=num_labels,
             num_images=num_images,
         )
+
+    def __add__(self, other: "Work") -> "Work":
+        """Sum of both."""
+        sums = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Work(**{name: size + getattr(other, name) for name, size in sums.items()})
 
 
 def visible_pairs(lengths: Sequence[int], span_lengths: Sequence[int] = ()) -> int:
@@ -58,7 +73,7 @@ def count_flops(run: RunConfig, work: Work) -> Flops:
     Returns:
         operations of each part that exists in this stage; sum them for the total.
     """
-    trained = trained_parts(run)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     # A part must pass gradients on to its input when something before it is trained.
     vision_trained = "vision_tower" in trained
     inputs_trained = vision_trained or bool({"projector", "prompt_pool"} & trained)
@@ -124,7 +139,7 @@ def _language_model(
     keys = config.num_query_groups * config.head_dim
     weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.ffn_hidden_size)
     linear = 2 * work.num_tokens * weights * config.num_layers
-    logits = 2 * work.num_tokens * config.hidden_size * config.vocab_size
+    logits = 2 * work.num_labels * config.hidden_size * config.vocab_size
     attention = 4 * work.num_pairs * queries * config.num_layers
     has_backward = is_trained or needs_input_grad
     # Attention has no weights: its backward is two products for each of the forward's.

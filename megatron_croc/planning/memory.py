@@ -59,12 +59,18 @@ class Pack:
     images: float
     """Images in it."""
 
+    labels: float
+    """Labelled positions, which have logits."""
+
 
 def longest_pack(run: RunConfig) -> Pack:
-    """micro_batch_size samples of seq_length with an image each; with packing, images only."""
+    """micro_batch_size samples of seq_length with an image each; with packing, images only.
+
+    Every position counts as labelled too: such a pack may be of text alone.
+    """
     samples, length = run.training.micro_batch_size, run.data.row_length
     images = length // run.model.vision_tower.num_visual_tokens if run.data.packing else 1
-    return Pack(tokens=samples * length, images=samples * images)
+    return Pack(tokens=samples * length, images=samples * images, labels=samples * length)
 
 
 def estimate_memory(
@@ -99,8 +105,8 @@ def _bytes(run: RunConfig) -> int:
 def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> MemoryEstimate:
     parallel, element = run.parallel, _bytes(run)
     tp = parallel.tensor_model_parallel_size
-    parts = stage_parameters(run)[stage]
-    trained_names = find_trained_parts(run)
+    parts = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)[stage]
+    trained_names = find_trained_parts(run.training, reconstructs=run.reconstructs)
     held = sum(parts.values(), Parameters()).on_rank(tp)
     trained = sum(p.on_rank(tp) for name, p in parts.items() if name in trained_names)
     per_parameter = _MAIN_AND_MOMENTS if run.training.bf16 else _MOMENTS
@@ -118,11 +124,15 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> 
         # The last output stays until the next one is sent (parallel/pipeline.py).
         activations += tokens * element * _stage_output(run)
     columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
-    logits = tokens * columns * 4.0 if is_last else 0.0
+    # Context parallelism spreads positions evenly, but not the labelled ones.
+    labels = min(pack.labels, tokens) if is_last else 0.0
+    logits = min(labels, run.training.logits_chunk) * columns * 4.0
     if is_last:
         outside = tp if parallel.sequence_parallel else 1
         # Input and output of the final norm.
-        after = tokens * element * 2 * run.model.language_model.hidden_size / outside
+        hidden_size = run.model.language_model.hidden_size
+        after = tokens * element * 2 * hidden_size / outside
+        after += labels * element * hidden_size  # input of the output layer
         if run.reconstructs:
             after += _head_activations(run, pack)
     copy = logits / 2 if run.training.bf16 else 0.0  # the bf16 logits, later their gradient
@@ -139,7 +149,9 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> 
 
 def _keeps_activations(run: RunConfig) -> bool:
     """True when the layers have a backward pass: they or their inputs are trained."""
-    return bool(find_trained_parts(run) - {"reconstruction_head"})
+    return bool(
+        find_trained_parts(run.training, reconstructs=run.reconstructs) - {"reconstruction_head"}
+    )
 
 
 def micro_batches_in_flight(run: RunConfig, world_size: int, stage: int) -> float:

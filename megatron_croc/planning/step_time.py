@@ -87,7 +87,7 @@ def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload)
 
     # Seconds of one micro-batch: of one layer, and of what only the first and last stage have.
     model = flops["language_model"]
-    logits = 2.0 * work.num_tokens * config.hidden_size * config.vocab_size
+    logits = 2.0 * work.num_labels * config.hidden_size * config.vocab_size
     forward = count_flops(_frozen(run), work)["language_model"]
     logits *= model / forward
     layer = (model - logits) / config.num_layers / tp / cp / rate
@@ -196,10 +196,10 @@ def _data_traffic(run: RunConfig, world_size: int, gpu: Gpu, *, backward: float)
     group = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     if group == 1:
         return 0.0
-    names = trained_parts(run)
+    names = trained_parts(run.training, reconstructs=run.reconstructs)
     trained = max(
         sum(p.on_rank(tp) for name, p in parts.items() if name in names)
-        for parts in stage_parameters(run)
+        for parts in stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     )
     traffic = trained * (4 + _element(run)) * (group - 1) / group
     rate = gpu.link

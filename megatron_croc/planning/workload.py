@@ -49,6 +49,7 @@ class Workload:
         return Work(
             num_tokens=round(samples * self.mean),
             num_pairs=round(samples * pairs),
+            num_labels=round(samples * _text_tokens(run, self.mean, self.images)),
             num_images=round(samples * self.images),
         )
 
@@ -57,8 +58,15 @@ class Workload:
         count = run.training.micro_batch_size
         if run.data.packing:  # the micro-batch counts packs, each of as many samples as fit
             tokens = count * run.data.row_length
-            return Pack(tokens=tokens, images=max(tokens / self.mean * self.images, 1.0))
-        return Pack(tokens=count * self.peak_tokens, images=count * max(self.images, 1.0))
+            images = max(tokens / self.mean * self.images, 1.0)
+        else:
+            tokens, images = count * self.peak_tokens, count * max(self.images, 1.0)
+        return Pack(tokens=tokens, images=images, labels=_text_tokens(run, tokens, images))
+
+
+def _text_tokens(run: RunConfig, tokens: float, images: float) -> float:
+    """Number of text tokens among `tokens`; each of them may carry a label."""
+    return max(tokens - images * run.model.vision_tower.num_visual_tokens, 0.0)
 
 
 def from_numbers(

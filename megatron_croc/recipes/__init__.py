@@ -2,7 +2,7 @@
 
     get_recipe("croc_7b/pretrain_croc")
 
-A recipe is found by its function's name and the stage; a variant calls a base and changes fields.
+A recipe is named by its function and the stage. A variant calls a base and changes fields.
 """
 
 from collections.abc import Callable
@@ -22,26 +22,26 @@ RECIPES: dict[str, tuple[Callable[[Stage], RunConfig], Stage]] = {
     for recipe in (tiny, croc_7b, croc_13b, victor_7b)
     for stage in STAGES
 }
-"""Name/stage -> the function and its stage."""
+"""Name -> function and stage."""
 
 
 def list_recipes() -> list[str]:
-    """Every name `get_recipe` knows."""
+    """Return all names for `get_recipe`."""
     return list(RECIPES)
 
 
 def get_recipe(name: str) -> RunConfig:
-    """A fresh RunConfig of a named recipe.
+    """Return a new RunConfig of a named recipe.
 
     Args:
         name: recipe and stage, as in "croc_7b/pretrain_croc".
 
     Raises:
-        ConfigError: no such recipe; says which is nearest.
+        ConfigError: no such recipe; the message has the nearest name.
     """
     if name not in RECIPES:
         raise ConfigError(
-            f"--recipe {name}: there is none of this name{nearest(name, RECIPES)}; "
+            f"--recipe {name}: there is no recipe of this name{nearest(name, RECIPES)}; "
             f"choose from {', '.join(RECIPES)}"
         )
     recipe, stage = RECIPES[name]

@@ -1,8 +1,8 @@
-"""From the words of a command line to a RunConfig: recipe < YAML file < flags and overrides.
+"""Command line -> RunConfig: recipe < YAML file < flags and overrides.
 
 --recipe croc_7b/pretrain_croc --config mine.yaml --micro-batch-size 2 optimizer.lr=1e-5
 
-A YAML file may name its recipe (`recipe: croc_7b/pretrain_croc`), and is then a whole run.
+A YAML file that names its recipe (`recipe: croc_7b/pretrain_croc`) describes a whole run.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from megatron_croc.recipes import get_recipe, list_recipes
 
 
 def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser of the options all commands share; a command adds its own before parsing.
+    """Build a parser of the options that all commands share; a command adds its own.
 
-    The settings are not argparse's: `parse_command` reads them, to report every fault at once.
+    Settings are not options of the parser: `parse_command` reads them and reports all faults.
     """
-    # Abbreviations would let --lr-decay mean whatever setting happens to start so.
+    # With abbreviations, a wrong --lr-decay would set any setting that begins like it.
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -40,7 +40,7 @@ def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
         "--recipe", metavar="NAME/STAGE", help="one of " + ", ".join(list_recipes())
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="settings that change the recipe's, and its `recipe:`"
+        "--config", metavar="FILE.yaml", help="settings that differ from the recipe, and `recipe:`"
     )
     return parser
 
@@ -48,18 +48,18 @@ def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
 def parse_command(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, RunConfig]:
-    """Parse a command's own options and the run it is about.
+    """Parse the options of a command, and the settings of its run.
 
     Args:
-        parser: from `run_parser`, with the command's own options added.
-        argv: words after the program's name; default sys.argv[1:].
+        parser: from `run_parser`, with the options of the command.
+        argv: arguments after the program's name; None: sys.argv[1:].
 
     Returns:
-        The options, with `recipe` as the flag or the file names it, and the run. `--help` prints
-        the values of recipe and file as the defaults, and exits.
+        options, with `recipe` from the flag or the file, and the run. `--help` prints the values of
+        recipe and file as defaults, and exits.
 
     Raises:
-        ConfigError: with every fault of recipe, file, flags and overrides, a line each.
+        ConfigError: has all faults of recipe, file, flags and overrides, one line each.
     """
     options, words = parser.parse_known_args(argv)
     faults: list[str] = []
@@ -80,7 +80,7 @@ def parse_command(
 
 
 def _recipe_and_file(options: argparse.Namespace, faults: list[str]) -> RunConfig:
-    """Build the run of recipe and file; `options.recipe` becomes the name that either gives."""
+    """Build the run of recipe and file; sets `options.recipe` to the name that either gives."""
     tree = _config_file(options.config, faults)
     named = tree.pop("recipe", None)
     if options.recipe is None and named is not None:
@@ -97,7 +97,7 @@ def _recipe_and_file(options: argparse.Namespace, faults: list[str]) -> RunConfi
 
 
 def _config_file(path: str | None, faults: list[str]) -> dict[str, Any]:
-    """What --config holds; empty without one, or with a fault."""
+    """Content of --config; empty without one, or with a fault."""
     if path is None:
         return {}
     try:
@@ -108,5 +108,5 @@ def _config_file(path: str | None, faults: list[str]) -> dict[str, Any]:
 
 
 def parse_run(argv: Sequence[str] | None, *, prog: str, description: str) -> RunConfig:
-    """The run described by a command line that has no options of its own."""
+    """Return the run of a command that has no options of its own."""
     return parse_command(run_parser(prog=prog, description=description), argv)[1]

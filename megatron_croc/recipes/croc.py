@@ -1,8 +1,8 @@
-"""Croc: CLIP ViT-L/14 at 336 pixels and Vicuna v1.5, as published, cut for one node of 8 x 80 GB.
+"""Croc: CLIP ViT-L/14 at 336 pixels and Vicuna v1.5, as published, for one node of 8 x 80 GB.
 
-Sizes are those of the published checkpoints, rates and batches those of recipes/stages.py.
-Parallel sizes are ours (the released scripts use ZeRO): they hold a micro-batch of samples as
-long as seq_length allows without recomputation; `croc check` shows the estimate.
+Sizes are those of the published checkpoints; learning rates and batch sizes are in stages.py.
+Parallel sizes are our own (the released scripts use ZeRO). With them a micro-batch of samples of
+seq_length tokens fits without recomputation; `croc check` shows the estimate.
 """
 
 from megatron_croc.config.run import RunConfig, Stage
@@ -11,7 +11,7 @@ from megatron_croc.recipes.stages import STAGES
 
 def croc_7b(stage: Stage) -> RunConfig:
     """Croc-7B (Vicuna-7B-v1.5), the model of the paper's main tables."""
-    run = RunConfig()  # the dataclasses' sizes are this model's
+    run = RunConfig()  # the default sizes are those of this model
     STAGES[stage](run)
     run.data.num_workers = 8
     if stage == "pretrain_mlp":  # frozen weights carry no gradients or optimizer state

@@ -1,4 +1,4 @@
-"""A run as a short YAML file for --config: its recipe, and the settings that differ from it."""
+"""Short YAML file of a run for --config: its recipe, and the settings that differ from it."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -14,19 +14,19 @@ from megatron_croc.errors import ConfigError
 from megatron_croc.recipes import get_recipe
 
 HEADER = "# Written by croc"
-"""Start of every file written here; any other file is not replaced."""
+"""First words of all files written here; other files are not overwritten."""
 
 
 def as_run_file(
     run: RunConfig, recipe: str | None, *, always: Collection[str] = (), comment: str = ""
 ) -> str:
-    """Write a run as YAML; reading it with --config gives an equal run.
+    """Return a run as YAML; --config reads it as an equal run.
 
     Args:
         run: the run.
-        recipe: name of the recipe it started from; None: the defaults of the dataclasses.
-        always: paths of settings that are written even where they equal the recipe's.
-        comment: lines for the head of the file.
+        recipe: name of its recipe; None: the defaults of the dataclasses.
+        always: paths of settings to write even if they equal the recipe's.
+        comment: lines for the beginning of the file.
     """
     base = RunConfig() if recipe is None else get_recipe(recipe)
     changes: Changes = {}
@@ -45,7 +45,7 @@ def write_run_file(path: Path, text: str) -> None:
     """Write the text of `as_run_file`.
 
     Raises:
-        ConfigError: a file of that name was written by hand, or it cannot be written.
+        ConfigError: the file exists and was written by hand, or it cannot be written.
     """
     try:
         if path.exists() and not path.read_text(encoding="utf-8").startswith(HEADER):

@@ -1,9 +1,9 @@
-"""What each training stage changes in a run: parts trained, data form, rates, batch.
+"""Settings of each training stage: trained parts, form of the data, learning rates, batch size.
 
 Sources: the paper (arXiv 2410.14332, sections 3 and 4) and the released scripts
 `pretrain_mlp.sh`, `pretrain_croc.sh` and `finetune.sh` of deepglint/Croc. Common to all three:
 AdamW (0.9, 0.999), no weight decay, clipping at 1.0, cosine to 0 after 3 % warm-up, one epoch,
-bf16, vision tower frozen. Those are the defaults of the dataclasses.
+bf16, vision tower frozen. These are the defaults of the dataclasses.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from megatron_croc.config.run import RunConfig, Stage
 
 
 def pretrain_mlp(run: RunConfig) -> None:
-    """Stage 1: align the projector on LCS-558K; everything else is frozen.
+    """Stage 1: align the projector on LCS-558K; all other parts are frozen.
 
-    Deviation: the released code sets 1e-3 and then silently applies 1.5e-4 to the projector;
-    1e-3 is what the paper states and what LLaVA uses.
+    Deviation: the learning rate is 1e-3, as in the paper and in LLaVA. The released code sets 1e-3
+    as well, but then uses 1.5e-4 for the projector.
     """
     run.stage = "pretrain_mlp"
     run.model.attention_mask_type = "causal"
@@ -28,12 +28,12 @@ def pretrain_mlp(run: RunConfig) -> None:
 
 
 def pretrain_croc(run: RunConfig) -> None:
-    """Stage 1.5: rebuild replaced visual tokens on 1.5 M detailed captions.
+    """Stage 1.5: reconstruct replaced visual tokens, on 1.5 M detailed captions.
 
     Deviations: the paper's bidirectional visual attention (`visual`), where the released code
     makes everything before the first label bidirectional (`prefix`); one-to-one matching as in
     the paper (`hungarian`), where the released code takes the nearest pool token (`nearest`).
-    8192 tokens are twice what Vicuna was made for: as released, and no sample comes near.
+    seq_length is 8192 as released, twice the context of Vicuna; samples are much shorter.
     """
     run.stage = "pretrain_croc"
     run.model.attention_mask_type = "visual"
@@ -62,4 +62,4 @@ STAGES: dict[Stage, Callable[[RunConfig], None]] = {
     "pretrain_croc": pretrain_croc,
     "finetune": finetune,
 }
-"""The stages in the order they are run."""
+"""Training stages, in their order."""

@@ -1,15 +1,15 @@
-"""A Croc small enough to train on a laptop's CPU in seconds: tests, the quickstart, debugging."""
+"""Tiny Croc that trains on a laptop's CPU in seconds, for tests, quickstart and debugging."""
 
 from megatron_croc.config.run import RunConfig, Stage
 from megatron_croc.recipes.stages import STAGES
 
 
 def tiny(stage: Stage) -> RunConfig:
-    """Every mechanism of Croc at toy size: 64 visual tokens, two kinds of heads, fp32.
+    """All mechanisms of Croc at a very small size: 64 visual tokens, grouped queries, fp32.
 
-    Grouped queries and 4 layers leave room for TP 2, PP 4 and PP 2 x VPP 2; rates are higher than
-    published because everything starts from random weights. The pool starts at unit length: from
-    `randn` a short run never gets beyond the rows that happen to be the shortest.
+    Heads and 4 layers allow TP 2, PP 4 and PP 2 x VPP 2. Learning rates are higher than published,
+    because all weights are random. The pool tokens have unit length at the start: with `randn` a
+    short run would use the shortest pool tokens only.
     """
     run = RunConfig()
     STAGES[stage](run)

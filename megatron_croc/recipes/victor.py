@@ -12,8 +12,8 @@ def victor_7b(stage: Stage) -> RunConfig:
     """ViCToR-7B: Croc's stages with causal attention, a linear head and a trained vision tower.
 
     Deviations from the released scripts: a cosine schedule with 3 % warm-up in every stage (those
-    of stages 1.5 and 2 name none, so transformers' linear decay without warm-up ran); samples end
-    at 8192 tokens there (released: 321120, no limit in effect).
+    of stages 1.5 and 2 set none, and so use transformers' linear decay without warm-up); samples
+    are cut at 8192 tokens there (released: 321120, in effect no limit).
     """
     run = RunConfig()
     STAGES[stage](run)
@@ -32,7 +32,7 @@ def victor_7b(stage: Stage) -> RunConfig:
     run.training.freeze_ViT = False
     run.training.micro_batch_size = 2
     run.optimizer.lr = 1e-5
-    run.optimizer.projector_lr = None  # the projector learns at the language model's rate
+    run.optimizer.projector_lr = None  # the rate of the language model
     run.optimizer.vision_lr = 2e-6
     if stage == "pretrain_croc":
         run.optimizer.prompt_pool_lr = 1.5e-4
@@ -42,7 +42,7 @@ def victor_7b(stage: Stage) -> RunConfig:
 def _use_siglip2_so400m(run: RunConfig) -> None:
     vision = run.model.vision_tower
     vision.vision_model_type = "siglip"
-    vision.img_size = 384  # 27 x 27 patches of 14 cover 378; the last 6 pixels go unread, as in HF
+    vision.img_size = 384  # 27 x 27 patches of 14 cover 378; the last 6 pixels are unused, as in HF
     vision.patch_dim = 14
     vision.vision_num_layers = 27
     vision.vision_hidden_size = 1152

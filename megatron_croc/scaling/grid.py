@@ -144,7 +144,8 @@ def _finish(
     run.logging.log_interval = max(1, min(run.logging.log_interval, iterations))
     if run.checkpoint.save is not None:  # the grid's folder of checkpoints, one below it per run
         run.checkpoint.save = run.checkpoint.load = str(Path(run.checkpoint.save) / name)
-    counts, trained = count_parameters(run.model), trained_parts(run)
+    counts = count_parameters(run.model)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     return GridRun(
         name=name,
         size=size,

@@ -8,7 +8,7 @@ conversation is checked at once, at any layout.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.data.sample.answer_spans import AnswerFinder
 from megatron_croc.data.sample.tokenization import build_tokenizer
-from megatron_croc.model.croc_model import ModelInputs, ModelOutput
+from megatron_croc.model.interface import ModelOutput
 from megatron_croc.parallel.collectives import all_gather, all_reduce
 from megatron_croc.parallel.context import gather_sequence
 from megatron_croc.parallel.device import current_device
@@ -100,8 +100,8 @@ def _forward_step(
 ) -> tuple[Tensor | ModelOutput, partial]:
     """Forward pass called by megatron's schedule; without labels the last stage returns logits."""
     batch = next(iterator)
-    inputs = to_model_inputs(batch)
-    output = chunk(ModelInputs(**{**vars(inputs), "labels": None}))
+    inputs = to_model_inputs(batch, pg.cp)
+    output = chunk(replace(inputs, labels=None))
     return output, partial(_judge, batch=batch, finder=finder, num_words=num_words, pg=pg)
 
 

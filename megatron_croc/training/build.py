@@ -19,6 +19,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.freezing import freeze
 from megatron_croc.model.initialization import initialize_weights
+from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device
@@ -46,7 +47,10 @@ class TrainingState:
 
 def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[CrocModel]:
     """Build this rank's model chunks with initial weights and frozen parts, not wrapped in DDP."""
-    config = language_model_config(run)
+    config = language_model_config(
+        run.model.language_model, parallel=run.parallel, training=run.training
+    )
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     num_chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
     channel = TargetChannel(
         pp=pg_collection.pp, ends=pg_collection.embd, is_interleaved=num_chunks > 1
@@ -63,8 +67,8 @@ def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[C
             target_channel=channel,
             vp_stage=number if num_chunks > 1 else None,
         )
-        initialize_weights(chunk, run)
-        freeze(chunk, run)
+        initialize_weights(chunk, run.model, seed=run.training.seed)
+        freeze(chunk, trained=trained)
         chunks.append(chunk.to(current_device()))
     return chunks
 

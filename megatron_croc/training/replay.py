@@ -217,7 +217,11 @@ def _watched_modules(
 
     def watch(name: str, module: nn.Module) -> Any:
         def after_forward(_: nn.Module, __: object, output: object) -> None:
-            if isinstance(output, LanguageModelOutput) and output.token_losses is not None:
+            if (
+                isinstance(output, LanguageModelOutput)
+                and output.token_losses is not None
+                and training.pg_collection.cp.size() == 1  # else each rank has a part of them
+            ):
                 findings.text_losses = _losses_by_sample(output.token_losses, batch)
             for tensor in _tensors(output):
                 if not torch.isfinite(tensor).all():
@@ -258,10 +262,10 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _losses_by_sample(token_losses: Tensor, batch: Batch) -> list[tuple[int, float]]:
-    """(labelled tokens, mean loss) of each sample; empty when the pack is cut over ranks (CP)."""
-    if token_losses.numel() != batch.labels.numel():
-        return []
-    losses, counted = token_losses.detach().float().cpu(), batch.labels.cpu() != IGNORE_INDEX
+    """(labelled tokens, mean loss) of each sample; `token_losses` are those of the whole pack."""
+    counted = batch.labels.cpu() != IGNORE_INDEX
+    losses = torch.zeros(len(counted))
+    losses[counted] = token_losses.detach().float().cpu()[: int(counted.sum())]
     ends = batch.mixed_mask.cu_seqlens.tolist()
     by_sample = []
     for first, last in itertools.pairwise(ends):

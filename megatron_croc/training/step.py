@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
-from megatron_croc.model.croc_model import CrocModel, ModelInputs, ModelOutput
+from megatron_croc.model.croc_model import CrocModel
+from megatron_croc.model.interface import Labels, ModelInputs, ModelOutput, StepContext
 from megatron_croc.parallel.collectives import all_reduce
 from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
@@ -38,12 +42,14 @@ class Denominators:
     """Number of elements of all visual tokens, float64 scalar on the device."""
 
 
-def to_model_inputs(batch: Batch) -> ModelInputs:
-    """Copy a batch to the device, in the form the model takes."""
-    batch = batch.to(current_device(), non_blocking=True)
+def to_model_inputs(batch: Batch, cp: dist.ProcessGroup) -> ModelInputs:
+    """Convert a batch on the CPU to inputs of the model on the device."""
+    device = current_device()
+    labels = Labels.of_pack(batch.labels, cp)
+    batch = batch.to(device, non_blocking=True)
     return ModelInputs(
         input_ids=batch.input_ids,
-        labels=batch.labels,
+        labels=labels.to(device, non_blocking=True),
         mixed_mask=batch.mixed_mask,
         image_starts=batch.image_starts,
         replaced=batch.replaced,
@@ -62,7 +68,7 @@ class TrainStep:
         self.run = run
         self.chunks = chunks
         self.pg = pg_collection
-        self.models = [_unwrap(chunk) for chunk in chunks]
+        self.models: list[CrocModel] = unwrap_model(chunks, DistributedDataParallel)
 
     def train(
         self,
@@ -122,8 +128,9 @@ class TrainStep:
             run=self.run,
             denominators=self._denominators(batches),
             totals=totals,
+            context=StepContext(on_replacement=totals.count_replacement),
         )
-        inputs = [to_model_inputs(batch) for batch in batches]
+        inputs = [to_model_inputs(batch, self.pg.cp) for batch in batches]
         with_next = list(zip(inputs, [*inputs[1:], None], strict=True))
         losses = run_schedule(
             step,
@@ -161,15 +168,12 @@ def _forward_step(
     run: RunConfig,
     denominators: Denominators,
     totals: StepTotals,
+    context: StepContext,
 ) -> tuple[Tensor | ModelOutput, partial]:
     """Forward pass of one micro-batch on one model chunk, called by megatron's schedule."""
     inputs, upcoming = next(iterator)
     enter("forward", micro_batch=totals.start_micro_batch())
-    output = chunk(inputs, upcoming)
-    model = _unwrap(chunk)
-    if model.last_replacement is not None:
-        totals.count_replacement(model.last_replacement)
-        model.last_replacement = None
+    output = chunk(inputs, upcoming, context)
     loss_func = partial(_loss, inputs=inputs, run=run, denominators=denominators, totals=totals)
     return output, loss_func
 
@@ -200,15 +204,8 @@ def _micro_batch_denominators(
 ) -> Denominators:
     """Denominators for a mean of micro-batch means, as in the released code."""
     assert inputs.labels is not None
-    hidden_size = run.model.language_model.hidden_size
-    labelled = (inputs.labels >= 0).sum().double().clamp(min=1.0)
-    elements = torch.full_like(labelled, max(inputs.replaced.numel() * hidden_size, 1))
-    return Denominators(
-        text=labelled * num_microbatches, reconstruction=elements * num_microbatches
-    )
-
-
-def _unwrap(chunk: nn.Module) -> CrocModel:
-    model = chunk.module if hasattr(chunk, "ddp_config") else chunk
-    assert isinstance(model, CrocModel)
-    return model
+    labelled = max(inputs.labels.num_in_pack, 1)
+    elements = max(inputs.replaced.numel() * run.model.language_model.hidden_size, 1)
+    counts = to_device(torch.tensor([labelled, elements], dtype=torch.float64))
+    text, reconstruction = counts * num_microbatches
+    return Denominators(text=text, reconstruction=reconstruction)

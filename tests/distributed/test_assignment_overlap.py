@@ -19,15 +19,16 @@ def observe_overlap(
     from megatron_croc.model.croc_model import CrocModel
     from megatron_croc.model.prompt_pool import PromptPool
 
-    begin, forward, early, most, said = PromptPool.start_matching, CrocModel.forward, [], [0], []
+    start, forward = PromptPool.start_matching, CrocModel.forward
+    early, most, said = [], [0], []
 
-    def watched_begin(self, *args, ahead=False):
+    def watched_start(self, *args, ahead=False):
         early.extend([1] if ahead else [])
-        return begin(self, *args, ahead=ahead)
+        return start(self, *args, ahead=ahead)
 
-    def watched_forward(self, *args):
-        output = forward(self, *args)
-        most[0] = max(most[0], int(self._ahead is not None))
+    def watched_forward(self, inputs, upcoming, context):
+        output = forward(self, inputs, upcoming, context)
+        most[0] = max(most[0], int(context.embedded_ahead is not None))
         return output
 
     class Listener(logging.Handler):
@@ -35,7 +36,7 @@ def observe_overlap(
             said.append(record.getMessage())
 
     logging.getLogger("megatron_croc").addHandler(Listener())
-    PromptPool.start_matching, CrocModel.forward = watched_begin, watched_forward
+    PromptPool.start_matching, CrocModel.forward = watched_start, watched_forward
     seen = observe(Layout.parse(name).apply(tiny_run(**changes)), 2, images)
     return seen, len(early), most[0], [line for line in said if "not overlapped" in line]
 

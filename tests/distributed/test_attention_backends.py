@@ -59,10 +59,10 @@ def observe_a_skewed_merge() -> RankObservation:
     """One process, in which the flipped call reports a log-sum-exp that is off by 0.01."""
     forward = EMULATED.forward
 
-    def skewed(*arguments):
-        out, lse = forward(*arguments)
-        flipped = arguments[1].queries is not None
-        return out, lse + 0.01 if flipped else lse
+    def skewed(inputs):
+        output = forward(inputs)
+        flipped = inputs.call.queries is not None
+        return output._replace(lse=output.lse + 0.01) if flipped else output
 
     EMULATED.forward = skewed
     return observe(tiny_run("pretrain_croc", **FLIP), STEPS)

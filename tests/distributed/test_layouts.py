@@ -90,6 +90,10 @@ def test_other_stages_and_masks(stage: str, mask: str) -> None:
         # One query group: heads do not divide by CP, so keys and values are gathered instead.
         ({"num_query_groups": 1}, ["cp2", "cp2+pp2"]),
         ({"untie_embeddings_and_output_weights": False}, ["pp2", "tp2+pp2"]),
+        (
+            {"vocab_size": 511, "untie_embeddings_and_output_weights": False, "logits_chunk": 5},
+            ["tp2", "tp2+sp"],
+        ),
         ({"add_qkv_bias": True, "reconstruction_head": "linear", "freeze_ViT": False}, ["tp2+sp"]),
         ({"decoder_first_pipeline_num_layers": 1}, ["pp2"]),
         ({"overlap_grad_reduce": True, "overlap_param_gather": True}, ["dp2", "pp2+dp2"]),
@@ -105,11 +109,21 @@ def test_other_stages_and_masks(stage: str, mask: str) -> None:
             ["tp2+sp"],
         ),
     ],
-    ids=["cp-rows", "tied", "victor", "uneven", "overlap", "selective", "uniform", "block"],
+    ids=[
+        "cp-rows",
+        "tied",
+        "padded",
+        "victor",
+        "uneven",
+        "overlap",
+        "selective",
+        "uniform",
+        "block",
+    ],
 )
 def test_options_keep_the_numbers(changes: dict, names: list[str]) -> None:
     """Compared with one process without the options that only save time or memory."""
-    only_cost = ("overlap", "recompute", "decoder_first")
+    only_cost = ("overlap", "recompute", "decoder_first", "logits_chunk")
     plain = {k: v for k, v in changes.items() if not k.startswith(only_cost)}
     _, alone = run_layout("tp1", "pretrain_croc", plain)
     for name in names:

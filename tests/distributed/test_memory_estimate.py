@@ -4,16 +4,17 @@ Weights, gradients and optimizer must agree to half a per cent (the rest is the 
 what is kept for backward to ten.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_croc.config.run import RunConfig
 from megatron_croc.config.settings import set_setting, settings_of
-from megatron_croc.planning.memory import estimate_memory
+from megatron_croc.planning.memory import estimate_memory, longest_pack
 from megatron_croc.recipes import get_recipe
 from tests.support.distributed import run_distributed
-from tests.support.memory import measure
+from tests.support.memory import full_batch, measure
 
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dp2": ("finetune", 2, {}),
@@ -75,7 +76,8 @@ def measure_case(name: str) -> dict[str, float]:
 def test_estimate_is_what_is_allocated(name: str) -> None:
     run, world_size = build_run(name)
     ranks = run_distributed(measure_case, world_size, name)
-    stages = estimate_memory(run, world_size)
+    pack = replace(longest_pack(run), labels=full_batch(run, 0).num_label_tokens)
+    stages = estimate_memory(run, world_size, pack)
     for stage, estimate in enumerate(stages):
         measured = ranks[stage * world_size // len(stages)]
         for kind in ("weights", "gradients", "optimizer"):

@@ -4,12 +4,13 @@ import pytest
 
 from megatron_croc.cli import chaos
 from megatron_croc.verification.faults import scenarios
+from megatron_croc.verification.faults.promises import BrokenPromiseError
 
 
 @pytest.mark.distributed
 def test_a_kept_and_a_broken_promise(monkeypatch, capsys):
     def broken(place, save):
-        raise scenarios.BrokenPromiseError("the curve\ndiffers")
+        raise BrokenPromiseError("the curve\ndiffers")
 
     monkeypatch.setitem(scenarios.SCENARIOS, "sigterm", ("made up", "nothing", broken))
     assert chaos.main(["--only", "sigusr1", "--only", "sigterm"]) == 1

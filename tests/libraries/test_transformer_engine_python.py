@@ -232,7 +232,10 @@ def quantizer_of(run):
 
     from megatron_croc.model.transformer_configs import language_model_config
 
-    recipe = get_fp8_recipe(language_model_config(run))
+    config = language_model_config(
+        run.model.language_model, parallel=run.parallel, training=run.training
+    )
+    recipe = get_fp8_recipe(config)
     state = RecipeState.create(recipe, mode="forward", num_quantizers=3, device=torch.device("cpu"))
     return recipe, state.make_quantizers()[0]
 

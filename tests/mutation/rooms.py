@@ -3,6 +3,7 @@
 A mutant of a module is tried against the tests of the longest prefix of its path.
 """
 
+POSITION_OPS = "tests/unit/ops/test_triton_position_ops.py"
 FLIP = ["tests/unit/ops/test_flip.py", "tests/unit/ops/test_attention.py"]
 MODEL = ["tests/unit/model", "tests/golden", "tests/distributed/test_layouts.py"]
 
@@ -16,8 +17,8 @@ TESTS: dict[str, list[str]] = {
     ],
     "megatron_croc/ops/attention/flash.py": ["tests/unit/ops/test_flash.py", *FLIP],
     "megatron_croc/ops/attention/flex.py": ["tests/unit/ops/test_flex_kernel.py", *FLIP],
-    "megatron_croc/ops/attention/triton_rows.py": ["tests/unit/ops/test_triton_rows.py"],
-    "megatron_croc/ops/flip_plan.py": [*FLIP, "tests/unit/ops/test_triton_rows.py"],
+    "megatron_croc/ops/attention/triton_position_ops.py": [POSITION_OPS],
+    "megatron_croc/ops/flip_plan.py": [*FLIP, POSITION_OPS],
     "megatron_croc/ops/mixed_mask.py": ["tests/unit/ops/test_mixed_mask.py", *FLIP],
     "megatron_croc/ops/patch_selection.py": ["tests/unit/ops/test_patch_selection.py"],
     "megatron_croc/ops/reconstruction_loss.py": ["tests/unit/ops/test_reconstruction_loss.py"],

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_croc.cli.doctor.finding import Finding
+from megatron_croc.cli.errors import reports_errors
 from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
@@ -25,6 +26,7 @@ from megatron_croc.planning.workload import Workload
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; return the exit status."""
     parser = run_parser(prog="croc doctor", description=__doc__ or "")
@@ -42,12 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_example = not any(word.startswith(("--recipe", "--config")) for word in words)
     if is_example:
         words += ["--recipe", "croc_7b/pretrain_croc"]
-    try:
-        options, run = parse_command(parser, words)
-        workload = read_workload(options, run)
-    except CrocError as error:
-        print(error, file=sys.stderr)
-        return 1
+    options, run = parse_command(parser, words)
+    workload = read_workload(options, run)
     found: list[Finding] = []
     for finding in examine(options, run, workload, is_example=is_example):
         found.append(finding)

@@ -146,7 +146,8 @@ def look_at_checkpoint_size(run: RunConfig, folder: Path) -> Finding:
     """Whether a few checkpoints of `run` fit on the disk."""
     from megatron_croc.model.parameters import count_parameters, trained_parts
 
-    counts, trained = count_parameters(run.model), trained_parts(run)
+    counts = count_parameters(run.model)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     weights = sum(counts.values()) * (2 if run.training.bf16 else 4)
     size = weights + 12 * sum(counts[part] for part in trained)
     free = shutil.disk_usage(folder).free

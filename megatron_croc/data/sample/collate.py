@@ -106,13 +106,11 @@ def collate(
 
     input_ids = np.full(length, PAD_TOKEN_ID, dtype=np.int64)
     labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
-    position_ids = np.zeros(length, dtype=np.int64)
     image_starts: list[int] = []
     images_per_sample: list[int] = []
     for t, begin, end in zip(tokens, bounds, bounds[1:], strict=False):
         input_ids[begin:end] = t.input_ids
         labels[begin : end - 1] = t.labels[1:]  # a sample's last token predicts nothing
-        position_ids[begin:end] = np.arange(end - begin)
         # Every N-th visual token begins an image, also when images are adjacent.
         starts = np.flatnonzero(t.input_ids == IMAGE_TOKEN_INDEX)[::num_visual_tokens] + begin
         image_starts += starts.tolist()
@@ -138,7 +136,6 @@ def collate(
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(position_ids),
         mixed_mask=MixedMask.build(bounds, spans, length=length, sample_ids=sample_ids),
         image_starts=torch.tensor(image_starts, dtype=torch.int64),
         replaced=_draw_replaced(image_seeds, num_visual_tokens, replace_ratio),

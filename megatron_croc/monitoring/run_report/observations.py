@@ -3,7 +3,7 @@ head restores it. One process, whatever layout the checkpoint was trained at.
 
     held-out batch --> CrocModel (eval: no dropout)
                          projector hook       visual embeddings [n, N, h]
-                         last_replacement     pool row and distance of each replaced token
+                         on_replacement       pool token and distance of each replaced token
                          output               the head's reconstruction [n, N, h]
 """
 
@@ -21,7 +21,9 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.loader import build_valid_loader
 from megatron_croc.errors import DataError
-from megatron_croc.model.croc_model import CrocModel, ModelOutput
+from megatron_croc.model.croc_model import CrocModel
+from megatron_croc.model.interface import ModelOutput, StepContext
+from megatron_croc.model.prompt_pool import Replacement
 from megatron_croc.monitoring.run_report.stages import StageRun
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.training.build import build_model
@@ -122,10 +124,12 @@ def _observe(model: CrocModel, run: RunConfig) -> Observations:
 def _observe_batch(model: CrocModel, batch: Batch, original: list[Tensor]) -> dict[str, Tensor]:
     """One micro-batch through the model; `original` is filled by the projector's hook."""
     original.clear()
-    output = model(to_model_inputs(batch))
+    replacements: list[Replacement] = []
+    context = StepContext(on_replacement=replacements.append)
+    output = model(to_model_inputs(batch, model.pg_collection.cp), context=context)
     assert isinstance(output, ModelOutput) and output.reconstruction is not None
-    replacement, model.last_replacement = model.last_replacement, None
-    assert replacement is not None and batch.pixel_values is not None
+    assert batch.pixel_values is not None
+    (replacement,) = replacements
     embeddings = original[0].float()
     rows = torch.full(batch.replaced.shape, -1, dtype=torch.int64)
     rows[batch.replaced] = replacement.index.flatten().cpu()  # both ascend by position

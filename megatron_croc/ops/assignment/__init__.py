@@ -1,20 +1,21 @@
-r"""Which pool token stands in for which visual token.
+r"""Assignment of pool tokens to the visual tokens that they replace.
 
-features [B, n, h], pool [P, h]
-    |  pairwise_cost (float32 whatever the autocast)
+features [B, n, D], pool [P, D]
+    |  pairwise_cost (float32, also under autocast)
     v
-cost [B, n, P] --> assign  --> index [B, n]   one-to-one, least total cost (paper; ViCToR code)
-               \-> nearest --> index [B, n]   one column may serve many rows (released Croc code)
+cost [B, n, P] --> assign  --> index [B, n]   one-to-one, minimum total cost (paper; ViCToR code)
+               \-> nearest --> index [B, n]   many rows may take one column (released Croc code)
 
 Backends of `assign`, each exact:
 
-    solve.py           checks, the choice of a backend, objective and bound
-    on_gpu.py          triton: every image of a call at once, without waiting for the device
+    solve.py           entry points: checks, choice of a backend, objective and bound
+    on_gpu.py          triton: all images of a call at once, without waiting for the device
     triton_kernel.py   its kernel, imported only where it runs
-    on_cpu.py          cpu (columns pruned, images in threads) and scipy (the oracle)
-    shortest_paths.py  torch: the readable reference of what the kernel does
-    start.py           duals to start from, for triton and torch
-    bounds.py          a lower bound on the optimum from an assignment (weak duality)
+    on_cpu.py          cpu (part of the cost, images in threads) and scipy (the reference)
+    restricted.py      search in a part of the cost, for cpu
+    shortest_paths.py  torch: readable reference of the algorithm of the kernel
+    start.py           initial dual variables, for triton and torch
+    bounds.py          lower bound on the optimum from an assignment (weak duality)
 """
 
 from megatron_croc.ops.assignment.cost import pairwise_cost

@@ -1,12 +1,12 @@
-"""A lower bound on the optimum, proven by duals (weak duality of the assignment problem).
+"""Lower bound on the optimum from dual variables (weak duality of the assignment problem).
 
-For any numbers u of the rows, every one-to-one assignment costs at least
+For any numbers u of the rows, every one-to-one assignment costs at feasible_duals
 
     sum_i u_i  +  sum_j v_j,    v_j = min(0, min_i (c_ij - u_i))
 
 With the duals of an optimal assignment the bound equals its cost, so a gap of zero is a proof.
-Where a part of the columns has been assigned optimally, the rest of them have v_j < 0 exactly
-where they would have made it cheaper.
+If an assignment is optimal in a part of the columns, the other columns with v_j < 0 are exactly
+those that would reduce its cost.
 """
 
 from typing import NamedTuple
@@ -16,48 +16,50 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 PROVEN = 1e-6
-"""Gap, relative to the sum of the costs' magnitudes, up to which an assignment is called optimal:
-a tenth of what `assign` promises. Prices are float32, which leaves about 1e-8."""
+"""Largest gap of an assignment that counts as optimal, relative to the sum of absolute costs.
+
+A tenth of the tolerance of `assign`. The duals are float32, which causes a gap of about 1e-8."""
 
 ROWS_AT_ONCE = 32
-"""Rows whose costs stay in a core's cache while they are compared."""
+"""Rows compared at once; their costs fit in the cache of a core."""
 
 
 class Proof(NamedTuple):
-    """What an assignment's own duals prove about all assignments."""
+    """Lower bound on the cost of all assignments, from the duals of one of them."""
 
     objective: float
     """Total cost of the assignment."""
 
     bound: float
-    """No assignment costs less; the objective, up to rounding, if it is optimal."""
+    """Lower bound for all assignments; equals the objective, up to rounding, if it is optimal."""
 
     is_optimal: bool
+    """The gap is at most `PROVEN`."""
 
-    of_rows: NDArray[np.floating]
-    """[n], u above."""
+    row_duals: NDArray[np.floating]
+    """[n], u of the module docstring."""
 
-    of_columns: NDArray[np.floating]
-    """[P], at most 0: what the row of each column pays less for it than u; 0 without a row."""
+    column_duals: NDArray[np.floating]
+    """[P], at most 0: cost of the matched entry minus u of its row; 0 for an unmatched column."""
 
-    least: NDArray[np.floating]
-    """[P], v above: less than `of_columns` where another row would gain by taking the column."""
+    feasible_duals: NDArray[np.floating]
+    """[P], v of the module docstring; below `column_duals` where a move would reduce the cost."""
 
 
 def prove(
     cost: NDArray[np.floating], columns: NDArray[np.int64], among: csr_array | None = None
 ) -> Proof:
-    """The best bound that an assignment's own duals give.
+    """Compute the best bound that the duals of an assignment give.
 
     Moving row a from its column to row b's raises the cost by w_ab = c_ab - c_aa, where column a
-    is that of row a. Prices must not make any move pay: v_b <= v_a + w_ab, and v <= 0. The
-    largest such duals are shortest path lengths, found here by sweeps (Bellman, Ford).
+    is that of row a. The duals must allow no gain: v_b <= v_a + w_ab, and v <= 0. The largest
+    such duals are lengths of shortest paths, computed by Bellman-Ford sweeps.
 
     Args:
         cost: float32 or float64 [n, P].
         columns: [n], the column of each row, all different.
-        among: [n, P], the entries among which no assignment is better. Moves to others are left
-            out of the sweeps, which would not settle if one of them paid.
+        among: [n, P], entries among which the assignment is optimal. The sweeps omit moves to
+            other entries; they would not converge if such a move reduced the cost.
 
     Returns:
         See `Proof`.
@@ -65,26 +67,28 @@ def prove(
     num_rows, num_columns = cost.shape
     rows = np.arange(num_rows)
     taken = cost[rows, columns]
-    moves = np.take(cost, columns, axis=1)  # five times as fast as cost[:, columns]
+    moves = np.take(cost, columns, axis=1)  # five times faster than cost[:, columns]
     moves -= taken[:, None]
     if among is not None:
         moves[~_possible_moves(among, columns)] = np.inf
-    of_columns = np.zeros(num_columns, cost.dtype)
-    of_columns[columns] = _largest_duals(moves)
-    of_rows = taken - of_columns[columns]
-    least = np.zeros(num_columns, cost.dtype)
+    column_duals = np.zeros(num_columns, cost.dtype)
+    column_duals[columns] = _largest_duals(moves)
+    row_duals = taken - column_duals[columns]
+    feasible_duals = np.zeros(num_columns, cost.dtype)
     for start in range(0, num_rows, ROWS_AT_ONCE):
         these = slice(start, start + ROWS_AT_ONCE)
-        np.minimum(least, (cost[these] - of_rows[these, None]).min(axis=0), out=least)
+        np.minimum(
+            feasible_duals, (cost[these] - row_duals[these, None]).min(axis=0), out=feasible_duals
+        )
     objective = float(taken.sum(dtype=np.float64))
-    bound = float(of_rows.sum(dtype=np.float64) + least.sum(dtype=np.float64))
+    bound = float(row_duals.sum(dtype=np.float64) + feasible_duals.sum(dtype=np.float64))
     scale = float(np.abs(taken).sum(dtype=np.float64))
     is_optimal = objective - bound <= PROVEN * scale
-    return Proof(objective, bound, is_optimal, of_rows, of_columns, least)
+    return Proof(objective, bound, is_optimal, row_duals, column_duals, feasible_duals)
 
 
 def _possible_moves(among: csr_array, columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool [n, n], whether a row has an entry in the column of another."""
+    """bool [n, n], True where a row has an entry in the column of another row."""
     num_rows = len(columns)
     row_of = np.full(among.indices.max(initial=-1) + 1, num_rows)
     row_of[columns] = np.arange(num_rows)
@@ -96,11 +100,11 @@ def _possible_moves(among: csr_array, columns: NDArray[np.int64]) -> NDArray[np.
 
 def _largest_duals(moves: NDArray[np.floating]) -> NDArray[np.floating]:
     duals = np.zeros(len(moves), moves.dtype)
-    fallen = np.arange(len(moves))
+    changed = np.arange(len(moves))
     for _ in range(len(moves)):  # a shortest path has fewer edges than there are columns
-        reached = (moves[fallen] + duals[fallen, None]).min(axis=0)
-        fallen = np.flatnonzero(reached < duals)  # only these can lower others
-        if fallen.size == 0:
+        reached = (moves[changed] + duals[changed, None]).min(axis=0)
+        changed = np.flatnonzero(reached < duals)  # only these can reduce others
+        if changed.size == 0:
             break
-        duals[fallen] = reached[fallen]
+        duals[changed] = reached[changed]
     return duals

@@ -1,4 +1,4 @@
-"""What a match costs."""
+"""Cost of the assignment: distances of visual tokens and pool tokens."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ from megatron_croc.errors import ConfigError
 
 
 def pairwise_cost(features: Tensor, pool: Tensor) -> Tensor:
-    """Euclidean distances in float32 whatever the autocast: bfloat16 would change every match.
+    """Euclidean distances, in float32 also under autocast: bfloat16 would change every match.
 
     Args:
-        features: [B, n, h].
-        pool: [P, h].
+        features: [B, n, D].
+        pool: [P, D].
 
     Returns:
-        float32 [B, n, P], without a gradient.
+        float32 [B, n, P], without gradient.
 
     Raises:
-        ConfigError: TF32 is allowed on this GPU: cdist is a matrix product, and 3 to 7 % of the
-            matches would change.
+        ConfigError: TF32 is allowed on this GPU. cdist is a matrix product; TF32 would change 3 to
+            7 % of the matches.
     """
     if features.is_cuda and torch.get_float32_matmul_precision() != "highest":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Assignment on the GPU without waiting for it: start by torch, search by one Triton kernel."""
+"""Assignment on the GPU without a device sync: torch for the start, a Triton kernel to search."""
 
 import functools
 import importlib
@@ -12,28 +12,30 @@ from torch import Tensor
 from megatron_croc.ops.assignment.start import first_choices, starting_duals
 
 COLUMNS_PER_THREAD = 8
-"""Of each vector the kernel keeps. Compiled for sm_90, 2048 columns then take 178 registers and
-none is spilled; 16 take all 255 and spill. Which is fastest was not measured."""
+"""Columns of each vector of the kernel that one thread holds.
+
+Compiled for sm_90 at 2048 columns, 8 need 178 registers without spills; 16 need all 255 and spill.
+The speed was not measured."""
 
 
 class Solved(NamedTuple):
     """Result of `solve_triton`, on the device of the cost."""
 
     index: Tensor
-    """int64 [B, n], -1 past the length and in images that were not solved."""
+    """int64 [B, n], -1 in the padding of an image and in images that are not solved."""
 
     duals: Tensor
     """float64 [B, P], at most 0."""
 
     solved: Tensor
-    """bool [B], False: the image's cost is not finite, and the image was left out."""
+    """bool [B], False where the cost of an image is not finite."""
 
     num_steps: Tensor
-    """int32 [B], lines and columns of the cost read one after the other."""
+    """int32 [B], rows and columns of the cost that were read one after the other."""
 
 
 def unsupported_reason(device: torch.device) -> str | None:
-    """What keeps `solve_triton` from running on this device; None: nothing."""
+    """Reason against `solve_triton` on this device; None if it can run."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -43,12 +45,12 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 @torch.no_grad()
 def solve_triton(cost: Tensor, lengths: Tensor, *, num_warps: int | None = None) -> Solved:
-    """Assign all images; nothing here waits for the device.
+    """Assign all images, without a device sync.
 
     Args:
         cost: float32 or float64 [B, n, P].
         lengths: int64 [B], rows of each image, at most P; on the device of the cost.
-        num_warps: of each image's program; by the number of columns if None.
+        num_warps: warps of the program of one image; None: chosen by the number of columns.
     """
     num_images, num_rows, num_columns = cost.shape
     cost = cost.contiguous()

@@ -1,15 +1,14 @@
-"""Optimal assignments found in a small part of the cost, and proven to be optimal in all of it.
+"""Optimal assignments from a part of the cost, with a proof of optimality in the whole cost.
 
-Two parts are worth trying. Both searches are scipy's; `bounds` proves that what was left out does
-not matter, or says that it may.
+scipy searches one of two parts; `bounds` proves, or does not prove, that the rest can be ignored.
 
-Entries: where each row can have one of its own cheapest columns, a sparse graph of those decides.
+Entries: if each row can have one of its own cheapest columns, a sparse graph of those is enough.
 
-Columns: where rows agree on which columns are cheap, as they do on the short rows of a freshly
-drawn pool, they crowd there and scipy's paths grow long. Two exact steps take that away. Only the
-columns that are cheap to all are let in, and then those that the proof asks for (column
-generation). And rows of zeros make them square: every column is then taken exactly once, and any
-price can be subtracted from it without changing which assignment is best.
+Columns: if the same columns are cheap for all rows, such as the short tokens of a randomly
+initialised pool, scipy's augmenting paths become long. Two exact steps avoid that. The search
+begins with the columns that are cheap for all rows and adds those that the proof needs (column
+generation). Rows of zeros make the cost square, so that every column is matched; a dual variable
+can then be subtracted from a column without changing the optimal assignment.
 """
 
 from typing import NamedTuple
@@ -25,26 +24,26 @@ from megatron_croc.ops.assignment.bounds import Proof, prove
 Cost = NDArray[np.floating]
 Columns = NDArray[np.int64]
 
-Places = NDArray[np.int64]
-"""Ascending, in the flattened cost."""
+Entries = NDArray[np.int64]
+"""Indices in the flattened cost, ascending."""
 
 GROUPS_PER_CANDIDATE = 4
-"""Groups of columns whose minima tell what is cheap: far fewer numbers to sort than columns."""
+"""Groups of columns for each candidate; their minima, fewer than the columns, give a limit."""
 
 MOST_PER_CANDIDATE = 4
-"""Entries of a row on average. Ties can bring in more; a dense search is then the better one."""
+"""Largest mean number of entries of a row per candidate. With more, a dense search is faster."""
 
 NUM_ROUNDS = 4
-"""Of a search for entries; most need one, and each costs about as much."""
+"""Largest number of rounds of `match_entries`. Most need one; all cost about the same."""
 
 COLUMNS_PER_ROW = 1.06, 1.75
-"""Columns let in at first, and at most: each that stays free costs a row of zeros."""
+"""Columns for each row at the start, and at most. Each unmatched column adds a row of zeros."""
 
 TEMPERATURES = (0.3, 0.1, 0.03, 0.01)
-"""Of the Sinkhorn sweeps, over the standard deviation of what row and column means leave."""
+"""Temperatures of the Sinkhorn sweeps, in standard deviations of the residual cost."""
 
 NUM_SWEEPS = 8
-"""At each temperature: each sweep costs little beside one exponential of the whole cost."""
+"""Sweeps at each temperature; cheap, compared with the exponential of the cost before them."""
 
 
 class Match(NamedTuple):
@@ -54,64 +53,65 @@ class Match(NamedTuple):
     proof: Proof
 
 
-def cheapest_entries(cost: Cost, num_candidates: int) -> Places | None:
-    """Each row's `num_candidates` cheapest entries and a few more; None if ties make it many.
+def cheapest_entries(cost: Cost, num_candidates: int) -> Entries | None:
+    """Find the `num_candidates` cheapest entries of each row, and some more; None if too many.
 
-    A row's minima over groups of columns give the limit: at least that many entries are below it.
+    The limit of a row is taken from its minima over groups of columns, so that at least
+    `num_candidates` entries are within it. Ties can add many more.
 
     Args:
         cost: [n, P], P >= num_candidates.
-        num_candidates: of each row.
+        num_candidates: entries of each row.
     """
     minima = cost
     while (half := minima.shape[1] // 2) >= GROUPS_PER_CANDIDATE * num_candidates:
         minima = np.minimum(minima[:, :half], minima[:, half : 2 * half])
     limits = np.partition(minima, num_candidates - 1, axis=1)[:, num_candidates - 1]
-    places = np.flatnonzero(cost <= limits[:, None])
-    return places if places.size <= MOST_PER_CANDIDATE * num_candidates * len(cost) else None
+    entries = np.flatnonzero(cost <= limits[:, None])
+    return entries if entries.size <= MOST_PER_CANDIDATE * num_candidates * len(cost) else None
 
 
-def share_crowded_out(cost: Cost, places: Places) -> float:
-    """The share of rows that go without when every column at `places` is given to one row."""
-    columns = maximum_bipartite_matching(_graph(cost, places), perm_type="column")
+def unmatched_share(cost: Cost, entries: Entries) -> float:
+    """Share of rows without a column in a largest matching of rows and columns over `entries`."""
+    columns = maximum_bipartite_matching(_graph(cost, entries), perm_type="column")
     return float((columns < 0).mean())
 
 
-def match_entries(cost: Cost, places: Places) -> Match:
-    """The best assignment among the entries at `places` and those it turns out to need.
+def match_entries(cost: Cost, entries: Entries) -> Match:
+    """Find the best assignment among `entries` and the further entries that the proof needs.
 
-    No row may be crowded out of them. The proof is left open where it takes too many rounds.
+    A matching of all rows must exist. After `NUM_ROUNDS` the result may be unproven.
     """
     num_columns = cost.shape[1]
     for _ in range(NUM_ROUNDS):
-        graph = _graph(cost, places)
+        graph = _graph(cost, entries)
         columns = min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
         proof = prove(cost, columns, among=graph)
-        wanted = np.flatnonzero(proof.least < proof.of_columns)
-        if proof.is_optimal or wanted.size == 0:
+        needed = np.flatnonzero(proof.feasible_duals < proof.column_duals)
+        if proof.is_optimal or needed.size == 0:
             break
-        of_rows = np.take(cost, wanted, axis=1) - proof.of_rows[:, None]
-        rows, which = np.nonzero(of_rows < proof.of_columns[wanted])
-        places = np.union1d(places, rows * num_columns + wanted[which])
+        reduced = np.take(cost, needed, axis=1) - proof.row_duals[:, None]
+        rows, which = np.nonzero(reduced < proof.column_duals[needed])
+        entries = np.union1d(entries, rows * num_columns + needed[which])
     return Match(columns, proof)
 
 
-def _graph(cost: Cost, places: Places) -> csr_array:
-    """The entries at `places`, plus a constant: scipy takes an entry of zero for none."""
+def _graph(cost: Cost, entries: Entries) -> csr_array:
+    """Sparse graph of `entries`, plus a constant, because scipy ignores entries of zero."""
     num_rows, num_columns = cost.shape
-    rows, columns = np.divmod(places, num_columns)
+    rows, columns = np.divmod(entries, num_columns)
     ends = np.cumsum(np.bincount(rows, minlength=num_rows))
     pointers = np.concatenate([[0], ends]).astype(np.int32)
-    weights = cost.reshape(-1)[places].astype(np.float64)
+    weights = cost.reshape(-1)[entries].astype(np.float64)
     weights -= weights.min()
     weights += weights.max() or 1.0
     return csr_array((weights, columns.astype(np.int32), pointers), shape=cost.shape)
 
 
 def match_columns(cost: Cost) -> Match:
-    """The best assignment to columns that are cheap to all rows, and to those it turns out to need.
+    """Find the best assignment to columns that are cheap for all rows, and to those it needs.
 
-    The proof is left open where more columns are needed than are worth it.
+    The result is unproven if more columns than `COLUMNS_PER_ROW` allows are needed.
     """
     num_rows, num_columns = cost.shape
     at_first, at_most = (min(num_columns, int(num_rows * times)) for times in COLUMNS_PER_ROW)
@@ -121,14 +121,14 @@ def match_columns(cost: Cost) -> Match:
     while True:
         columns = candidates[_match_square(np.take(cost, candidates, axis=1), duals)]
         proof = prove(cost, columns)
-        wanted = np.union1d(candidates, np.flatnonzero(proof.least < proof.of_columns))
-        if proof.is_optimal or not candidates.size < wanted.size <= at_most:
+        needed = np.union1d(candidates, np.flatnonzero(proof.feasible_duals < proof.column_duals))
+        if proof.is_optimal or not candidates.size < needed.size <= at_most:
             return Match(columns, proof)
-        candidates, duals = wanted, proof.of_columns[wanted].astype(np.float64)
+        candidates, duals = needed, proof.column_duals[needed].astype(np.float64)
 
 
 def _match_square(cost: Cost, duals: NDArray[np.float64]) -> Columns:
-    """scipy on [n, k], made square by rows of zeros, less a price of each column."""
+    """scipy's assignment of [n, k], made square by rows of zeros, with `duals` subtracted."""
     num_rows, num_columns = cost.shape
     square = np.zeros((num_columns, num_columns))
     square[:num_rows] = cost
@@ -137,9 +137,9 @@ def _match_square(cost: Cost, duals: NDArray[np.float64]) -> Columns:
 
 
 def sinkhorn_duals(cost: Cost) -> NDArray[np.float64]:
-    """float64 [k]: the mean of each column, and annealed Sinkhorn sweeps on what it leaves.
+    """Approximate dual variables, float64 [k]: column means, corrected by Sinkhorn sweeps.
 
-    No price can spoil the result; better ones only shorten scipy's paths.
+    They do not change the result; better ones shorten scipy's augmenting paths.
     """
     means = cost.mean(axis=0, dtype=np.float64)
     residual = cost - means.astype(cost.dtype)

@@ -1,15 +1,16 @@
-"""The readable reference: exact assignment by shortest paths, from any starting duals.
+"""Readable reference: exact assignment by shortest augmenting paths, from any initial duals.
 
-Prices v <= 0 of the columns are optimal when a matching exists in which
+Column duals v <= 0 are optimal if there is a matching in which
 
-    every row has a column of least c_ij - v_j          (kept throughout)
-    every row is matched                                (forward paths bring it about)
-    every column with v_j < 0 is matched                (reverse paths bring it about)
+    every matched row has a column of least c_ij - v_j  (kept throughout)
+    every row is matched                                (result of the forward paths)
+    every column with v_j < 0 is matched                (result of the reverse paths)
 
-Successive shortest paths usually start at v = 0, where the third line holds by itself and costs
-tens of thousands of steps. Here v starts near the answer and reverse paths repair the third line:
-an unmatched column is raised until its price is 0, or until a row leaves its own column for it,
-and so on along a path that ends at a column whose price has come to 0, which is set free.
+Algorithms usually start at v = 0, where the third condition holds, and need tens of thousands of
+steps. Here v starts near the optimum, and reverse paths restore the third condition: the dual of
+an unmatched column is raised until it is 0, or until a row moves to this column. The column that
+the row leaves is raised next, and so on. The path ends at a column whose dual becomes 0; it stays
+unmatched.
 
 Sources: Jonker and Volgenant 1987 (forward paths); Bertsekas and Castanon 1992 (reverse).
 """
@@ -23,7 +24,7 @@ from megatron_croc.ops.assignment.start import starting_duals
 
 
 class Solution(NamedTuple):
-    """An image's assignment and its proof."""
+    """Assignment of one image, and its proof."""
 
     columns: Tensor
     """int64 [n]."""
@@ -32,10 +33,10 @@ class Solution(NamedTuple):
     """float64 [P], at most 0."""
 
     bound: Tensor
-    """float64 scalar: no assignment can cost less."""
+    """float64 scalar, lower bound for the cost of all assignments."""
 
     num_steps: int
-    """Columns or rows scanned one after the other: what a parallel machine cannot shorten."""
+    """Columns and rows scanned one after the other; a parallel machine needs as many."""
 
 
 @torch.no_grad()
@@ -44,8 +45,8 @@ def solve_image(cost: Tensor, duals: Tensor | None = None) -> Solution:
 
     Args:
         cost: [n, P], finite, n <= P.
-        duals: [P], at most 0, to start from; `starting_duals` when not given. They decide how
-            long it takes, never how good the result is.
+        duals: [P], at most 0, initial values; None: `starting_duals`. They affect the number of
+            steps, not the result's cost.
 
     Returns:
         See `Solution`.
@@ -71,7 +72,7 @@ def solve_image(cost: Tensor, duals: Tensor | None = None) -> Solution:
 
 
 class _Search:
-    """A partial matching, and duals under which each matched row has a best column."""
+    """Partial matching, with duals for which the column of each matched row is its best."""
 
     def __init__(self, cost: Tensor, duals: Tensor) -> None:
         num_rows, num_columns = cost.shape
@@ -81,13 +82,13 @@ class _Search:
         self.num_steps = 0
 
     def match_first_choices(self) -> None:
-        """Give each row its best column, if no earlier row has it."""
+        """Match each row to its best column, unless an earlier row has it."""
         for row, column in enumerate((self.cost - self.duals).argmin(dim=1).tolist()):
             if self.row_of[column] < 0:
                 self.column_of[row], self.row_of[column] = column, row
 
     def forward(self, row: int) -> None:
-        """Match `row`: the cheapest chain of moves that ends at an unmatched column (Dijkstra)."""
+        """Match `row` along the shortest path to an unmatched column (Dijkstra)."""
         distance = self.cost[row] - self.duals
         comes_from = [row] * len(self.row_of)
         scanned = torch.zeros_like(distance, dtype=torch.bool)
@@ -113,12 +114,12 @@ class _Search:
                 return
 
     def first_least(self, distance: Tensor) -> int:
-        """The nearest column; of several a free one, which ends the path, then the lowest."""
+        """Nearest column; of equal ones an unmatched one, which ends the path, then the lowest."""
         nearest = (distance == distance.min()).nonzero().flatten().tolist()
         return min(nearest, key=lambda column: (self.row_of[column] >= 0, column))
 
     def reverse(self, start: int) -> None:
-        """Raise the price of the unmatched column `start` to 0, or match it and free another."""
+        """Raise the dual of the unmatched column `start` to 0, or match it and free another."""
         matched = torch.tensor(self.column_of, device=self.cost.device)
         best = self.cost.gather(1, matched[:, None]).squeeze(1) - self.duals[matched]
         distance = self.cost[:, start] - self.duals[start] - best

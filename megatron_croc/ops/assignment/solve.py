@@ -1,4 +1,4 @@
-"""The entry points: checks, the choice of a backend, objective and bound."""
+"""Entry points of the assignment: checks, choice of a backend, objective and bound."""
 
 import logging
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ class Assignment(NamedTuple):
     """Result of `assign` and `nearest`; on the device of the cost."""
 
     index: Tensor
-    """int64 [B, n], the column taken by each row; -1 past an image's length."""
+    """int64 [B, n], column of each row; -1 in the padding of an image."""
 
     objective: Tensor
-    """float64 [B], total cost of each image's assignment."""
+    """float64 [B], total cost of the assignment of each image."""
 
     bound: Tensor
-    """float64 [B], what no assignment of the image can undercut: objective - bound is the proven
-    gap. NaN where it was not asked for and did not come by itself."""
+    """float64 [B], lower bound for all assignments of the image; objective - bound: proven gap.
+    NaN if `certify` is False and the search did not compute it anyway."""
 
     solved: Tensor
-    """bool [B]; False where `check` was off and the cost is not finite: the index is -1 there."""
+    """bool [B], False where the cost is not finite and `check` is False; the index is -1 there."""
 
 
 @torch.no_grad()
@@ -42,26 +42,25 @@ def assign(
     certify: bool = False,
     check: bool = True,
 ) -> Assignment:
-    """Match every row to a column of its own at the least total cost, image by image.
+    """Match every row to a column of its own with minimum total cost, for each image.
 
-    The objective is within 1e-5 of the optimum, relative to the sum of the costs' magnitudes, and
-    the same input gives the same output. Which of several equally good assignments comes out is
-    left to the backend.
+    The objective is within 1e-5 of the optimum, relative to the sum of absolute costs. The result
+    is deterministic; of several optimal assignments, backends may return different ones.
 
     Args:
         cost: float32 or float64 [B, n, P], finite, n <= P.
-        lengths: [B], rows of each image; the rest is padding, whatever it holds. All n if None.
+        lengths: [B], rows of each image; the others are padding of any value. None: all n.
         backend: auto, triton, cpu, scipy or torch; see `choose_backend`.
-        certify: always compute the bound. It costs the CPU about a millisecond an image.
-        check: refuse a cost that is not finite. Without it triton never waits for the device, and
-            such images come back unsolved.
+        certify: always compute the bound; about one millisecond per image on the CPU.
+        check: refuse a cost that is not finite. If False, such images are not solved, and triton
+            needs no device sync.
 
     Returns:
         See `Assignment`.
 
     Raises:
         DataError: wrong shape, dtype, lengths or backend, more rows than columns, or a cost that
-            is not finite; names the values.
+            is not finite. The message has the values.
     """
     rows = _checked_lengths(cost, lengths)
     if backend not in get_args(Backend):
@@ -99,10 +98,12 @@ def assign(
 
 
 def choose_backend(backend: Backend, device: torch.device) -> Backend:
-    """`auto` made definite: triton on CUDA where it is installed, else cpu, saying why once.
+    """Return the backend that `auto` stands for: triton on CUDA if installed, else cpu.
+
+    A warning gives the reason, once, if a CPU solves the assignments of a GPU.
 
     Raises:
-        DataError: triton was asked for and cannot run on this device.
+        DataError: `backend` is triton, and triton cannot run on this device.
     """
     if backend == "triton" and (reason := on_gpu.unsupported_reason(device)) is not None:
         raise DataError(f"--assign-backend triton: {reason}; use auto")
@@ -119,11 +120,11 @@ def choose_backend(backend: Backend, device: torch.device) -> Backend:
 
 @torch.no_grad()
 def nearest(cost: Tensor, *, check: bool = True) -> Assignment:
-    """Give every row its cheapest column, which it may share (released Croc code).
+    """Match every row to its cheapest column; rows may share one (released Croc code).
 
     Args:
         cost: float32 or float64 [B, n, P], finite.
-        check: refuse a cost that is not finite. Without it nothing waits for the device.
+        check: refuse a cost that is not finite; needs a device sync.
 
     Returns:
         See `Assignment`; the bound is the objective.
@@ -141,14 +142,14 @@ def nearest(cost: Tensor, *, check: bool = True) -> Assignment:
 
 
 def optimality_gap(cost: Tensor, index: Tensor) -> float:
-    """How much more one image's assignment costs than scipy's, over scipy's magnitude.
+    """Relative excess of an image's assignment cost over the optimum found by scipy.
 
     Args:
         cost: [n, P].
         index: int64 [n].
 
     Returns:
-        0 up to rounding, whatever the backend; below 1e-5 by the promise of `assign`.
+        0 up to rounding; below 1e-5 for every backend, see `assign`.
     """
     best = assign(cost.unsqueeze(0), backend="scipy")
     ours = _objective(cost.unsqueeze(0), index.unsqueeze(0))
@@ -180,7 +181,7 @@ def _solve_on_gpu(cost: Tensor, rows: list[int], *, certify: bool) -> Assignment
         lengths = torch.tensor(rows, device=cost.device)
     found = on_gpu.solve_triton(cost, lengths)
     bound = torch.full((len(cost),), torch.nan, dtype=torch.float64, device=cost.device)
-    if certify:  # image by image: the cost in float64 is large
+    if certify:  # one image at a time, because the cost in float64 is large
         for image, duals in enumerate(found.duals):
             reduced = cost[image, : rows[image]].double() - duals
             bound[image] = reduced.amin(dim=1).sum() + duals.sum()
@@ -193,12 +194,12 @@ def _objective(cost: Tensor, index: Tensor) -> Tensor:
 
 
 def _checked_lengths(cost: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
-    """Rows of each image, after every check that does not depend on the backend."""
+    """Number of rows of each image, after the checks that all backends share."""
     if cost.ndim != 3:
         raise DataError(f"cost must be [images, rows, columns], got {tuple(cost.shape)}")
     if cost.dtype not in (torch.float32, torch.float64):
         raise DataError(
-            f"cost is {cost.dtype}, which changes every match; compute it with pairwise_cost, "
+            f"cost is {cost.dtype}, which would change every match; compute it with pairwise_cost, "
             "or in float32"
         )
     num_images, num_rows, _ = cost.shape
@@ -212,7 +213,7 @@ def _checked_lengths(cost: Tensor, lengths: Sequence[int] | Tensor | None) -> li
 
 
 def _images_not_finite(cost: Tensor, rows: list[int]) -> list[int]:
-    # A sum costs a quarter of isfinite; where it is finite, so is every term.
+    # A sum takes a quarter of the time of isfinite. If it is finite, all terms are.
     suspects = torch.nonzero(~torch.isfinite(cost.sum(dim=(1, 2)))).flatten().tolist()
     return [image for image in suspects if not cost[image, : rows[image]].isfinite().all()]
 

@@ -1,9 +1,9 @@
-"""Prices near the optimal ones, for all images at once and without waiting for the device.
+"""Initial dual variables near the optimum, for all images at once, without a device sync.
 
-Any duals v <= 0 lead shortest paths to the optimum; good ones leave them little to do. Were the
-cost a row term plus a column term b, the n cheapest columns would be matched, and
-v_j = min(0, b_j - b of the first one left over) be optimal. Sinkhorn sweeps at falling
-temperatures do the rest: each row spreads one unit over the columns, no column takes more.
+Shortest paths reach the optimum from any duals v <= 0, in fewer steps from better ones. If the cost
+were a row term plus a column term b, the n cheapest columns would be matched, and optimal duals
+would be v_j = min(0, b_j - b of the cheapest unmatched column). Sinkhorn sweeps at decreasing
+temperatures correct these: each row spreads one unit over the columns, a column takes at most one.
 """
 
 from typing import NamedTuple
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
-"""Over the standard deviation of what row and column means leave of the cost."""
+"""Temperatures of the sweeps, in standard deviations of the cost without row and column means."""
 
 NUM_SWEEPS = 8
-"""At each temperature: a sweep is two products with a matrix that took an exponential."""
+"""Sweeps at each temperature; one is two products with the same matrix of exponentials."""
 
 
 class FirstChoices(NamedTuple):
-    """Each row has its best column at the duals, unless a row before it wants the same one."""
+    """Partial matching in which a row has its best column, unless an earlier row has it."""
 
     row_of: Tensor
-    """int64 [B, P], the row that holds each column; -1: none."""
+    """int64 [B, P], row of each column; -1: none."""
 
     unmatched: Tensor
-    """int64 [B, n], rows without a column first, ascending."""
+    """int64 [B, n], unmatched rows, ascending, then the others."""
 
     num_unmatched: Tensor
-    """int64 [B]."""
+    """int64 [B], number of unmatched rows."""
 
 
 @torch.no_grad()
 def starting_duals(cost: Tensor, lengths: Tensor) -> Tensor:
-    """Prices [B, P] <= 0, in the dtype of the cost.
+    """Compute dual variables of the columns, [B, P] <= 0, in the dtype of the cost.
 
     Args:
         cost: float [B, n, P], n <= P, finite up to each length.
@@ -50,25 +50,25 @@ def starting_duals(cost: Tensor, lengths: Tensor) -> Tensor:
     entries = (lengths * num_columns).clamp(min=1)
     scale = (residual.square().sum(dim=(1, 2)) / entries).sqrt().unsqueeze(1)
     scale = scale.clamp(min=torch.finfo(cost.dtype).tiny / TEMPERATURES[-1])
-    mass = counted.to(cost.dtype).transpose(1, 2)  # [B, 1, n]: padding spreads nothing
+    mass = counted.to(cost.dtype).transpose(1, 2)  # [B, 1, n], 0 for padding
     for temperature in TEMPERATURES:
         eps = temperature * scale
         slack = cost - duals.unsqueeze(1)
         slack = slack - slack.amin(dim=2, keepdim=True)
         affinity = (slack / -eps.unsqueeze(2)).clamp(min=-30.0).exp()
-        most = (duals / -eps).clamp(max=60.0).exp()  # more would lift the price above 0
+        most = (duals / -eps).clamp(max=60.0).exp()  # more would make the dual positive
         of_column = torch.ones_like(duals).unsqueeze(2)
         for _ in range(NUM_SWEEPS):
             of_row = mass / (affinity @ of_column).transpose(1, 2)
             of_column = torch.minimum(1.0 / (of_row @ affinity), most.unsqueeze(1)).transpose(1, 2)
         change = eps * of_column.squeeze(2).log()
         duals = (duals + change.nan_to_num(0.0, 0.0, 0.0)).clamp(max=0.0)
-    return duals.nan_to_num(0.0, neginf=0.0)  # sums of costs near the largest float overflow
+    return duals.nan_to_num(0.0, neginf=0.0)  # costs near the largest float overflow in sums
 
 
 @torch.no_grad()
 def first_choices(cost: Tensor, lengths: Tensor, duals: Tensor) -> FirstChoices:
-    """Which rows can have their best column at once; ties go to the lowest column and row.
+    """Match rows to their best columns; ties go to the lowest column and row.
 
     Args:
         cost: float [B, n, P].

@@ -1,3 +1,3 @@
-"""Attention under a mixed mask. `attend` is the one entry; `backends` says what runs here."""
+"""Attention under a mixed mask; `attend` is the entry point."""
 
 from megatron_croc.ops.attention.backends import attend as attend

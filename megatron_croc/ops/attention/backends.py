@@ -1,10 +1,10 @@
-"""The one file that decides which attention kernel runs.
+"""Choice of the attention backend, for the whole project.
 
-| name  | what it is                                            | runs on                        |
-|-------|-------------------------------------------------------|--------------------------------|
-| flip  | two causal flash calls (flip.py; flash.py, rows.py)   | CUDA float16, bfloat16; CPU    |
-| flex  | FlexAttention from block lists (flex.py)              | CUDA; CPU without gradients    |
-| dense | scaled-dot-product attention with a dense mask        | everywhere, quadratic memory   |
+| name  | implementation                                     | runs on                      |
+|-------|----------------------------------------------------|------------------------------|
+| flip  | two causal flash calls (flip.py, flash.py)         | CUDA float16, bfloat16; CPU  |
+| flex  | FlexAttention with block lists (flex.py)           | CUDA; CPU without gradients  |
+| dense | scaled-dot-product attention, dense mask (dense.py)| everywhere, quadratic memory |
 """
 
 import functools
@@ -27,25 +27,69 @@ Chunks = Sequence[tuple[int, int]]
 _logger = get_logger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """Arguments of `attend`, in the form that all backends take."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: MixedMask
+    softmax_scale: float
+    chunks: tuple[tuple[int, int], ...] | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    def positions(self) -> Tensor | None:
+        """Positions of the queries, int64 [R]; None: all of the pack."""
+        return None if self.chunks is None else _positions(self.chunks, self.mask.device)
+
+    def check(self) -> None:
+        """Raise ValueError if shapes, dtypes or devices do not fit together."""
+        query, key, value = self.tensors
+        length, chunks = self.mask.length, self.chunks
+        shapes = f"query {[*query.shape]}, key {[*key.shape]}, value {[*value.shape]}"
+        queries = length if chunks is None else sum(end - begin for begin, end in chunks)
+        if query.dim() != 3 or key.shape != value.shape or key.dim() != 3:
+            raise ValueError(f"attention takes [T, heads, head dim] tensors, got {shapes}")
+        if query.shape[0] != queries or key.shape[0] != length:
+            raise ValueError(
+                f"the mask has {length} positions, {queries} of them queries; got {shapes}"
+            )
+        if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+            raise ValueError(
+                f"key heads must divide query heads, and head dims be equal; got {shapes}"
+            )
+        if not query.dtype == key.dtype == value.dtype:
+            raise ValueError(f"dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}")
+        if not query.device == key.device == value.device == self.mask.device:
+            raise ValueError(
+                f"query is on {query.device}, key on {key.device}, value on {value.device}, "
+                f"mask on {self.mask.device}"
+            )
+
+
 @dataclass(frozen=True)
 class _Backend:
-    attend: Callable[..., Tensor]
-    """query, key, value, mask, chunks (None: the whole row), softmax_scale -> out; see `attend`."""
+    attend: Callable[[_Inputs], Tensor]
+    """Attention [R, H, d]."""
 
     unsupported_reason: Callable[[Tensor], str | None]
-    """Why it cannot run on tensors like this query; None when it can."""
+    """Reason against this backend for tensors like the query; None if it can be used."""
 
 
 def choose_backend(name: str, query: Tensor) -> str:
-    """Resolve `auto` to the fastest backend that runs on `query`.
+    """Return the name of the backend for tensors like `query`.
 
     Args:
-        name: auto, or a name of the table above.
-        query: [R, H, d]; its device, dtype and head dim decide. A backend that `auto` passes over
-            is named in the log, once.
+        name: auto (the fastest that can be used), or a name of the table above.
+        query: [R, H, d]; its device, dtype and head dim matter. The log names, once, each faster
+            backend that `auto` cannot use, with the reason.
 
     Raises:
-        ConfigError: the name is unknown, or the backend it forces does not run on such tensors.
+        ConfigError: the name is unknown, or this backend does not run on such tensors.
     """
     if name == "auto":
         return _fastest(query)
@@ -83,92 +127,55 @@ def attend(
     backend: str = "auto",
     chunks: Chunks | None = None,
 ) -> Tensor:
-    """Attention over one packed row under a mixed mask.
+    """Attention over one pack under a mixed mask.
 
     Args:
-        query: [R, H, d], any floating dtype; all rows (R = T) unless `chunks` says which.
+        query: [R, H, d], any floating dtype; all positions (R = T), or those of `chunks`.
         key: [T, G, d]; G divides H (grouped-query attention).
         value: [T, G, d].
-        mask: a mask of the same length T, on the same device.
+        mask: a mask of length T, on the same device.
         softmax_scale: factor of the scores, usually d ** -0.5.
-        backend: auto, or a name that `choose_backend` knows.
-        chunks: ascending intervals of the row whose rows the query holds, one after the other.
+        backend: auto, or a name of the table above.
+        chunks: ascending intervals of the pack; the query holds their positions, one chunk after
+            the other.
 
     Returns:
-        [R, H, d]; rows past cu_seqlens[-1] hold no meaning, but are finite.
+        [R, H, d]; values of padding (from cu_seqlens[-1] on) are finite and have no meaning.
 
     Raises:
         ConfigError: see `choose_backend`.
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: shapes, dtypes or devices do not fit together.
     """
-    _check(query, key, value, mask, chunks)
-    name = choose_backend(backend, query)
-    return _BACKENDS[name].attend(query, key, value, mask, chunks, softmax_scale=softmax_scale)
+    held = None if chunks is None else tuple(chunks)
+    inputs = _Inputs(query, key, value, mask, softmax_scale, held)
+    inputs.check()
+    return _BACKENDS[choose_backend(backend, query)].attend(inputs)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, mask: MixedMask, chunks: Chunks | None
-) -> None:
-    shapes = f"query {[*query.shape]}, key {[*key.shape]}, value {[*value.shape]}"
-    rows = mask.length if chunks is None else sum(end - begin for begin, end in chunks)
-    if query.dim() != 3 or key.shape != value.shape or key.dim() != 3:
-        raise ValueError(f"attention takes [T, heads, head dim] tensors, got {shapes}")
-    if query.shape[0] != rows or key.shape[0] != mask.length:
-        raise ValueError(f"the mask is of {mask.length} rows, {rows} of them queries; got {shapes}")
-    if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
-        raise ValueError(f"key heads must divide query heads, and head dims be equal; got {shapes}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}")
-    if not query.device == key.device == value.device == mask.device:
-        raise ValueError(f"query is on {query.device}, key on {key.device}, mask on {mask.device}")
+def _dense(inputs: _Inputs) -> Tensor:
+    positions, scale = inputs.positions(), inputs.softmax_scale
+    if positions is None:
+        return dense.attend_dense(*inputs.tensors, inputs.mask, softmax_scale=scale)
+    return dense.attend_positions(*inputs.tensors, inputs.mask, positions, softmax_scale=scale)
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MixedMask,
-    chunks: Chunks | None,
-    *,
-    softmax_scale: float,
-) -> Tensor:
-    if chunks is None:
-        return dense.attend_dense(query, key, value, mask, softmax_scale=softmax_scale)
-    rows = _rows(tuple(chunks), mask.device)
-    return dense.attend_rows(query, key, value, mask, rows, softmax_scale=softmax_scale)
-
-
-def _flip(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MixedMask,
-    chunks: Chunks | None,
-    *,
-    softmax_scale: float,
-) -> Tensor:
+def _flip(inputs: _Inputs) -> Tensor:
+    mask, chunks = inputs.mask, inputs.chunks
     plan = mask.flip if chunks is None else mask.flip_of(chunks)
-    flash = choose_flash(query)
+    flash = choose_flash(inputs.query)
     assert flash is not None
-    log_once(_logger, logging.INFO, "attention backend flip stands on %s", flash.name)
-    return attend_flip(query, key, value, plan, softmax_scale=softmax_scale, flash=flash)
+    log_once(_logger, logging.INFO, "attention backend flip uses %s", flash.name)
+    return attend_flip(*inputs.tensors, plan, softmax_scale=inputs.softmax_scale, flash=flash)
 
 
 def _flip_unsupported_reason(query: Tensor) -> str | None:
     return None if choose_flash(query) is not None else flash_unsupported_reasons(query)
 
 
-def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MixedMask,
-    chunks: Chunks | None,
-    *,
-    softmax_scale: float,
-) -> Tensor:
-    rows = None if chunks is None else _rows(tuple(chunks), mask.device)
-    return flex.attend_flex(query, key, value, mask, rows, softmax_scale=softmax_scale)
+def _flex(inputs: _Inputs) -> Tensor:
+    return flex.attend_flex(
+        *inputs.tensors, inputs.mask, inputs.positions(), softmax_scale=inputs.softmax_scale
+    )
 
 
 def _flex_unsupported_reason(query: Tensor) -> str | None:
@@ -180,8 +187,8 @@ def _flex_unsupported_reason(query: Tensor) -> str | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _rows(chunks: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """int64, the positions of the chunks' rows."""
+def _positions(chunks: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Positions of the chunks, int64 [R]."""
     return torch.cat([torch.arange(begin, end, device=device) for begin, end in chunks])
 
 
@@ -192,4 +199,4 @@ _BACKENDS = {
 }
 
 _PREFERENCE = {"cuda": ("flip", "flex", "dense"), "cpu": ("dense",)}
-"""What `auto` tries, in this order. On a CPU dense is faster than the emulated flash."""
+"""Backends that `auto` tries, in this order. On a CPU dense is faster than the emulated flash."""

@@ -1,4 +1,4 @@
-"""What flash kernels and row operations take and give: the seam between the flip and them."""
+"""Types shared by the flip, its flash kernels and its operations on positions."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,7 +8,7 @@ from megatron_croc.ops.flip_plan import CausalCall
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values, or the gradients of them."""
+    """Queries, keys and values, or their gradients."""
 
     query: Tensor
     """[n, H, d]."""
@@ -20,74 +20,97 @@ class QKV(NamedTuple):
     """[m, G, d]."""
 
 
-class Flash(Protocol):
-    """A pair of kernels: causal attention over the pieces of a call, one way and back.
+class FlashInputs(NamedTuple):
+    """Arguments of one flash attention call; forward and backward take the same ones."""
 
-    Rows at and past call.num_queries (num_keys) are left uninitialised, in outputs and gradients:
-    the caller zeroes them.
+    tensors: QKV
+    """Queries, keys and values, in the order of `call`."""
+
+    call: CausalCall
+    """Pieces of the call."""
+
+    softmax_scale: float
+    """Factor of the scores."""
+
+
+class FlashOutput(NamedTuple):
+    """Result of attention, in the form that two results can be merged."""
+
+    out: Tensor
+    """[n, H, d]."""
+
+    lse: Tensor
+    """float32 [H, n], log-sum-exp of the scores, natural logarithm."""
+
+
+class Flash(Protocol):
+    """Forward and backward kernel of causal attention over the pieces of a call.
+
+    Positions from call.num_queries (num_keys) on are left uninitialised, in outputs and in
+    gradients. The caller sets them to zero.
     """
 
     @property
     def name(self) -> str:
-        """What the log calls it."""
+        """Name for the log."""
         ...
 
     @property
     def distribution(self) -> str | None:
-        """The package it comes from, by its name in `libraries.KNOWN`; None: torch or this one."""
+        """Package of the kernels, by its name in `libraries.KNOWN`; None: torch or this package."""
         ...
 
     def unsupported_reason(self, query: Tensor) -> str | None:
-        """Why the kernels cannot run on tensors like `query`; None when they can."""
+        """Reason against these kernels for tensors like `query`; None if they can be used."""
         ...
 
-    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
-        """Out [n, H, d] and lse [H, n], float32, natural logarithm."""
+    def forward(self, inputs: FlashInputs) -> FlashOutput:
+        """Attention of every query to the visible keys of its piece."""
         ...
 
-    def backward(
-        self,
-        grad: Tensor,
-        inputs: QKV,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> QKV:
-        """Gradients of the inputs, for weights exp(scores - lse) and output `out`."""
+    def backward(self, grad: Tensor, inputs: FlashInputs, output: FlashOutput) -> QKV:
+        """Gradients of the inputs.
+
+        Args:
+            grad: [n, H, d], gradient of output.out, contiguous.
+            inputs: arguments of the forward call.
+            output: out and lse of the whole mask, which may have more keys than this call. The
+                kernel computes its attention weights as exp(scores - lse).
+        """
         ...
 
 
-class Rows(Protocol):
-    """The four operations. `call.queries` and `call.keys` of None mean rows in their own order."""
+class PositionOps(Protocol):
+    """Operations of the flip on some positions of a pack.
+
+    `call.queries` or `call.keys` of None: the positions of the tensor in their own order.
+    """
 
     @property
     def name(self) -> str:
-        """What the log calls it."""
+        """Name for the log."""
         ...
 
-    def gather(self, inputs: QKV, call: CausalCall) -> QKV:
-        """The rows the call reads, in the order it reads them."""
+    def gather(self, tensors: QKV, call: CausalCall) -> QKV:
+        """Queries, keys and values of the call, in its order."""
         ...
 
-    def merge(self, out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, rows: Tensor) -> None:
-        """Fold attention to further keys into some rows of (out, lse), in place.
+    def merge(self, output: FlashOutput, more: FlashOutput, positions: Tensor) -> None:
+        """Merge attention to further keys into `output` at some positions, in place.
 
         Args:
-            out: [n, H, d].
-            lse: [H, n], in the dtype the merge is computed in.
-            more: [r, H, d], attention of the rows `rows` (int64 [r]) to keys that out has not seen.
-            more_lse: [H, r].
-            rows: without repetition.
+            output: out [n, H, d] and lse [H, n]. The merge is computed in the dtype of lse.
+            more: out [r, H, d] and lse [H, r], for keys that `output` does not include.
+            positions: int64 [r], distinct.
         """
         ...
 
     def gather_outputs(
-        self, grad: Tensor, out: Tensor, lse: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows `rows` (int64 [r]) of grad [n, H, d], out [n, H, d] and lse [H, n]."""
+        self, grad: Tensor, output: FlashOutput, positions: Tensor
+    ) -> tuple[Tensor, FlashOutput]:
+        """Part of the gradient [n, H, d] and of `output` at `positions` (int64 [r])."""
         ...
 
-    def add(self, totals: QKV, shares: QKV, call: CausalCall) -> None:
-        """Add the gradients of what the call read to those of what it was gathered from."""
+    def add(self, totals: QKV, parts: QKV, call: CausalCall) -> None:
+        """Add gradients of gathered tensors to the gradients of their sources, in place."""
         ...

@@ -1,4 +1,4 @@
-"""The readable reference: scaled-dot-product attention with each sample's dense mask."""
+"""Readable reference: scaled-dot-product attention with the dense mask of each sample."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from megatron_croc.ops.mixed_mask import MixedMask
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: MixedMask, *, softmax_scale: float
 ) -> Tensor:
-    """softmax(scale * Q K^T + mask) V, one sample after the other. See `attend` for the shapes."""
+    """softmax(scale * Q K^T + mask) V, one sample at a time. See `attend` for the shapes."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     outputs = []
@@ -30,7 +30,7 @@ _latest: tuple[MixedMask, list[Tensor | None]] | None = None
 
 
 def _sample_masks(mask: MixedMask) -> list[Tensor | None]:
-    """Each sample's dense mask, None where it is causal; all layers of a pass share them."""
+    """Dense mask of each sample, None if it is causal; all layers of a pass share them."""
     global _latest
     if _latest is None or _latest[0] is not mask:
         _latest = (mask, [_sample_mask(mask, sample) for sample in range(mask.num_samples)])
@@ -45,23 +45,23 @@ def _sample_mask(mask: MixedMask, sample: int) -> Tensor | None:
     return MixedMask.build([0, end - begin], spans).to(mask.device).visible()
 
 
-def attend_rows(
+def attend_positions(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: MixedMask,
-    rows: Tensor,
+    positions: Tensor,
     *,
     softmax_scale: float,
 ) -> Tensor:
-    """Attention of some rows of the packed row to all of it.
+    """Attention of some positions of a pack to the whole pack.
 
     Args:
-        query: [R, H, d], the rows `rows` (int64 [R]) of the packed row.
+        query: [R, H, d].
         key: [T, G, d].
         value: [T, G, d].
         mask: of length T.
-        rows: positions of the queries.
+        positions: int64 [R], positions of the queries.
         softmax_scale: factor of the scores.
 
     Returns:
@@ -69,16 +69,16 @@ def attend_rows(
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    start, end = (x[rows] for x in mask.intervals())
-    position = torch.arange(mask.length, device=query.device)
-    visible = (position >= start[:, None]) & (position < end[:, None])
+    start, end = (x[positions] for x in mask.intervals())
+    key_position = torch.arange(mask.length, device=query.device)
+    visible = (key_position >= start[:, None]) & (key_position < end[:, None])
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale)
     return out.squeeze(0).transpose(0, 1)
 
 
 def attend_full(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float) -> Tensor:
-    """Unmasked attention of a batch of equal rows: [s, b, H, d] each, out alike."""
+    """Attention without a mask: query, key, value and result are [s, b, H, d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, H, s, d]
     out = scaled_dot_product_attention(q, k, v, scale=softmax_scale)
     return out.permute(2, 0, 1, 3).contiguous()
@@ -87,7 +87,18 @@ def attend_full(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: flo
 def attend_formula(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, softmax_scale: float
 ) -> Tensor:
-    """The definition, one line each; what every backend is tested against (use float64)."""
+    """Definition of masked attention; every backend is tested against it, in float64.
+
+    Args:
+        query: [R, H, d].
+        key: [T, G, d].
+        value: [T, G, d].
+        visible: bool [R, T], True where the query sees the key.
+        softmax_scale: factor of the scores.
+
+    Returns:
+        [R, H, d].
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale

@@ -1,7 +1,7 @@
-"""The flash attention kernels the flip can stand on: one forward, one backward, causal, varlen.
+"""Flash attention kernels for the flip: one forward and one backward each, causal, varlen.
 
-Only low-level functions are used. The public ones come with a backward of their own, in which the
-log-sum-exp is a by-product; the flip needs one that takes the (out, lse) it is given.
+The low-level functions are called, because the flip passes its own (out, lse) to the backward. The
+public functions have an autograd backward of their own, with the (out, lse) of their one call.
 
 | kernels      | functions                                        | arguments as in              |
 |--------------|--------------------------------------------------|------------------------------|
@@ -9,9 +9,9 @@ log-sum-exp is a by-product; the flip needs one that takes the (out, lse) it is 
 | flash-attn 2 | flash_attn.flash_attn_interface._..._varlen_*    | flash-attn 2.7.0 to 2.8.3    |
 | torch flash  | torch.ops.aten._flash_attention_*                | torch 2.13                   |
 
-`choose_flash` takes the first that runs on the tensor at hand. On a CPU it is emulated_flash.py,
-plain attention under the same contract. None of the three has been run on a GPU so far; `pytest -m
-gpu tests/unit/ops` does that.
+`choose_flash` returns the first that runs on a tensor; on a CPU the plain attention of
+emulated_flash.py. None of the three has been run on a GPU so far; `pytest -m gpu tests/unit/ops`
+does that.
 """
 
 import functools
@@ -26,18 +26,18 @@ from torch import Tensor
 
 from megatron_croc.libraries import KNOWN, name_unknown_version
 from megatron_croc.log import get_logger, log_once
-from megatron_croc.ops.attention.contract import QKV, Flash
+from megatron_croc.ops.attention.contract import QKV, Flash, FlashInputs, FlashOutput
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.flip_plan import CausalCall
 
 MAX_HEAD_DIM = 256
-"""Widest head of every flash kernel here; widths are multiples of 8."""
+"""Largest head dim of all these kernels; head dims are multiples of 8."""
 
 
 def choose_flash(query: Tensor) -> Flash | None:
-    """The fastest kernels for tensors like `query`; None when there are none.
+    """Return the fastest kernels for tensors like `query`; None if there are none.
 
-    On CUDA those passed over are named in the log, once, with the reason.
+    On CUDA the log names, once, the faster kernels that cannot be used, with the reason.
     """
     for flash in (*_KERNELS, EMULATED):
         reason = flash.unsupported_reason(query)
@@ -51,7 +51,7 @@ def choose_flash(query: Tensor) -> Flash | None:
 
 
 def flash_unsupported_reasons(query: Tensor) -> str:
-    """Why each of the kernels cannot run on tensors like `query`, in one line."""
+    """Reasons against each of the kernels for tensors like `query`, in one line."""
     faults = {flash.name: flash.unsupported_reason(query) for flash in _KERNELS}
     return "; ".join(f"{name}: {reason}" for name, reason in faults.items() if reason)
 
@@ -59,51 +59,44 @@ def flash_unsupported_reasons(query: Tensor) -> str:
 class FlashAttention3:
     """flash-attn 3 (the `hopper` folder of Dao-AILab/flash-attention), interface of 2025.
 
-    Arguments go by position: their names and defaults differ between its versions, the order not.
+    Arguments are positional: names and defaults differ between its versions, the order does not.
     """
 
     name = "flash-attn 3"
     distribution = "flash-attn-3"
 
     def unsupported_reason(self, query: Tensor) -> str | None:
-        """Why it cannot run on tensors like `query`."""
+        """See `Flash`."""
         reason = _kernel_unsupported_reason(query) or _missing(self.distribution)
         if reason is None and _capability(query.device)[0] != 9:
-            return f"compute capability {_capability(query.device)}, it needs 9 (Hopper)"
+            return f"compute capability {_capability(query.device)}, 9 (Hopper) is needed"
         return reason
 
-    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: FlashInputs) -> FlashOutput:
         """See `Flash`."""
+        call = inputs.call
         out, lse, *_ = _kernels(self.distribution)._flash_attn_forward(
-            *inputs,
+            *inputs.tensors,
             *(None,) * 4,  # new keys and values, qv, out
             *(call.cu_queries, call.cu_keys),
             *(None,) * 3,  # cu_seqlens of new keys, used lengths
             *_max_lengths(call),
             *(None,) * 9,  # paging, rotary, scales of float8
-            softmax_scale,
+            inputs.softmax_scale,
             True,  # causal
         )
-        return _checked(out, lse, inputs.query)
+        return _check_output(out, lse, inputs)
 
-    def backward(
-        self,
-        grad: Tensor,
-        inputs: QKV,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> QKV:
+    def backward(self, grad: Tensor, inputs: FlashInputs, output: FlashOutput) -> QKV:
         """See `Flash`."""
-        grads = _unwritten(inputs)
+        call, grads = inputs.call, _allocate(inputs.tensors)
         _kernels(self.distribution)._flash_attn_backward(
-            *(grad, *inputs, out, lse),
+            *(grad, *inputs.tensors, *output),
             *(call.cu_queries, call.cu_keys),
             *(None, None),  # used lengths
             *_max_lengths(call),
             *grads,
-            softmax_scale,
+            inputs.softmax_scale,
             True,  # causal
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -117,36 +110,26 @@ class FlashAttention2:
     distribution = "flash-attn"
 
     def unsupported_reason(self, query: Tensor) -> str | None:
-        """Why it cannot run on tensors like `query`."""
+        """See `Flash`."""
         return (
             _kernel_unsupported_reason(query)
             or _missing(self.distribution)
             or _too_old(self.distribution)
         )
 
-    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: FlashInputs) -> FlashOutput:
         """See `Flash`."""
         kernels = _kernels(self.distribution)
-        out, lse, *_ = kernels._flash_attn_varlen_forward(
-            *inputs, **self._common(call, softmax_scale)
-        )
-        return _checked(out, lse, inputs.query)
+        out, lse, *_ = kernels._flash_attn_varlen_forward(*inputs.tensors, **self._common(inputs))
+        return _check_output(out, lse, inputs)
 
-    def backward(
-        self,
-        grad: Tensor,
-        inputs: QKV,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> QKV:
+    def backward(self, grad: Tensor, inputs: FlashInputs, output: FlashOutput) -> QKV:
         """See `Flash`."""
         kernels = _kernels(self.distribution)
-        grads = _unwritten(inputs)
+        grads = _allocate(inputs.tensors)
         kernels._flash_attn_varlen_backward(
-            *(grad, *inputs, out, lse, *grads),
-            **self._common(call, softmax_scale),
+            *(grad, *inputs.tensors, *output, *grads),
+            **self._common(inputs),
             window_size_left=-1,
             window_size_right=-1,
             softcap=0.0,
@@ -156,58 +139,51 @@ class FlashAttention2:
         return grads
 
     @staticmethod
-    def _common(call: CausalCall, softmax_scale: float) -> dict[str, Any]:
-        max_queries, max_keys = _max_lengths(call)
+    def _common(inputs: FlashInputs) -> dict[str, Any]:
+        """Arguments of both passes."""
+        max_queries, max_keys = _max_lengths(inputs.call)
         return {
-            "cu_seqlens_q": call.cu_queries,
-            "cu_seqlens_k": call.cu_keys,
+            "cu_seqlens_q": inputs.call.cu_queries,
+            "cu_seqlens_k": inputs.call.cu_keys,
             "max_seqlen_q": max_queries,
             "max_seqlen_k": max_keys,
             "dropout_p": 0.0,
-            "softmax_scale": softmax_scale,
+            "softmax_scale": inputs.softmax_scale,
             "causal": True,
         }
 
 
 class TorchFlash:
-    """The flash kernels inside torch (aten)."""
+    """Flash attention kernels of torch (aten)."""
 
     name = "torch flash"
     distribution = None
 
     def unsupported_reason(self, query: Tensor) -> str | None:
-        """Why it cannot run on tensors like `query`."""
+        """See `Flash`."""
         reason = _kernel_unsupported_reason(query)
         if reason is None and _capability(query.device) < (8, 0):
-            return f"compute capability {_capability(query.device)}, it needs 8.0 or higher"
+            return f"compute capability {_capability(query.device)}, 8.0 or higher is needed"
         return reason
 
-    def forward(self, inputs: QKV, call: CausalCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: FlashInputs) -> FlashOutput:
         """See `Flash`."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(*inputs, *self._pieces(call)),
+            *(*inputs.tensors, *self._pieces(inputs.call)),
             *(0.0, True),  # dropout, causal
             False,  # no debug mask
-            scale=softmax_scale,
+            scale=inputs.softmax_scale,
         )
-        return _checked(out, lse, inputs.query)
+        return _check_output(out, lse, inputs)
 
-    def backward(
-        self,
-        grad: Tensor,
-        inputs: QKV,
-        out: Tensor,
-        lse: Tensor,
-        call: CausalCall,
-        softmax_scale: float,
-    ) -> QKV:
+    def backward(self, grad: Tensor, inputs: FlashInputs, output: FlashOutput) -> QKV:
         """See `Flash`."""
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=grad.device)
         grads = torch.ops.aten._flash_attention_backward(
-            *(grad, *inputs, out, lse, *self._pieces(call)),
+            *(grad, *inputs.tensors, *output, *self._pieces(inputs.call)),
             *(0.0, True),  # dropout, causal
             *(no_dropout, no_dropout),  # random state
-            scale=softmax_scale,
+            scale=inputs.softmax_scale,
         )
         return QKV(*grads)
 
@@ -217,14 +193,14 @@ class TorchFlash:
 
 
 def _kernel_unsupported_reason(query: Tensor) -> str | None:
-    """What rules out every CUDA kernel."""
+    """Reason against all CUDA kernels; None if there is none."""
     if not query.is_cuda:
-        return f"the tensors are on {query.device}, it needs CUDA"
+        return f"the tensors are on {query.device}, CUDA is needed"
     if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"{query.dtype} tensors, it takes float16 and bfloat16"
+        return f"{query.dtype} tensors, float16 or bfloat16 is needed"
     head_dim = query.shape[-1]
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return f"head dim {head_dim}, it takes multiples of 8 up to {MAX_HEAD_DIM}"
+        return f"head dim {head_dim}, a multiple of 8 up to {MAX_HEAD_DIM} is needed"
     return None
 
 
@@ -234,14 +210,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _missing(distribution: str) -> str | None:
-    """Why `distribution` cannot be imported; None when it can."""
+    """Reason if `distribution` cannot be imported, else None."""
     found = _import(distribution)
     return found if isinstance(found, str) else None
 
 
 @functools.cache
 def _import(distribution: str) -> ModuleType | str:
-    """The first module of `distribution` that imports, or why none does."""
+    """First module of `distribution` that can be imported, or the reason if none can."""
     reasons: list[str] = []
     for module in KNOWN[distribution].modules:
         try:
@@ -252,7 +228,7 @@ def _import(distribution: str) -> ModuleType | str:
 
 
 def _kernels(distribution: str) -> Any:
-    """The module of the kernels, after `unsupported_reason` has said that it is there."""
+    """Module of the kernels; call it only after `unsupported_reason` returned None."""
     found = _import(distribution)
     assert isinstance(found, ModuleType), found
     return found
@@ -260,33 +236,34 @@ def _kernels(distribution: str) -> Any:
 
 @functools.cache
 def _too_old(distribution: str) -> str | None:
-    """Why the installed version of `distribution` has another interface; None when it has not."""
+    """Reason if the installed `distribution` is too old for this interface, else None."""
     least = KNOWN[distribution].first
     try:
         found = version(distribution)
     except PackageNotFoundError as error:
-        return f"its version is not known ({error})"
+        return f"its version is unknown ({error})"
     if tuple(int(part) for part in found.split(".")[:2]) < least:
-        return f"{distribution} {found} is too old, it takes {'.'.join(map(str, least))}"
+        return f"{distribution} {found} is too old, {'.'.join(map(str, least))} or later is needed"
     return None
 
 
-def _checked(out: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernels and their versions differ in the layout of lse; only [H, n] is understood here."""
+def _check_output(out: Tensor, lse: Tensor, inputs: FlashInputs) -> FlashOutput:
+    """Refuse another layout of lse than float32 [H, n]; kernels and their versions differ in it."""
+    query = inputs.tensors.query
     expected = (query.shape[1], query.shape[0])
     assert lse.shape == expected, f"lse is {[*lse.shape]}, not [H, n] = {[*expected]}"
     assert lse.dtype == torch.float32, f"lse is {lse.dtype}"
-    return out, lse
+    return FlashOutput(out, lse)
 
 
 def _max_lengths(call: CausalCall) -> tuple[int, int]:
-    # A maximum of 1 sends flash-attn 2 down its decoding path (flash-attention#1537).
+    # With a maximum of 1 flash-attn 2 uses its decoding path (flash-attention#1537).
     return max(call.max_queries, 2), max(call.max_keys, 2)
 
 
-def _unwritten(inputs: QKV) -> QKV:
-    """Contiguous memory for the gradients of `inputs`."""
-    return QKV(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs))
+def _allocate(tensors: QKV) -> QKV:
+    """Contiguous uninitialised memory for the gradients of `tensors`."""
+    return QKV(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors))
 
 
 _KERNELS: tuple[Flash, ...] = (FlashAttention3(), FlashAttention2(), TorchFlash())

@@ -1,12 +1,12 @@
-"""FlexAttention under a mixed mask: the block lists come straight from the row intervals.
+"""FlexAttention under a mixed mask, with block lists computed from the mask's intervals.
 
-torch's `create_block_mask` evaluates the mask pair by pair; here a block's row of keys is known
-from the smallest and largest interval bounds of its queries. On CUDA the kernel is compiled at the
-first call, once per length: rows are padded to a multiple of `LENGTH_BUCKET` so that there are few.
-On a CPU it runs uncompiled, for tests of the block lists. Not run on a GPU so far.
+torch's `create_block_mask` evaluates the mask for every pair. Here the smallest and largest bounds
+of the intervals of a block of queries determine its blocks of keys. On CUDA the kernel is compiled
+once for each length; packs are padded to a multiple of `LENGTH_BUCKET`, so there are few lengths.
+On a CPU it is not compiled and serves the tests of the block lists. Not run on a GPU so far.
 
-torch has two kernels for it: Triton's, and FlashAttention 4's, which torch calls experimental and
-leaves to the caller to ask for; `kernel_options` asks where it can run.
+torch has two kernels: Triton's, and FlashAttention 4's, which torch calls experimental and uses on
+request only; `kernel_options` requests it where it can run.
 """
 
 import functools
@@ -38,25 +38,25 @@ def attend_flex(
     key: Tensor,
     value: Tensor,
     mask: MixedMask,
-    rows: Tensor | None = None,
+    positions: Tensor | None = None,
     *,
     softmax_scale: float,
 ) -> Tensor:
-    """Attention of some rows, or of all of them.
+    """Attention of all positions of a pack, or of some of them.
 
     Args:
-        query: [R, H, d]; row i is the row `rows[i]` of the mask.
+        query: [R, H, d]; query i is at position `positions[i]` of the pack.
         key: [T, G, d].
         value: [T, G, d].
         mask: of length T.
-        rows: int64 [R]; None: all, R = T.
+        positions: int64 [R]; None: all, R = T.
         softmax_scale: factor of the scores.
 
     Returns:
-        [R, H, d]; rows of padding are zero.
+        [R, H, d]; padding is zero.
     """
-    num_rows, num_keys = query.shape[0], key.shape[0]
-    block_mask, is_real = _block_mask(mask, rows)
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    block_mask, is_real = _block_mask(mask, positions)
     q, k, v = (
         pad(x, (0, 0, 0, 0, 0, -x.shape[0] % LENGTH_BUCKET)).transpose(0, 1).unsqueeze(0)
         for x in (query, key, value)
@@ -72,35 +72,35 @@ def attend_flex(
         kernel_options=kernel_options(query),
     )
     assert isinstance(out, Tensor) and num_keys == mask.length
-    return out.squeeze(0).transpose(0, 1)[:num_rows] * is_real[:, None, None]
+    return out.squeeze(0).transpose(0, 1)[:num_queries] * is_real[:, None, None]
 
 
 def kernel_options(query: Tensor) -> "torch_flex.FlexKernelOptions | None":
-    """What FlexAttention is told about its kernel; None leaves the choice (Triton's) to torch."""
+    """Kernel options for FlexAttention; None leaves the choice to torch, which uses Triton's."""
     if not query.is_cuda:
         return None
     reason = _flash_unsupported_reason(query)
     if reason is None:
-        log_once(_logger, logging.INFO, "attention backend flex stands on FlashAttention 4")
+        log_once(_logger, logging.INFO, "attention backend flex uses FlashAttention 4")
         return {"BACKEND": "FLASH"}
-    log_once(_logger, logging.INFO, "attention backend flex stands on Triton: %s", reason)
+    log_once(_logger, logging.INFO, "attention backend flex uses Triton: %s", reason)
     return None
 
 
 def _flash_unsupported_reason(query: Tensor) -> str | None:
-    """Why FlexAttention cannot run on FlashAttention 4; None when it can."""
+    """Reason against FlashAttention 4 as the kernel of FlexAttention; None if it can be used."""
     options = getattr(torch_flex, "FlexKernelOptions", None)
     if "BACKEND" not in getattr(options, "__annotations__", {}):
         return f"torch {torch.__version__} has no other kernel"
     if not _has_flash_attention_4():
         return "flash-attn-4 (flash_attn.cute) is not installed"
     major, minor = torch.cuda.get_device_capability(query.device)
-    if major != 9:  # Blackwell's wants blocks of 256 queries
+    if major != 9:  # Blackwell needs blocks of 256 queries
         return f"sm_{major}{minor}; FlashAttention 4 is used on Hopper, sm_90"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"{query.dtype} tensors, FlashAttention 4 takes float16 and bfloat16"
     if query.shape[-1] not in FLASH_HEAD_DIMS:
-        return f"head dim {query.shape[-1]}, FlashAttention 4 takes {FLASH_HEAD_DIMS} here"
+        return f"head dim {query.shape[-1]}, FlashAttention 4 takes one of {FLASH_HEAD_DIMS}"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward pass under a mask is not deterministic"
     return None
@@ -110,7 +110,7 @@ def _flash_unsupported_reason(query: Tensor) -> str | None:
 def _has_flash_attention_4() -> bool:
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except (ImportError, OSError, ValueError):  # of flash_attn itself, which is imported for it
+    except (ImportError, OSError, ValueError):  # raised by flash_attn, its parent package
         return False
 
 
@@ -123,29 +123,29 @@ _latest: tuple[MixedMask, Tensor | None, BlockMask, Tensor] | None = None
 """State of the whole process, listed in docs/design.md."""
 
 
-def _block_mask(mask: MixedMask, rows: Tensor | None) -> tuple[BlockMask, Tensor]:
-    """The block mask, and bool [R]: which rows are real; all layers of a pass share them."""
+def _block_mask(mask: MixedMask, positions: Tensor | None) -> tuple[BlockMask, Tensor]:
+    """Block mask, and bool [R], False for padding; all layers of a pass share them."""
     global _latest
-    if _latest is None or _latest[0] is not mask or _latest[1] is not rows:
+    if _latest is None or _latest[0] is not mask or _latest[1] is not positions:
         start, end = mask.intervals()
         is_real = torch.arange(mask.length, device=mask.device) < mask.bounds[-1]
-        if rows is not None:
-            start, end, is_real = start[rows], end[rows], is_real[rows]
-        _latest = (mask, rows, build_block_mask(start, end, mask.length), is_real)
+        if positions is not None:
+            start, end, is_real = start[positions], end[positions], is_real[positions]
+        _latest = (mask, positions, build_block_mask(start, end, mask.length), is_real)
     return _latest[2], _latest[3]
 
 
 def build_block_mask(start: Tensor, end: Tensor, num_keys: int) -> BlockMask:
-    """FlexAttention's block lists for rows that see [start, end).
+    """FlexAttention's block lists for queries that see the keys [start, end).
 
     Args:
         start: int64 [R].
         end: int64 [R].
-        num_keys: keys of the row.
+        num_keys: keys of the pack.
 
     Returns:
-        the block mask of rows and keys padded to multiples of LENGTH_BUCKET; a padded row sees
-        the first key only. No device sync.
+        block mask of queries and keys padded to multiples of LENGTH_BUCKET; a query of this padding
+        sees the first key only. No device sync.
     """
     padding = -start.numel() % LENGTH_BUCKET
     start, end = pad(start, (0, padding), value=0), pad(end, (0, padding), value=1)
@@ -168,6 +168,6 @@ def build_block_mask(start: Tensor, end: Tensor, num_keys: int) -> BlockMask:
 
 
 def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [rows, columns] -> (counts [1, 1, rows], columns chosen first [1, 1, rows, columns])."""
+    """bool [rows, columns] -> (counts [1, 1, rows], chosen columns first [1, 1, rows, columns])."""
     order = chosen.int().argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]

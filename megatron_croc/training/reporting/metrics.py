@@ -175,7 +175,7 @@ class StepTotals:
         self.run, self.pg = run, pg_collection
         self.num_microbatches = 0
         self.last_started = -1
-        self.work = Work(num_tokens=0, num_pairs=0, num_images=0)
+        self.work = Work(num_tokens=0, num_pairs=0, num_labels=0, num_images=0)
         self.num_samples = 0
         self.losses: list[dict[str, Tensor]] = []
         self.distance_sum: Tensor | None = None
@@ -193,15 +193,11 @@ class StepTotals:
         """Add the tokens and images of a micro-batch. The batch must be on the CPU."""
         self.num_microbatches += 1
         self.num_samples += len(batch.sample_ids)
-        more = Work.from_lengths(
+        self.work += Work.from_lengths(
             batch.mixed_mask.cu_seqlens.diff().tolist(),
+            num_labels=batch.num_label_tokens,
             num_images=batch.num_images,
             span_lengths=batch.mixed_mask.spans.diff(dim=1).flatten().tolist(),
-        )
-        self.work = Work(
-            num_tokens=self.work.num_tokens + more.num_tokens,
-            num_pairs=self.work.num_pairs + more.num_pairs,
-            num_images=self.work.num_images + more.num_images,
         )
 
     def start_micro_batch(self) -> int:
@@ -293,6 +289,6 @@ class StepTotals:
 
 
 def _learning_rates(run: RunConfig, param_groups: list[dict]) -> dict[str, float]:
-    trained = trained_parts(run)
+    trained = trained_parts(run.training, reconstructs=run.reconstructs)
     rates = {part_of_group(group): float(group["lr"]) for group in param_groups}
     return {part: rate for part, rate in rates.items() if part in trained}

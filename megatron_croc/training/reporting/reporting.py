@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -55,6 +55,7 @@ class Reporter:
         train_iters: int,
         world_size: int,
         times: TimeSplit | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Open the writers that `config` asks for.
 
@@ -68,13 +69,15 @@ class Reporter:
             train_iters: optimizer steps of the whole run.
             world_size: processes of the run.
             times: time by region, read once per interval; None: not measured.
+            clock: seconds from any origin.
         """
         self.config, self.model, self.positions_per_step = config, model, positions_per_step
         self.train_iters, self.world_size, self.times = train_iters, world_size, times
         self.interval: list[StepMetrics] = []
         self.waited = 0.0
         self.warned_of_collapse = False
-        self.started = time.perf_counter()
+        self.clock = clock
+        self.started = clock()
         self.peak = peak_flops(device_name())
         self.is_writer = rank() == 0
         self.jsonl: AppendedLines | None = None
@@ -117,7 +120,7 @@ class Reporter:
         self._count(metrics)
         if iteration % self.config.log_interval and iteration != self.train_iters:
             return
-        now = time.perf_counter()
+        now = self.clock()
         elapsed, self.started = now - self.started, now
         row = self._summary(iteration, elapsed) | dict(progress)
         if self.times is not None:
@@ -144,7 +147,7 @@ class Reporter:
 
     def restart_clock(self) -> None:
         """Leave the time of a validation or a save out of the throughput."""
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def _summary(self, iteration: int, elapsed: float) -> dict[str, Any]:
         steps = [step for step in self.interval if not step.is_skipped]

@@ -1,21 +1,19 @@
 """Scenarios of spoiled memory, names that are taken, disks that fill up, and time that jumps."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_croc.checkpoint.manifest import find_damage
 from megatron_croc.checkpoint.state import LATEST_FILE
 from megatron_croc.verification.faults.inject import Fault
+from megatron_croc.verification.faults.promises import check_exits, check_said, expect
 from megatron_croc.verification.faults.runs import curve
 from megatron_croc.verification.faults.workplace import (
     KILLED,
     SAME,
     Outcome,
+    Scenario,
     Workplace,
     break_and_resume,
-    check_exits,
-    check_said,
-    expect,
 )
 
 
@@ -66,7 +64,7 @@ def _disk_fills_up(place: Workplace, save: Path) -> Outcome:
     return Outcome(samples_once=place.check_equal(save), steps_lost=2)
 
 
-HARDER: dict[str, tuple[str, str, Callable[[Workplace, Path], Outcome]]] = {
+HARDER: dict[str, tuple[str, str, Scenario]] = {
     "weights-spoiled": (
         "weights become NaN in memory, --keep-last 1, until the run gives up",
         "the last good checkpoint stays; no checkpoint with NaN gets a name; " + SAME,

@@ -201,8 +201,8 @@ def _spoil_sample(fault: Fault) -> None:
 
     before = step.to_model_inputs
 
-    def to_model_inputs(batch: Any) -> Any:
-        inputs = before(batch)
+    def to_model_inputs(batch: Any, cp: Any) -> Any:
+        inputs = before(batch, cp)
         if fault.name in batch.sample_ids and inputs.pixel_values is not None:
             inputs = replace(inputs, pixel_values=inputs.pixel_values.float() * float("nan"))
         return inputs

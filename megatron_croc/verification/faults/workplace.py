@@ -1,7 +1,6 @@
-"""Place where scenarios run, and the checks they share."""
+"""Workplace of the scenarios: data, an uninterrupted run, and runs with faults beside it."""
 
 import json
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from megatron_croc.verification.faults.inject import Fault
 from megatron_croc.verification.faults.launch import Exit, run_to_exit
+from megatron_croc.verification.faults.promises import check_exits, check_said, expect
 from megatron_croc.verification.faults.runs import (
     curve,
     effective_samples,
@@ -23,17 +23,7 @@ KILLED = -signal.SIGKILL
 """Exit status of a killed process."""
 
 SAME = "the same command goes on; the curve is that of an unbroken run, every digit"
-"""The promise of most scenarios."""
-
-
-class BrokenPromiseError(AssertionError):
-    """A run did not behave as promised."""
-
-
-def expect(condition: bool, otherwise: str) -> None:
-    """Raise BrokenPromiseError unless the condition holds."""
-    if not condition:
-        raise BrokenPromiseError(otherwise)
+"""Promise of most scenarios."""
 
 
 @dataclass(kw_only=True)
@@ -75,24 +65,14 @@ class Workplace:
         expect(curve(save) == curve(self.unbroken), "the loss curve differs from the unbroken run")
         samples = effective_samples(save / "trace")
         expect(samples == effective_samples(self.unbroken / "trace"), "other samples were used")
-        everyone = [sample for step in samples.values() for sample in step]
-        return len(everyone) == len(set(everyone))
+        return uses_samples_once(save)
 
 
-def check_exits(exits: list[Exit], statuses: list[int]) -> None:
-    """Compare exit statuses; the error holds the last output of the first wrong rank."""
-    for rank, (end, status) in enumerate(zip(exits, statuses, strict=True)):
-        said = end.output.strip().splitlines()[-3:]
-        expect(end.status == status, f"rank {rank} ended with {end.status}, not {status}: {said}")
-
-
-def check_said(exits: list[Exit], pattern: str) -> None:
-    """Require that some rank printed text that matches `pattern`."""
-    output = "\n".join(end.output for end in exits)
-    expect(re.search(pattern, output) is not None, f"no rank printed {pattern!r}")
-
+Scenario = Callable[[Workplace, Path], Outcome]
+"""Run with a fault, and the checks of its promise; the path is the folder of the run."""
 
 Damage = Callable[[Path], None]
+"""Change of the files of a run; the path is the folder of the run."""
 
 
 def break_and_resume(
@@ -102,7 +82,7 @@ def break_and_resume(
     damage: Damage | None = None,
     said_later: str = "",
     more: tuple[str, ...] = (),
-) -> Callable[[Workplace, Path], Outcome]:
+) -> Scenario:
     """Make a scenario: a run with faults, optional damage, then the same command again."""
 
     def scenario(place: Workplace, save: Path) -> Outcome:
@@ -129,11 +109,17 @@ def break_and_resume(
 
 
 def trace_rows(save: Path) -> list[dict]:
-    """Read the trace of rank 0."""
+    """Rows of the trace of rank 0, one per attempted step."""
     lines = (save / "trace" / "rank_0.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def last_step(save: Path) -> int:
-    """Last step that was begun."""
+    """Last step that rank 0 attempted; 0: none."""
     return max((row["iteration"] for row in trace_rows(save)), default=0)
+
+
+def uses_samples_once(save: Path) -> bool:
+    """Return True if no sample was trained on twice."""
+    samples = [name for step in effective_samples(save / "trace").values() for name in step]
+    return len(samples) == len(set(samples))

@@ -9,6 +9,7 @@ CASE.safetensors  ids, labels ---> collate ---> Batch, with the recorded patch d
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_croc.convert.state import gather_state, load_state
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank
 from megatron_croc.model.croc_model import CrocModel
+from megatron_croc.model.language_model import LanguageModel, LanguageModelOutput
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.training.build import build_model, wrap_model
 from megatron_croc.training.step import TrainStep
@@ -45,15 +47,15 @@ class Recorder:
                 "reconstruction": (model.reconstruction_head, lambda out: out),
             }
             if model.post_process:
-                output_layer = model.language_model.output_layer
-                parts["logits"] = (output_layer, lambda out: out[0].squeeze(1))
+                # A step computes the logits of labelled positions only; here all are compared.
+                language_model = model.language_model
+                parts["logits"] = (language_model, partial(_all_logits, language_model))
             for name, (module, take) in parts.items():
                 if module is not None:
                     module.register_forward_hook(self._hook(name, take))
 
     def _hook(self, name: str, take: Any) -> Any:
         def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
-            # A copy: megatron's cross entropy works on the logits in place.
             self.seen[name] = take(output).detach().clone()
 
         return keep
@@ -67,6 +69,12 @@ class Recorder:
         everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, {name: seen.cpu() for name, seen in self.seen.items()})
         return {name: tensor for seen in everyone for name, tensor in seen.items()}
+
+
+@torch.no_grad()
+def _all_logits(language_model: LanguageModel, output: LanguageModelOutput) -> Tensor:
+    """Logits [T, C / TP] of every position of a forward pass."""
+    return language_model.logits(output.hidden_states).squeeze(1)
 
 
 def run_golden(path: Path, *, tp: int, pp: int, sequence_parallel: bool, bound: float) -> int:

@@ -45,6 +45,13 @@ def norm_error(ours: Tensor, reference: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
+def _cut_padding(ours: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a tensor into the rows of the reference, and rows that pad a vocabulary for TP."""
+    if ours.shape[1:] != reference.shape[1:]:
+        return ours, ours[:0]  # another shape: comparing it raises
+    return ours[: len(reference)], ours[len(reference) :]
+
+
 def _weight_error(
     ours: Tensor, reference: Tensor, gradient: Tensor | None, largest: float
 ) -> float:
@@ -75,7 +82,10 @@ def compare(name: str, ours: Observation, reference: Observation) -> Difference:
         if key not in ours.gradients:
             return math.inf
         norm = reference.gradients[key].double().norm().item()
-        error = norm_error(ours.gradients[key], reference.gradients[key])
+        gradient, padding = _cut_padding(ours.gradients[key], reference.gradients[key])
+        if padding.any():  # no token and no logit is there
+            return math.inf
+        error = norm_error(gradient, reference.gradients[key])
         return error * min(1.0, norm / floor) if floor else error
 
     gradients = {key: gradient_error(key) for key in reference.gradients}
@@ -83,9 +93,8 @@ def compare(name: str, ours: Observation, reference: Observation) -> Difference:
     def weight_error(key: str) -> float:
         if key not in ours.weights:
             return math.inf
-        return _weight_error(
-            ours.weights[key], reference.weights[key], reference.gradients.get(key), largest
-        )
+        weight, _ = _cut_padding(ours.weights[key], reference.weights[key])
+        return _weight_error(weight, reference.weights[key], reference.gradients.get(key), largest)
 
     weights = {key: weight_error(key) for key in reference.weights}
     worst_gradient = max(gradients, key=gradients.__getitem__)

@@ -68,4 +68,4 @@ def test_a_gpu_in_use_cannot_be_hidden():
         "assert main(['inspect', '/']) == 1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr.strip().endswith("uses a GPU already; start another one for the CPU")
+    assert done.stderr.strip().endswith("uses a GPU already; start a new one for the CPU")

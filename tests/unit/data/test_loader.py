@@ -317,7 +317,7 @@ def test_packed_rows_hold_whole_samples_up_to_the_capacity(dataset, make_run):
     assert samples_of(packs) == separate
     for batch in packs:
         assert len(batch.input_ids) <= 700
-        assert (batch.position_ids == 0).sum() == len(batch.sample_ids)
+        assert batch.mixed_mask.num_samples == len(batch.sample_ids)
     assert max(batch.num_images for batch in packs) > 2
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megatron_croc.config.run import RunConfig
+from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.convert.names import Layout, build_rules
 from megatron_croc.convert.state import load_state
 
@@ -28,7 +28,9 @@ def state_with_prefix(module: nn.Module, rename: Callable[[str], str]) -> dict[s
     return {rename(name): tensor.detach() for name, tensor in module.state_dict().items()}
 
 
-def fill(module: nn.Module, prefix: str, run: RunConfig, tensors: dict[str, Tensor]) -> set[str]:
+def fill(
+    module: nn.Module, prefix: str, model: CrocModelConfig, tensors: dict[str, Tensor]
+) -> set[str]:
     """Give one part of our model the tensors, through the name map; returns the names used."""
 
     class Part(nn.Module):
@@ -37,5 +39,5 @@ def fill(module: nn.Module, prefix: str, run: RunConfig, tensors: dict[str, Tens
         def sharded_state_dict(self) -> dict:
             return module.sharded_state_dict(prefix)
 
-    rules = build_rules(run.model, Layout())
+    rules = build_rules(model, Layout())
     return load_state(Part(), tensors, rules)

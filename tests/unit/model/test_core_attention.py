@@ -12,7 +12,10 @@ from megatron_croc.recipes import get_recipe
 
 
 def build(attention=MixedMaskAttention, **changes):
-    config = language_model_config(get_recipe("tiny/pretrain_croc"))
+    run = get_recipe("tiny/pretrain_croc")
+    config = language_model_config(
+        run.model.language_model, parallel=run.parallel, training=run.training
+    )
     for name, value in changes.items():
         setattr(config, name, value)
     groups = SimpleNamespace(cp=None)

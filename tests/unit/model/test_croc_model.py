@@ -18,11 +18,11 @@ def build(run, pg_collection) -> nn.Module:
     return model
 
 
-def forward(run, model, images):
+def forward(run, model, images, context=None):
     from megatron_croc.training.step import to_model_inputs
 
     batch = make_batch(run, [make_sample(run, n, k) for n, k in enumerate(images)])
-    return model(to_model_inputs(batch)), batch
+    return model(to_model_inputs(batch, model.pg_collection.cp), context=context), batch
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_sums_are_taken_over_labels_and_visual_elements(pg_collection):
     seen = {}
     model.projector.register_forward_hook(lambda *args: seen.update(target=args[-1].detach()))
     batch = make_batch(run, [make_sample(run, 0, 2), make_sample(run, 1, 0)])
-    inputs = to_model_inputs(batch)
+    inputs = to_model_inputs(batch, pg_collection.cp)
     with torch.no_grad():
         output = model(inputs)
         logits = model(type(inputs)(**{**vars(inputs), "labels": None})).logits
@@ -93,14 +93,17 @@ def test_the_sums_are_taken_over_labels_and_visual_elements(pg_collection):
 
 
 def test_replaced_tokens_are_what_the_language_model_reads(pg_collection):
+    from megatron_croc.model.interface import StepContext
+
     run = tiny_run()
     model = build(run, pg_collection).eval()
     seen = {}
     model.language_model.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    _, batch = forward(run, model, (1, 1))
-    replacement = model.last_replacement
+    replacements = []
+    _, batch = forward(run, model, (1, 1), StepContext(on_replacement=replacements.append))
+    (replacement,) = replacements
     row = seen["hidden_states"].squeeze(1)
     table = model.language_model.embedding.word_embeddings.weight
     text = batch.input_ids >= 0
@@ -112,6 +115,31 @@ def test_replaced_tokens_are_what_the_language_model_reads(pg_collection):
         )
         kept = tokens[~batch.replaced[image]]
         torch.testing.assert_close(kept.norm(dim=-1), torch.ones(4), rtol=1e-6, atol=1e-6)
+
+
+def test_forward_passes_leave_nothing_on_the_model(pg_collection):
+    """Early embedded images are held by the context, and used by the next forward pass only."""
+    from megatron_croc.model.interface import StepContext
+    from megatron_croc.training.step import to_model_inputs
+
+    run = tiny_run()
+    model = build(run, pg_collection).train()
+    batches = [make_batch(run, [make_sample(run, n, 1)]) for n in range(2)]
+    first, second = (to_model_inputs(batch, pg_collection.cp) for batch in batches)
+    calls, replacements = [], []
+    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    attributes = dict(vars(model))
+    alone = [model(inputs) for inputs in (first, second)]
+    assert len(calls) == 2
+    context = StepContext(on_replacement=replacements.append)
+    model(first, second, context)
+    assert len(calls) == 4 and context.embedded_ahead[0] is second
+    output = model(second, None, context)
+    assert len(calls) == 4 and context.embedded_ahead is None and len(replacements) == 2
+    assert torch.equal(output.text_loss_sum, alone[1].text_loss_sum)
+    model(first, second)  # without a context there is nothing that could hold the images
+    assert len(calls) == 5
+    assert vars(model) == attributes
 
 
 def test_fresh_weights_have_the_sizes_they_should(pg_collection):

@@ -108,11 +108,19 @@ def build_pair(name, pg_collection):
     theirs = make()
     randomise(theirs)
     run = tiny_run(num_layers=2, **changes)
+    model = run.model.language_model
     ours = LanguageModel(
-        run, language_model_config(run), pg_collection, pre_process=True, post_process=True
+        model,
+        language_model_config(model, parallel=run.parallel, training=run.training),
+        pg_collection,
+        implementation="local",
+        attention_backend="auto",
+        logits_chunk=8192,
+        pre_process=True,
+        post_process=True,
     ).eval()
     tensors = state_with_prefix(theirs, lambda key: key)
-    used = fill(ours, "language_model.", run, tensors)
+    used = fill(ours, "language_model.", run.model, tensors)
     tied = {"lm_head.weight"} if "tied" in name else set()  # the same tensor as the table
     assert set(tensors) - used == tied
     return theirs, ours
@@ -120,13 +128,14 @@ def build_pair(name, pg_collection):
 
 def run_ours(model, ids, mask, labels=None):
     from megatron_croc.model.core_attention import MixedMaskParams
+    from megatron_croc.model.interface import Labels
 
     return model(
         input_ids=None,
         position_ids=None,
         attention_mask=None,
         decoder_input=model.embed_text(ids),
-        labels=None if labels is None else labels.unsqueeze(0),
+        labels=None if labels is None else Labels.of_pack(labels, model.pg_collection.cp),
         packed_seq_params=MixedMaskParams.of(mask),
     )
 
@@ -173,13 +182,20 @@ def test_mixed_masks_reach_every_layer(name, pg_collection):
     assert (logits - causal).abs().max() > 0.01
 
 
-def test_losses_and_gradients_are_transformers(pg_collection):
+@pytest.mark.parametrize("chunk", [8192, 7])
+def test_losses_and_gradients_are_transformers(chunk, pg_collection):
+    """Losses of labelled positions only, also when their logits are computed in chunks."""
     theirs, ours = build_pair("gqa", pg_collection)
+    ours.logits_chunk = chunk
     (ids,) = draw_ids(30)
     labels = ids.roll(-1)
+    labels[::3] = -100
+    calls = []
+    ours.output_layer.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     output = run_ours(ours, ids, MixedMask.build([0, 30]), labels)
+    assert calls == ([20] if chunk > 20 else [7, 7, 6])
     expected = cross_entropy(theirs(ids[None]).logits[0], labels, reduction="none")
-    torch.testing.assert_close(output.token_losses, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.token_losses, expected[labels != -100], rtol=1e-5, atol=1e-5)
     output.token_losses.sum().backward()
     expected.sum().backward()
     for mine, reference in [
@@ -192,11 +208,9 @@ def test_losses_and_gradients_are_transformers(pg_collection):
         assert (mine.grad - reference.grad).abs().max() < 1e-5 * scale
 
 
-def test_an_ignored_label_costs_nothing_to_look_up(pg_collection):
+def test_a_pack_without_labels_has_one_position_that_is_not_counted(pg_collection):
     _, ours = build_pair("mha", pg_collection)
     (ids,) = draw_ids(8)
-    labels = ids.roll(-1)
-    labels[2] = -100
     with torch.no_grad():
-        losses = run_ours(ours, ids, MixedMask.build([0, 8]), labels).token_losses
-    assert losses.isfinite().all()
+        output = run_ours(ours, ids, MixedMask.build([0, 8]), torch.full((8,), -100))
+    assert output.token_losses.shape == (1,) and output.token_losses.isfinite().all()

@@ -78,7 +78,7 @@ def test_ranks_together_hold_the_model(tp: int, pp: int):
     run = get_recipe("tiny/pretrain_croc")
     run.parallel.tensor_model_parallel_size = tp
     run.parallel.pipeline_model_parallel_size = pp
-    stages = stage_parameters(run)
+    stages = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
     assert len(stages) == pp
     counted = count_parameters(run.model)
     for part in PARTS:
@@ -93,9 +93,14 @@ def test_a_tied_table_stands_twice_when_the_pipeline_is_cut():
     run = get_recipe("tiny/finetune")
     run.model.language_model.untie_embeddings_and_output_weights = False
     table = run.model.language_model.vocab_size * run.model.language_model.hidden_size
-    one = stage_parameters(run)[0]["language_model"].total
+    one = stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)[0][
+        "language_model"
+    ].total
     run.parallel.pipeline_model_parallel_size = 2
-    two = sum(stage["language_model"].total for stage in stage_parameters(run))
+    two = sum(
+        stage["language_model"].total
+        for stage in stage_parameters(run.model, run.parallel, reconstructs=run.reconstructs)
+    )
     assert two - one == table
 
 
@@ -104,8 +109,15 @@ def test_the_vocabulary_is_padded_to_the_ranks():
     assert padded_vocab_size(32003, 4) == 32004
 
 
-def test_trained_parts_by_stage():
-    assert trained_parts(get_recipe("croc_7b/pretrain_mlp")) == {"projector"}
-    assert trained_parts(get_recipe("croc_7b/pretrain_croc")) == set(PARTS) - {"vision_tower"}
-    assert trained_parts(get_recipe("croc_7b/finetune")) == {"projector", "language_model"}
-    assert trained_parts(get_recipe("victor_7b/pretrain_croc")) == set(PARTS)
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("croc_7b/pretrain_mlp", {"projector"}),
+        ("croc_7b/pretrain_croc", set(PARTS) - {"vision_tower"}),
+        ("croc_7b/finetune", {"projector", "language_model"}),
+        ("victor_7b/pretrain_croc", set(PARTS)),
+    ],
+)
+def test_trained_parts_by_stage(recipe, expected):
+    run = get_recipe(recipe)
+    assert trained_parts(run.training, reconstructs=run.reconstructs) == expected

@@ -19,10 +19,20 @@ from tests.support.synthetic import tiny_run
 NUM_IMAGES = 3
 
 
+def build_pool(run, pg_collection):
+    return PromptPool(
+        run.model.prompt_pool,
+        pg_collection,
+        num_visual_tokens=run.model.vision_tower.num_visual_tokens,
+        hidden_size=run.model.language_model.hidden_size,
+        dtype=torch.float32,
+    )
+
+
 def build(pg_collection, mode):
     """A pool with drawn weights, unit visual embeddings that need a gradient, replaced sets."""
     run = tiny_run(assign_mode=mode)
-    pool = PromptPool(run, pg_collection)
+    pool = build_pool(run, pg_collection)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         pool.weight.normal_(generator=generator)
@@ -165,11 +175,11 @@ def test_what_is_not_finite_reaches_the_model_instead_of_ending_one_rank(
 
 def match_on_every_rank(sizes: dict, num_images: int, ahead: bool) -> tuple:
     """Index, distance and number of images solved here, of a pool drawn alike on all ranks."""
-    from megatron_croc.model import matching, prompt_pool
+    from megatron_croc.model import matching
     from megatron_croc.parallel.groups import start_distributed
 
     run = tiny_run(**sizes)
-    pool = prompt_pool.PromptPool(run, start_distributed(run.parallel, seed=1))
+    pool = build_pool(run, start_distributed(run.parallel, seed=1))
     generator = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(pool.weight, generator=generator)
     tokens = torch.randn(num_images, pool.num_replaced, 64, generator=generator)

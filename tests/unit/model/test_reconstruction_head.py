@@ -7,13 +7,13 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.bert.modeling_bert import BertLayer
 
+from megatron_croc.config.model import ReconstructionConfig
 from megatron_croc.convert.names import _BERT_HEAD
 from megatron_croc.model.reconstruction_head import (
     BertHead,
     LinearHead,
     build_reconstruction_head,
 )
-from tests.support.synthetic import tiny_run
 from tests.unit.model.huggingface import randomise
 
 
@@ -97,11 +97,13 @@ def test_linear_head_is_one_linear_layer():
 
 
 def test_the_configuration_chooses_the_head():
-    assert isinstance(build_reconstruction_head(tiny_run()), BertHead)
-    linear = build_reconstruction_head(tiny_run(reconstruction_head="linear", bf16=True))
+    sizes = dict(hidden_size=64, num_visual_tokens=16, dtype=torch.bfloat16)
+    bert = build_reconstruction_head(ReconstructionConfig(), **sizes)
+    assert isinstance(bert, BertHead)
+    linear = build_reconstruction_head(ReconstructionConfig(reconstruction_head="linear"), **sizes)
     assert isinstance(linear, LinearHead)
     assert linear.resize.weight.dtype == torch.bfloat16
-    assert build_reconstruction_head(tiny_run()).num_heads == 1  # 64 // 64, as released
+    assert bert.num_heads == 1  # 64 // 64, as released
 
 
 def test_dropout_belongs_to_the_image_and_not_to_its_neighbours():

@@ -45,7 +45,8 @@ def test_only_the_reconstruction_head_drops(pg_collection):
 
     run = tiny_run(reconstruction_dropout=0.0)
     model = build(run, pg_collection)
-    inputs = to_model_inputs(make_batch(run, [make_sample(run, n, 1) for n in range(2)]))
+    batch = make_batch(run, [make_sample(run, n, 1) for n in range(2)])
+    inputs = to_model_inputs(batch, pg_collection.cp)
     with torch.no_grad():
         train, evaluate = model.train()(inputs), model.eval()(inputs)
     assert torch.equal(train.text_loss_sum, evaluate.text_loss_sum)

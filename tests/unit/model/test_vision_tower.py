@@ -27,6 +27,7 @@ KINDS = {
 
 def build_pair(kind, pg_collection):
     """transformers' tower, ours with its weights, and the run."""
+    from megatron_croc.model.transformer_configs import vision_tower_config
     from megatron_croc.model.vision_tower import VisionTower
 
     model_type, pixels, activation, epsilon, config_name, model_name = KINDS[kind]
@@ -44,10 +45,12 @@ def build_pair(kind, pg_collection):
         vision_activation=activation,
         vision_norm_epsilon=epsilon,
     )
-    ours = VisionTower(run, pg_collection).eval()
+    vision = run.model.vision_tower
+    config = vision_tower_config(vision, parallel=run.parallel, training=run.training)
+    ours = VisionTower(vision, config, pg_collection, implementation="local").eval()
     prefix = Layout().vision_tower
     tensors = state_with_prefix(theirs, lambda name: prefix + name.removeprefix("vision_model."))
-    used = fill(ours, "vision_tower.", run, tensors)
+    used = fill(ours, "vision_tower.", run.model, tensors)
     return theirs, ours, run, set(tensors) - used
 
 
@@ -89,13 +92,18 @@ def test_bytes_are_normalised_as_the_image_processor_does(pg_collection):
 
 def test_the_projector_is_mlp2x_gelu_and_an_l2_norm(pg_collection):
     from megatron_croc.model.projector import Projector
+    from megatron_croc.model.transformer_configs import projector_config
 
     theirs = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
     randomise(theirs)
     run = tiny_run()
-    ours = Projector(run, pg_collection).eval()
+    config = projector_config(
+        run.model.language_model.hidden_size, parallel=run.parallel, training=run.training
+    )
+    input_size = run.model.vision_tower.vision_hidden_size
+    ours = Projector(config, pg_collection, input_size=input_size).eval()
     tensors = state_with_prefix(theirs, lambda name: Layout().projector + name)
-    assert fill(ours, "projector.", run, tensors) == set(tensors)
+    assert fill(ours, "projector.", run.model, tensors) == set(tensors)
     features = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         projected = theirs(features)

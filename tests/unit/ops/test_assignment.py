@@ -204,7 +204,7 @@ def test_more_entries_are_tried_where_few_rows_find_no_column(searched):
     cost[:, :20] = cost[:, :1] + 1e-6 * costs(2, 20, LARGE[1])  # 20 tokens nearly the same
     cheapest = [on_cpu.cheapest_entries(matrix.numpy(), 16) for matrix in cost]
     crowded = [
-        on_cpu.share_crowded_out(matrix.numpy(), places)
+        on_cpu.unmatched_share(matrix.numpy(), places)
         for matrix, places in zip(cost, cheapest, strict=True)
     ]
     assert all(0.0 < share < 0.05 for share in crowded)
@@ -338,10 +338,12 @@ def test_prices_settle_among_the_entries_an_assignment_is_best_of():
     columns = min_weight_full_bipartite_matching(graph)[1]
     proof = bounds.prove(cost, columns, among=graph)
     assert not proof.is_optimal
-    reduced = cost - proof.of_rows[:, None] - proof.of_columns
+    reduced = cost - proof.row_duals[:, None] - proof.column_duals
     assert reduced[graph.nonzero()].min() > -1e-6  # nobody would rather have another of those
     assert reduced.min() < -1e-3  # somebody would of the rest
-    assert (proof.least < proof.of_columns - 1e-3).sum() == (reduced.min(axis=0) < -1e-3).sum()
+    assert (proof.feasible_duals < proof.column_duals - 1e-3).sum() == (
+        reduced.min(axis=0) < -1e-3
+    ).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -79,7 +79,7 @@ def compiled(num_columns, num_warps):
     from triton.backends.compiler import GPUTarget
 
     types = dict.fromkeys(("lengths", "start_row_of", "unmatched", "num_unmatched"), "*i32")
-    types |= {"cost": "*fp32", "start_prices": "*fp64", "duals": "*fp64", "index": "*i64"}
+    types |= {"cost": "*fp32", "initial_duals": "*fp64", "duals": "*fp64", "index": "*i64"}
     types |= {"num_steps": "*i32", "num_rows": "i32", "num_columns": "i32"}
     source = triton.compiler.ASTSource(
         fn=on_gpu._kernel(),

@@ -177,9 +177,9 @@ def test_a_forced_backend_that_cannot_run_says_why():
 @pytest.mark.parametrize(
     ("fault", "match"),
     [
-        (FlashAttention3(), "torch.float32 tensors, it takes float16 and bfloat16"),
-        (FlashAttention2(), "head dim 12, it takes multiples of 8 up to 256"),
-        (TorchFlash(), "head dim 264, it takes multiples of 8 up to 256"),
+        (FlashAttention3(), "torch.float32 tensors, float16 or bfloat16 is needed"),
+        (FlashAttention2(), "head dim 12, a multiple of 8 up to 256 is needed"),
+        (TorchFlash(), "head dim 264, a multiple of 8 up to 256 is needed"),
         (EmulatedFlash(), "it is for CPUs"),
     ],
 )
@@ -193,13 +193,13 @@ def test_kernels_say_what_they_do_not_take(fault, match):
 def test_on_a_cpu_every_kernel_is_passed_over_for_the_emulated():
     query = draw(1, 1)[0]
     assert choose_flash(query) is EMULATED
-    assert flash_unsupported_reasons(query).count("the tensors are on cpu, it needs CUDA") == 3
+    assert flash_unsupported_reasons(query).count("the tensors are on cpu, CUDA is needed") == 3
 
 
 @pytest.mark.parametrize(
     ("shapes", "values"),
     [
-        (([12, 2, 4], [13, 2, 4], [13, 2, 4]), "mask is of 13 rows"),
+        (([12, 2, 4], [13, 2, 4], [13, 2, 4]), "mask has 13 positions"),
         (([13, 2, 4], [12, 2, 4], [12, 2, 4]), "key [12, 2, 4]"),
         (([13, 3, 4], [13, 2, 4], [13, 2, 4]), "key heads must divide query heads"),
         (([13, 2, 8], [13, 2, 4], [13, 2, 4]), "head dims be equal"),

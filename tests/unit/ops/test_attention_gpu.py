@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from megatron_croc.ops.attention import attend
-from megatron_croc.ops.attention.contract import QKV
+from megatron_croc.ops.attention.contract import QKV, FlashOutput
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import _KERNELS
 from megatron_croc.ops.attention.flip import attend_flip
-from megatron_croc.ops.attention.rows import choose_rows
-from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
+from megatron_croc.ops.attention.position_ops import choose_position_ops
+from megatron_croc.ops.attention.torch_position_ops import TORCH_POSITION_OPS
 from megatron_croc.ops.mixed_mask import MixedMask
 
 pytestmark = [
@@ -63,22 +63,23 @@ def test_the_flip_is_as_good_as_the_formula(kernel, dtype, heads, dim):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((6, 2), 96), ((4, 1), 256)])
-def test_triton_moves_rows_as_torch_does(dtype, heads, dim):
+def test_triton_moves_positions_as_torch_does(dtype, heads, dim):
     pytest.importorskip("triton")
     tensors, call = draw(*heads, dim, dtype), MASK.to("cuda").flip.flipped
-    kernels = choose_rows(tensors[0])
-    assert kernels is not TORCH_ROWS
+    kernels = choose_position_ops(tensors[0])
+    assert kernels is not TORCH_POSITION_OPS
     inputs = QKV(*(x.detach() for x in tensors))
     lse = torch.randn(heads[0], 1024, device="cuda")
     found = []
-    for rows in (kernels, TORCH_ROWS):
-        out, its_lse = inputs.query.clone(), lse.clone()
-        taken = rows.gather(inputs, call)
-        results = rows.gather_outputs(out, out, its_lse, call.queries)
-        rows.merge(out, its_lse, taken.query, results[2] + 1.0, call.queries)
+    for operations in (kernels, TORCH_POSITION_OPS):
+        output = FlashOutput(inputs.query.clone(), lse.clone())
+        taken = operations.gather(inputs, call)
+        grad, gathered = operations.gather_outputs(output.out, output, call.queries)
+        more = FlashOutput(taken.query, gathered.lse + 1.0)
+        operations.merge(output, more, call.queries)
         totals = QKV(*(x.clone() for x in inputs))
-        rows.add(totals, taken, call)
-        found.append(([*taken, *results], [out, *totals], its_lse))
+        operations.add(totals, taken, call)
+        found.append(([*taken, grad, *gathered], [output.out, *totals], output.lse))
     for ours, torchs in zip(found[0][0], found[1][0], strict=True):
         assert torch.equal(ours, torchs)
     epsilon = 4 * torch.finfo(dtype).eps
@@ -87,14 +88,14 @@ def test_triton_moves_rows_as_torch_does(dtype, heads, dim):
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_past_two_to_the_31_elements_are_moved():
-    """32 heads of 128 at 600k rows: offsets do not fit in 32 bits."""
+def test_positions_past_two_to_the_31_elements_are_gathered():
+    """32 heads of 128 at 600k positions: offsets do not fit in 32 bits."""
     pytest.importorskip("triton")
     length = 600_000
     mask = MixedMask.build([0, length], [(length - 8, length)]).to("cuda")
     wide = torch.zeros(length, 32, 128, dtype=torch.bfloat16, device="cuda")
     wide[-8:] = torch.arange(8, device="cuda", dtype=torch.bfloat16)[:, None, None]
-    taken = choose_rows(wide).gather(QKV(wide, wide, wide), mask.flip.flipped)
+    taken = choose_position_ops(wide).gather(QKV(wide, wide, wide), mask.flip.flipped)
     assert taken.query[:, 31, 127].tolist() == [6, 5, 4, 3, 2, 1, 0]
     assert taken.key[:, 31, 127].tolist() == [7, 6, 5, 4, 3, 2, 1]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_croc.ops.attention import flash as flash_module
-from megatron_croc.ops.attention.contract import QKV
+from megatron_croc.ops.attention.contract import QKV, FlashInputs, FlashOutput
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.attention.flash import (
@@ -34,19 +34,16 @@ def emulate(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
     assert (max_q, max_k) == tuple(max(n, 2) for n in lengths) and all(
         type(n) is int for n in lengths
     )
-    return QKV(q, k, v), SimpleNamespace(cu_queries=cu_q, cu_keys=cu_k), scale
+    return FlashInputs(QKV(q, k, v), SimpleNamespace(cu_queries=cu_q, cu_keys=cu_k), scale)
 
 
 def emulated_forward(*arguments):
-    inputs, call, scale = emulate(*arguments)
-    return EMULATED.forward(inputs, call, scale)
+    return EMULATED.forward(emulate(*arguments))
 
 
 def emulated_backward(dout, out, lse, grads, *arguments):
-    inputs, call, scale = emulate(*arguments)
-    for target, grad in zip(
-        grads, EMULATED.backward(dout, inputs, out, lse, call, scale), strict=True
-    ):
+    computed = EMULATED.backward(dout, emulate(*arguments), FlashOutput(out, lse))
+    for target, grad in zip(grads, computed, strict=True):
         target.copy_(grad)
 
 
@@ -152,12 +149,12 @@ def test_flash_attn_is_called_as_it_is_published(monkeypatch, flash, module, fun
 def test_torchs_own_functions_take_the_call():
     """On meta tensors: torch checks the arguments and says the shapes, lse [H, n] among them."""
     shapes = [(36, n, 64) for n in (4, 2, 2)]
-    inputs = QKV(*(torch.empty(s, device="meta", dtype=torch.bfloat16) for s in shapes))
-    call, flash = MASK.to("meta").flip.causal, TorchFlash()
-    out, lse = flash.forward(inputs, call, 0.125)
-    assert out.shape == inputs.query.shape and lse.shape == (4, 36)
-    grads = flash.backward(torch.empty_like(out), inputs, out, lse, call, 0.125)
-    assert [x.shape for x in grads] == [x.shape for x in inputs]
+    tensors = QKV(*(torch.empty(s, device="meta", dtype=torch.bfloat16) for s in shapes))
+    inputs, flash = FlashInputs(tensors, MASK.to("meta").flip.causal, 0.125), TorchFlash()
+    output = flash.forward(inputs)
+    assert output.out.shape == tensors.query.shape and output.lse.shape == (4, 36)
+    grads = flash.backward(torch.empty_like(output.out), inputs, output)
+    assert [x.shape for x in grads] == [x.shape for x in tensors]
 
 
 def test_the_version_of_the_chosen_kernels_is_looked_at(monkeypatch):

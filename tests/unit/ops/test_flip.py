@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from megatron_croc.ops.attention import attend
-from megatron_croc.ops.attention.contract import QKV
+from megatron_croc.ops.attention.contract import QKV, FlashInputs, FlashOutput
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.emulated_flash import EMULATED
 from megatron_croc.ops.attention.flex import build_block_mask
-from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
+from megatron_croc.ops.attention.torch_position_ops import TORCH_POSITION_OPS
 from megatron_croc.ops.flip_plan import CausalCall, plan_flip
 from megatron_croc.ops.mixed_mask import MixedMask
 from tests.support.masks import lay_out, rows
@@ -126,9 +126,10 @@ def test_the_emulated_kernels_leave_garbage_in_padding_and_none_gets_out():
     tensors = draw(14, 2, 1)
     call = mask.flip.causal
     with torch.no_grad():
-        out, lse = EMULATED.forward(QKV(*tensors), call, 0.3)
-        grads = EMULATED.backward(out, QKV(*tensors), out, lse, call, 0.3)
-    for x in (out, lse.t(), *grads):  # as the real ones do
+        inputs = FlashInputs(QKV(*tensors), call, 0.3)
+        output = EMULATED.forward(inputs)
+        grads = EMULATED.backward(output.out, inputs, output)
+    for x in (output.out, output.lse.t(), *grads):  # as the real ones do
         assert x[9:].isnan().all() and x[:9].isfinite().all()
     out = run_flip(tensors, mask)
     out.nansum().backward()
@@ -211,7 +212,7 @@ def test_bottom_right_of_the_emulated_kernels():
         max_keys=4,
     )
     query, key, value = (x.detach() for x in draw(4, 2, 2))
-    out, lse = EMULATED.forward(QKV(query[:2], key, value), call, 1.0)
+    out, lse = EMULATED.forward(FlashInputs(QKV(query[:2], key, value), call, 1.0))
     visible = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     expected = attend_formula(query[:2], key, value, visible, softmax_scale=1.0)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
@@ -288,7 +289,9 @@ def test_the_merge_is_a_softmax_over_both_key_sets():
     for gap in (-200.0, -1.0, 0.0, 1.0, 200.0):
         out, more = torch.zeros(2, 1, 3).double(), torch.ones(1, 1, 3).double()
         lse, more_lse = torch.zeros(1, 2).double(), torch.full((1, 1), gap).double()
-        TORCH_ROWS.merge(out, lse, more, more_lse, torch.tensor([1]))
+        TORCH_POSITION_OPS.merge(
+            FlashOutput(out, lse), FlashOutput(more, more_lse), torch.tensor([1])
+        )
         assert (out[0] == 0).all() and lse[0, 0] == 0
         share = 1 / (1 + math.exp(-gap))
         assert out[1].tolist() == [[pytest.approx(share, rel=1e-12)] * 3]

@@ -119,12 +119,12 @@ def test_no_labelled_position_sees_the_token_it_predicts(data):
 @pytest.mark.parametrize(
     ("cu", "length", "message"),
     [
-        ([0], None, "cu_seqlens must begin with 0 and hold a sample, got [0]"),
-        ([1, 4], None, "cu_seqlens must begin with 0 and hold a sample, got [1, 4]"),
+        ([0], None, "cu_seqlens must begin with 0 and contain a sample, got [0]"),
+        ([1, 4], None, "cu_seqlens must begin with 0 and contain a sample, got [1, 4]"),
         ([0, 4, 4], None, "sample second: cu_seqlens give it the tokens [4, 4), but"),
         ([0, 5, 3], None, "sample second: cu_seqlens give it the tokens [5, 3), but"),
-        ([0, 3, 5], 4, "sample second: cu_seqlens end it at 5, past the row's 4 tokens"),
-        ([0, 3, 5, 7], None, "cu_seqlens [0, 3, 5, 7] hold 3 samples, not 2"),
+        ([0, 3, 5], 4, "sample second: cu_seqlens end it at 5, past the pack's 4 positions"),
+        ([0, 3, 5, 7], None, "cu_seqlens [0, 3, 5, 7] contain 3 samples, not 2"),
     ],
 )
 def test_wrong_boundaries_are_refused_with_sample_and_values(cu, length, message):
@@ -138,10 +138,10 @@ def test_wrong_boundaries_are_refused_with_sample_and_values(cu, length, message
     [
         ([(3, 3)], "sample first: span [3, 3) is empty"),
         ([(4, 2)], "sample first: span [4, 2) is empty"),
-        ([(4, 8)], "sample first: span [4, 8) leaves the sample's tokens [0, 6)"),
-        ([(-1, 2)], "sample first: span [-1, 2) leaves the sample's tokens [0, 6)"),
-        ([(7, 11)], "sample second: span [7, 11) leaves the sample's tokens [6, 10)"),
-        ([(12, 14)], "sample second: span [12, 14) leaves the sample's tokens [6, 10)"),
+        ([(4, 8)], "sample first: span [4, 8) is not inside the sample's tokens [0, 6)"),
+        ([(-1, 2)], "sample first: span [-1, 2) is not inside the sample's tokens [0, 6)"),
+        ([(7, 11)], "sample second: span [7, 11) is not inside the sample's tokens [6, 10)"),
+        ([(12, 14)], "sample second: span [12, 14) is not inside the sample's tokens [6, 10)"),
         ([(1, 4), (3, 5)], "sample first: span [3, 5) overlaps the span [1, 4)"),
         ([(7, 9), (7, 9)], "sample second: span [7, 9) overlaps the span [7, 9)"),
         (
@@ -157,7 +157,7 @@ def test_wrong_spans_are_refused_with_sample_and_values(spans, message):
 
 
 def test_a_sample_without_a_name_is_numbered():
-    with pytest.raises(DataError, match=r"sample #1 of the row: span \[5, 9\)"):
+    with pytest.raises(DataError, match=r"sample #1 of the pack: span \[5, 9\)"):
         MixedMask.build([0, 4, 8], [(5, 9)])
 
 

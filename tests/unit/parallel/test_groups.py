@@ -7,7 +7,7 @@ import sys
 import pytest
 from megatron.core import parallel_state
 
-from megatron_croc.parallel.megatron_versions import TRIED, name_untried_megatron
+from megatron_croc.parallel.megatron_versions import TESTED, name_untested_megatron
 
 
 def test_float32_products_are_float32_although_the_image_allows_tf32():
@@ -38,17 +38,17 @@ def said(monkeypatch):
     return lines
 
 
-@pytest.mark.parametrize("version", [*TRIED, "0.19.2+4f1c2ab"])
+@pytest.mark.parametrize("version", [*TESTED, "0.19.2+4f1c2ab"])
 def test_a_tried_megatron_is_not_spoken_of(version, said):
-    name_untried_megatron(version)
+    name_untested_megatron(version)
     assert said == []
 
 
 def test_another_megatron_is_named_once_with_what_is_assumed_of_it(said):
     for _ in range(2):
-        name_untried_megatron("0.23.0")
+        name_untested_megatron("0.23.0")
     (line,) = said
-    assert "megatron-core 0.23.0 was not tried (0.16.1, 0.19.2 were)" in line
+    assert "megatron-core 0.23.0 is not tested (0.16.1, 0.19.2 are)" in line
     assert "token count is not divided again" in line
 
 
@@ -57,7 +57,7 @@ def test_the_start_of_a_run_names_it(monkeypatch):
     from megatron_croc.parallel import groups
 
     named = []
-    monkeypatch.setattr(groups, "name_untried_megatron", lambda: named.append(True))
+    monkeypatch.setattr(groups, "name_untested_megatron", lambda: named.append(True))
     groups.start_distributed(ParallelConfig(), seed=1)
     groups.stop_distributed()
     assert named == [True]

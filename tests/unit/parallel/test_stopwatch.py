@@ -84,7 +84,7 @@ def test_other_threads_take_no_time(watch: Stopwatch, clock: Clock):
 
 
 def test_many_changes_are_added_up_on_the_way(watch: Stopwatch, clock: Clock, monkeypatch):
-    monkeypatch.setattr(stopwatch, "_MANY", 8)
+    monkeypatch.setattr(stopwatch, "_MAX_CHANGES", 8)
     for number in range(100):
         clock.time = 2.0 * number
         watch.start("forward")

@@ -86,7 +86,8 @@ def test_flops_equal_pytorchs_count(stage: str, vision_trained: bool, projector_
         if loss.requires_grad:
             loss.backward()
     length = num_visual + num_text
-    work = Work(num_tokens=length, num_pairs=length**2, num_images=1)  # full attention
+    # Full attention, and logits of every position.
+    work = Work(num_tokens=length, num_pairs=length**2, num_labels=length, num_images=1)
     flops = count_flops(run, work)
     flops.pop("matching", None)
     if stage == "finetune" and not (vision_trained or projector_trained):
@@ -115,9 +116,9 @@ def test_causal_and_mixed_pairs_are_those_of_the_mask():
 
 def test_a_seven_billion_sample_by_hand():
     run = get_recipe("croc_7b/finetune")
-    flops = count_flops(run, Work.from_lengths([800], num_images=1))
+    flops = count_flops(run, Work.from_lengths([800], num_labels=200, num_images=1))
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    dense = 6 * 800 * (layers + 4096 * 32000)
+    dense = 6 * 800 * layers + 6 * 200 * 4096 * 32000
     attention = 3 * 4 * (800 * 801 // 2) * 4096 * 32
     assert flops["language_model"] == dense + attention
     # CLIP-L/14-336: 23 layers over 577 tokens, forward only.
@@ -128,7 +129,7 @@ def test_a_seven_billion_sample_by_hand():
 
 def test_training_the_tower_costs_three_times_its_forward():
     run = get_recipe("victor_7b/finetune")
-    work = Work.from_lengths([800], num_images=1)
+    work = Work.from_lengths([800], num_labels=200, num_images=1)
     trained = count_flops(run, work)["vision_tower"]
     run.training.freeze_ViT = True
     frozen = count_flops(run, work)["vision_tower"]
@@ -139,8 +140,10 @@ def test_training_the_tower_costs_three_times_its_forward():
 def test_matching_by_hand_and_work_adds_up():
     run = get_recipe("croc_7b/pretrain_croc")
     assert matching_flops(run) == 2 * 432 * 2048 * 4096
-    one = count_flops(run, Work.from_lengths([700], num_images=1, span_lengths=[576]))
-    two = count_flops(run, Work.from_lengths([700, 700], num_images=2, span_lengths=[576, 576]))
+    one = Work.from_lengths([700], num_labels=124, num_images=1, span_lengths=[576])
+    two = Work.from_lengths([700, 700], num_labels=248, num_images=2, span_lengths=[576, 576])
+    assert one + one == two
+    one, two = count_flops(run, one), count_flops(run, two)
     assert two == {part: 2 * count for part, count in one.items()}
-    text_only = count_flops(run, Work.from_lengths([700], num_images=0))
+    text_only = count_flops(run, Work.from_lengths([700], num_labels=700, num_images=0))
     assert text_only["vision_tower"] == text_only["reconstruction_head"] == 0

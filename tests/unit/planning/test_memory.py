@@ -77,7 +77,8 @@ def test_context_parallel_ranks_share_the_images_of_the_head():
     run.parallel.context_parallel_size = 2
     run.model.reconstruction.reconstruction_dropout = 0.0
     images = {
-        n: estimate_memory(run, 4, Pack(tokens=4096, images=n))[1].activations for n in (1, 2, 3, 4)
+        n: estimate_memory(run, 4, Pack(tokens=4096, images=n, labels=0))[1].activations
+        for n in (1, 2, 3, 4)
     }
     # An image of 576 tokens: 20 widths of 4096 in bf16, prediction and target in float32.
     one = 20 * 576 * 4096 * 2 + 2 * 576 * 4096 * 4

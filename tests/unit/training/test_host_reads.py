@@ -11,6 +11,7 @@ from tests.support.synthetic import make_step, tiny_run
 
 ON_HOST = {
     "megatron_croc/data/batch.py:num_label_tokens",  # before the batch is moved
+    "megatron_croc/model/interface.py:of_pack",  # before the batch is moved
     "megatron_croc/training/reporting/metrics.py:count_batch",
 }
 """Places that read tensors of the host."""

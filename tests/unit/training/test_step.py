@@ -110,7 +110,8 @@ def test_a_single_label_is_divided_by_one(pg_collection, reduction):
     batch.labels[:last] = -100
     assert batch.num_label_tokens == 1
     with torch.no_grad():
-        alone = training.chunks[0].module(to_model_inputs(batch)).text_loss_sum.item()
+        inputs = to_model_inputs(batch, pg_collection.cp)
+        alone = training.chunks[0].module(inputs).text_loss_sum.item()
     assert training.train_step.evaluate([batch]).text_loss == pytest.approx(alone, rel=1e-6)
     assert alone > 1.0
 

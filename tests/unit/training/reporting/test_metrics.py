@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,10 +68,12 @@ def reduce_known_numbers(changes: dict) -> dict:
 )
 def test_every_number_is_counted_once(world_size, changes, dp_size):
     run = tiny_run()
-    lengths = [len(make_sample(run, n, n % 2).tokens.input_ids) for n in range(4 * dp_size)]
+    samples = [make_sample(run, n, n % 2).tokens for n in range(4 * dp_size)]
+    lengths = [len(sample.input_ids) for sample in samples]
     spans = [run.model.vision_tower.num_visual_tokens] * (2 * dp_size)
     work = Work.from_lengths(
         lengths,
+        num_labels=sum(int((sample.labels[1:] >= 0).sum()) for sample in samples),
         num_images=2 * dp_size,
         span_lengths=spans if run.model.attention_mask_type == "visual" else (),
     )
@@ -224,17 +225,15 @@ def test_tensorboard_shows_what_the_file_says(tmp_path: Path):
     assert shown == pytest.approx(written, rel=1e-6)
 
 
-def set_clock(monkeypatch) -> list[float]:
-    """Replace the reporter's clock; it shows element 0 of the returned list."""
-    from megatron_croc.training.reporting import reporting
-
+def set_clock(reporter) -> list[float]:
+    """Give the reporter a clock that shows element 0 of the returned list."""
     now = [0.0]
-    monkeypatch.setattr(reporting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    reporter.clock = lambda: now[0]
     return now
 
 
-def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, monkeypatch):
-    now = set_clock(monkeypatch)
+def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path):
+    now = set_clock(reporter)
     reporter.restart_clock()
     for number, now[0] in ((1, 5.0), (2, 10.0), (3, 12.0), (4, 14.0)):
         reporter.add_step(number, make_metrics(number), waited=1.0)
@@ -245,10 +244,10 @@ def test_waiting_for_data_is_a_share_of_the_interval(reporter, tmp_path: Path, m
     assert first["tflops_per_device"] == pytest.approx(1e-4)
 
 
-def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path, monkeypatch):
+def test_matching_is_reported_over_the_interval(reporter, tmp_path: Path):
     from megatron_croc.model.prompt_pool import MatchingSample
 
-    now = set_clock(monkeypatch)
+    now = set_clock(reporter)
     reporter.restart_clock()
     now[0] = 10.0
     uses = [(8, 8) + (0,) * 30, (0, 0, 16) + (0,) * 29]

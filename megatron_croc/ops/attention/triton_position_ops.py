@@ -1,17 +1,17 @@
-"""The flip's row operations as Triton kernels: one launch each, nothing in between in memory.
+"""Operations of the flip on positions as Triton kernels: one launch each, no intermediate tensors.
 
-A program handles one row of the flipped call, that is all heads of one token. Offsets of rows are
-int64: row * heads * head dim passes 2^31 at 2^19 tokens of 32 x 128 heads.
+One program handles one position of the flipped call: a row [H, d] of its tensors. Offsets of rows
+are int64, because row * heads * head dim exceeds 2^31 at 2^19 positions of 32 x 128 heads.
 
-Numbers that change from batch to batch are not specialised on: nothing is compiled anew for them.
-Only Triton's builtin functions are used, since its library (tl.sigmoid and the like) is compiled
-when Triton is imported: so these kernels run in its interpreter whenever TRITON_INTERPRET is set
-before this module is imported. They are tested that way; not run on a GPU so far.
+Kernels are not specialised on numbers that change from batch to batch, so they are compiled once.
+They use only Triton's builtin functions: its library (tl.sigmoid and others) is compiled when
+Triton is imported, and would not run in the interpreter if TRITON_INTERPRET is set later, before
+this module is imported. The tests use the interpreter. Not run on a GPU so far.
 
-This module is imported by rows.py alone, and only where Triton is wanted.
+Only position_ops.py imports this module, and only where Triton is used.
 """
 
-# Arguments of kernels are pointers and numbers that Triton types at each launch, kernel[grid](...).
+# Triton types kernel arguments (pointers and numbers) at each launch, kernel[grid](...).
 # pyright: reportMissingParameterType=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_croc.ops.attention.contract import QKV
-from megatron_croc.ops.attention.torch_rows import TORCH_ROWS
+from megatron_croc.ops.attention.contract import QKV, FlashOutput
+from megatron_croc.ops.attention.torch_position_ops import TORCH_POSITION_OPS
 from megatron_croc.ops.flip_plan import CausalCall
 
 _BLOCK = 1024
-"""Elements a program holds at a time; a power of two."""
+"""Elements that a program holds at one time; a power of two."""
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _copy_row(
     target, target_row,
     WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row [H, d] with strides -> one row of a contiguous tensor, WIDTH = H * d."""
+    """Copy one row [H, d] with strides to one row of a contiguous tensor; WIDTH = H * d."""
     for first in range(0, WIDTH, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < WIDTH
@@ -53,19 +53,19 @@ def _gather_inputs(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if row < num_queries:
-        taken = tl.load(query_rows + row)
-        _copy_row(query, taken, query_row, query_head, query_dim, query_out, row,
+        position = tl.load(query_rows + row)
+        _copy_row(query, position, query_row, query_head, query_dim, query_out, row,
                   QUERY_WIDTH, HEAD_DIM, BLOCK)  # fmt: skip
     if row < num_keys:
-        taken = tl.load(key_rows + row)
-        _copy_row(key, taken, key_row, key_head, key_dim, key_out, row,
+        position = tl.load(key_rows + row)
+        _copy_row(key, position, key_row, key_head, key_dim, key_out, row,
                   KEY_WIDTH, HEAD_DIM, BLOCK)  # fmt: skip
-        _copy_row(value, taken, value_row, value_head, value_dim, value_out, row,
+        _copy_row(value, position, value_row, value_head, value_dim, value_out, row,
                   KEY_WIDTH, HEAD_DIM, BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "lse_head"])
-def _gather_results(
+def _gather_outputs(
     grad, grad_row, grad_head, grad_dim, grad_out,
     out, out_row, out_head, out_dim, out_out,
     lse, lse_head, lse_row, lse_out,
@@ -73,14 +73,14 @@ def _gather_results(
     HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    taken = tl.load(rows + row)
-    _copy_row(grad, taken, grad_row, grad_head, grad_dim, grad_out, row,
+    position = tl.load(rows + row)
+    _copy_row(grad, position, grad_row, grad_head, grad_dim, grad_out, row,
               HEADS * HEAD_DIM, HEAD_DIM, BLOCK)  # fmt: skip
-    _copy_row(out, taken, out_row, out_head, out_dim, out_out, row,
+    _copy_row(out, position, out_row, out_head, out_dim, out_out, row,
               HEADS * HEAD_DIM, HEAD_DIM, BLOCK)  # fmt: skip
     head = tl.arange(0, HEADS_BLOCK).to(tl.int64)
     inside = head < HEADS
-    found = tl.load(lse + head * lse_head + taken * lse_row, mask=inside)
+    found = tl.load(lse + head * lse_head + position * lse_row, mask=inside)
     tl.store(lse_out + head * num_rows + row, found, mask=inside)
 
 
@@ -95,12 +95,12 @@ def _merge(
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    taken = tl.load(rows + row)
+    position = tl.load(rows + row)
     dim = tl.arange(0, DIM_BLOCK)
     for first in range(0, HEADS, HEADS_BLOCK):
         head = first + tl.arange(0, HEADS_BLOCK).to(tl.int64)
         is_head = head < HEADS
-        lse_at = lse + head * lse_head + taken * lse_row
+        lse_at = lse + head * lse_head + position * lse_row
         before_lse = tl.load(lse_at, mask=is_head, other=0.0)
         added_lse = tl.load(
             more_lse + head * more_lse_head + row * more_lse_row, mask=is_head, other=0.0
@@ -112,7 +112,7 @@ def _merge(
         tl.store(lse_at, larger + tl.log(before_part + added_part), mask=is_head)
 
         inside = is_head[:, None] & (dim < HEAD_DIM)[None, :]
-        out_at = out + taken * out_row + head[:, None] * out_head + dim[None, :] * out_dim
+        out_at = out + position * out_row + head[:, None] * out_head + dim[None, :] * out_dim
         more_at = more + row * more_row + head[:, None] * more_head + dim[None, :] * more_dim
         before = tl.load(out_at, mask=inside, other=0.0).to(weight.dtype)
         added = tl.load(more_at, mask=inside, other=0.0).to(weight.dtype)
@@ -123,7 +123,7 @@ def _merge(
 @triton.jit
 def _add_row(
     total, total_row, stride_row, stride_head, stride_dim,
-    share, share_row,
+    part, part_row,
     WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, WIDTH, BLOCK):
@@ -131,59 +131,59 @@ def _add_row(
         inside = column < WIDTH
         head, dim = column // HEAD_DIM, column % HEAD_DIM
         at = total + total_row * stride_row + head * stride_head + dim * stride_dim
-        added = tl.load(share + share_row * WIDTH + column, mask=inside, other=0.0).to(SUM)
+        added = tl.load(part + part_row * WIDTH + column, mask=inside, other=0.0).to(SUM)
         both = tl.load(at, mask=inside, other=0.0).to(SUM) + added
         tl.store(at, both.to(total.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
-def _add_shares(
-    query, query_row, query_head, query_dim, query_share,
-    key, key_row, key_head, key_dim, key_share,
-    value, value_row, value_head, value_dim, value_share,
+def _add_parts(
+    query, query_row, query_head, query_dim, query_part,
+    key, key_row, key_head, key_dim, key_part,
+    value, value_row, value_head, value_dim, value_part,
     query_rows, num_queries, key_rows, num_keys,
     QUERY_WIDTH: tl.constexpr, KEY_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if row < num_queries:
-        taken = tl.load(query_rows + row)
-        _add_row(query, taken, query_row, query_head, query_dim, query_share, row,
+        position = tl.load(query_rows + row)
+        _add_row(query, position, query_row, query_head, query_dim, query_part, row,
                  QUERY_WIDTH, HEAD_DIM, BLOCK, SUM)  # fmt: skip
     if row < num_keys:
-        taken = tl.load(key_rows + row)
-        _add_row(key, taken, key_row, key_head, key_dim, key_share, row,
+        position = tl.load(key_rows + row)
+        _add_row(key, position, key_row, key_head, key_dim, key_part, row,
                  KEY_WIDTH, HEAD_DIM, BLOCK, SUM)  # fmt: skip
-        _add_row(value, taken, value_row, value_head, value_dim, value_share, row,
+        _add_row(value, position, value_row, value_head, value_dim, value_part, row,
                  KEY_WIDTH, HEAD_DIM, BLOCK, SUM)  # fmt: skip
 
 
-class TritonRows:
-    """The kernels above behind the interface of `contract.Rows`."""
+class TritonPositionOps:
+    """The kernels of this module, as `PositionOps`."""
 
     name = "triton"
 
-    def gather(self, inputs: QKV, call: CausalCall) -> QKV:
-        """See `Rows`."""
+    def gather(self, tensors: QKV, call: CausalCall) -> QKV:
+        """See `PositionOps`."""
         if call.queries is None or call.keys is None:
-            return TORCH_ROWS.gather(inputs, call)
+            return TORCH_POSITION_OPS.gather(tensors, call)
         gathered = QKV(
             *(
-                x.new_empty(rows.numel(), *x.shape[1:])
-                for x, rows in zip(inputs, (call.queries, call.keys, call.keys), strict=True)
+                x.new_empty(positions.numel(), *x.shape[1:])
+                for x, positions in zip(tensors, (call.queries, call.keys, call.keys), strict=True)
             )
         )
-        _gather_inputs[_grid(call)](*_arguments(inputs, gathered, call), BLOCK=_BLOCK)
+        _gather_inputs[_grid(call)](*_arguments(tensors, gathered, call), BLOCK=_BLOCK)
         return gathered
 
-    def merge(self, out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, rows: Tensor) -> None:
-        """See `Rows`."""
-        _, heads, head_dim = out.shape
+    def merge(self, output: FlashOutput, more: FlashOutput, positions: Tensor) -> None:
+        """See `PositionOps`."""
+        _, heads, head_dim = output.out.shape
         dim_block = triton.next_power_of_2(head_dim)
         heads_block = min(triton.next_power_of_2(heads), max(1, _BLOCK // dim_block))
-        _merge[(rows.numel(),)](
-            *(out, *out.stride(), lse, *lse.stride()),
-            *(more, *more.stride(), more_lse, *more_lse.stride(), rows),
+        _merge[(positions.numel(),)](
+            *(output.out, *output.out.stride(), output.lse, *output.lse.stride()),
+            *(more.out, *more.out.stride(), more.lse, *more.lse.stride(), positions),
             HEADS=heads,
             HEADS_BLOCK=heads_block,
             HEAD_DIM=head_dim,
@@ -191,29 +191,33 @@ class TritonRows:
         )
 
     def gather_outputs(
-        self, grad: Tensor, out: Tensor, lse: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Rows`."""
+        self, grad: Tensor, output: FlashOutput, positions: Tensor
+    ) -> tuple[Tensor, FlashOutput]:
+        """See `PositionOps`."""
+        (out, lse), number = output, positions.numel()
         _, heads, head_dim = out.shape
-        taken_grad, taken_out = (x.new_empty(rows.numel(), heads, head_dim) for x in (grad, out))
-        taken_lse = lse.new_empty(heads, rows.numel())
-        _gather_results[(rows.numel(),)](
-            *(grad, *grad.stride(), taken_grad, out, *out.stride(), taken_out),
-            *(lse, *lse.stride(), taken_lse, rows, rows.numel()),
+        gathered_grad, gathered_out = (x.new_empty(number, heads, head_dim) for x in (grad, out))
+        gathered_lse = lse.new_empty(heads, number)
+        _gather_outputs[(number,)](
+            *(grad, *grad.stride(), gathered_grad, out, *out.stride(), gathered_out),
+            *(lse, *lse.stride(), gathered_lse, positions, number),
             HEADS=heads,
             HEADS_BLOCK=triton.next_power_of_2(heads),
             HEAD_DIM=head_dim,
             BLOCK=_BLOCK,
         )
-        return taken_grad, taken_out, taken_lse
+        return gathered_grad, FlashOutput(gathered_out, gathered_lse)
 
-    def add(self, totals: QKV, shares: QKV, call: CausalCall) -> None:
-        """See `Rows`; keys that two pieces share would be a race here, torch adds them right."""
+    def add(self, totals: QKV, parts: QKV, call: CausalCall) -> None:
+        """See `PositionOps`.
+
+        Keys that two pieces share would be a race between programs; torch adds those.
+        """
         if call.queries is None or call.keys is None or not call.keys_are_distinct:
-            return TORCH_ROWS.add(totals, shares, call)
-        shares = QKV(*(x.contiguous() for x in shares))
+            return TORCH_POSITION_OPS.add(totals, parts, call)
+        parts = QKV(*(x.contiguous() for x in parts))
         accumulate = tl.float64 if totals.query.dtype == torch.float64 else tl.float32
-        _add_shares[_grid(call)](*_arguments(totals, shares, call), BLOCK=_BLOCK, SUM=accumulate)
+        _add_parts[_grid(call)](*_arguments(totals, parts, call), BLOCK=_BLOCK, SUM=accumulate)
 
 
 def _grid(call: CausalCall) -> tuple[int]:
@@ -221,15 +225,15 @@ def _grid(call: CausalCall) -> tuple[int]:
 
 
 def _arguments(strided: QKV, contiguous: QKV, call: CausalCall) -> tuple[object, ...]:
-    """What `_gather_inputs` and `_add_shares` take alike, up to their block sizes."""
+    """Arguments of `_gather_inputs` and `_add_parts`, without their block sizes."""
     tensors = (
         argument
-        for x, rows in zip(strided, contiguous, strict=True)
-        for argument in (x, *x.stride(), rows)
+        for x, packed in zip(strided, contiguous, strict=True)
+        for argument in (x, *x.stride(), packed)
     )
     _, heads, head_dim = strided.query.shape
     widths = (heads * head_dim, strided.key.shape[1] * head_dim, head_dim)
     return (*tensors, call.queries, call.num_queries, call.keys, call.num_keys, *widths)
 
 
-TRITON_ROWS = TritonRows()
+TRITON_POSITION_OPS = TritonPositionOps()
