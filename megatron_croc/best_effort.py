@@ -1,6 +1,7 @@
 """Writes beside training: a full or broken disk costs what they write, and never ends the run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,12 +52,19 @@ class BestEffort:
 class AppendedLines:
     """Text file that grows by whole lines; lines that do not fit on the disk are written later."""
 
-    def __init__(self, path: Path) -> None:
-        """Take the file; it is opened at the first line."""
-        self._path = path
+    def __init__(self, path: Path, *, prepare: Callable[[], object] | None = None) -> None:
+        """Take the file; it is opened at the first line.
+
+        Args:
+            path: the file.
+            prepare: done now or, if that fails, before the first line is written.
+        """
+        self._path, self._prepare = path, prepare
         self._file: int | None = None
         self._waiting = b""
         self._effort = BestEffort(str(path))
+        with self._effort:
+            self._be_prepared()
 
     def write(self, line: str) -> None:
         """Append one line, after those that could not be written before."""
@@ -84,9 +92,15 @@ class AppendedLines:
             os.close(self._file)
             self._file = None
 
+    def _be_prepared(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
+            self._prepare = None
+
     def _flush(self) -> None:
         if not self._waiting:
             return
+        self._be_prepared()
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC

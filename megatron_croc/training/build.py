@@ -165,7 +165,12 @@ def build_training_state(
 
 
 def build_reporter(
-    run: RunConfig, *, train_iters: int, world_size: int, times: TimeSplit | None = None
+    run: RunConfig,
+    *,
+    train_iters: int,
+    world_size: int,
+    resumed_at: int | None = None,
+    times: TimeSplit | None = None,
 ) -> Reporter:
     """Build the writer of metrics.
 
@@ -173,6 +178,7 @@ def build_reporter(
         run: the run.
         train_iters: optimizer steps of the whole run.
         world_size: number of ranks.
+        resumed_at: steps done at the start; lines of later steps are moved out of metrics.jsonl.
         times: time by region; None: not measured.
     """
     packs_per_step, data = run.training.global_batch_size, run.data
@@ -183,6 +189,7 @@ def build_reporter(
         settings=to_tree(run),
         positions_per_step=packs_per_step * data.row_length if data.packing else None,
         train_iters=train_iters,
+        resumed_at=resumed_at,
         world_size=world_size,
         times=times,
     )

@@ -4,19 +4,17 @@ import time
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_croc.best_effort import BestEffort
 from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader
-from megatron_croc.log import rank, world_size
+from megatron_croc.log import world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.length import resolve_train_iters
-from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 from megatron_croc.training.reporting.profiling import ProfileWindow
 from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.anomaly import AnomalyGuard
@@ -54,13 +52,16 @@ def _train(
 ) -> TrainingState:
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
-    if folder is not None and rank() == 0:
-        with BestEffort(f"{folder}, where the steps after {state.iteration} are repeated,"):
-            drop_undone_steps(folder, state.iteration)
 
     # Set up metrics, profiler, anomaly checks and checkpoints.
     times = TimeSplit(run.logging, training.chunks, pg) if run.logging.timing_log_level else None
-    reporter = build_reporter(run, train_iters=last, world_size=world_size(), times=times)
+    reporter = build_reporter(
+        run,
+        train_iters=last,
+        resumed_at=state.iteration,
+        world_size=world_size(),
+        times=times,
+    )
     profile = ProfileWindow(run.logging, folder, state.iteration)
     guard = AnomalyGuard(
         run.reliability, state, pg, settings=to_tree(run), train_iters=last, folder=folder

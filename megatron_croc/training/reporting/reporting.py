@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,13 +17,14 @@ from megatron_croc.log import get_logger, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
 from megatron_croc.training.reporting.metrics import StepMetrics, entropy, usage
-from megatron_croc.training.reporting.metrics_log import METRICS_FILE
+from megatron_croc.training.reporting.metrics_log import METRICS_FILE, drop_undone_steps
 from megatron_croc.training.reporting.prometheus import Endpoint, open_endpoint
 from megatron_croc.training.reporting.stragglers import (
     STRAGGLERS_FILE,
     find_stragglers,
     stragglers_line,
 )
+from megatron_croc.training.reporting.tensorboard import TensorBoard
 from megatron_croc.training.reporting.time_split import IntervalTimes, TimeSplit
 from megatron_croc.training.reporting.weights_and_biases import open_wandb
 
@@ -54,6 +56,7 @@ class Reporter:
         positions_per_step: int | None,
         train_iters: int,
         world_size: int,
+        resumed_at: int | None = None,
         times: TimeSplit | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -68,6 +71,8 @@ class Reporter:
                 packing.
             train_iters: optimizer steps of the whole run.
             world_size: processes of the run.
+            resumed_at: steps done at the start, whose later lines are moved out of metrics.jsonl;
+                None: no lines are moved.
             times: time by region, read once per interval; None: not measured.
             clock: seconds from any origin.
         """
@@ -82,11 +87,9 @@ class Reporter:
         self.is_writer = rank() == 0
         self.jsonl: AppendedLines | None = None
         self.stragglers: AppendedLines | None = None
-        self.tensorboard = self.wandb = None
-        self.has_tensorboard = self.is_writer and folder is not None and config.tensorboard
-        self._efforts = {
-            name: BestEffort(name, errors=(Exception,)) for name in ("TensorBoard", "W&B")
-        }
+        self.tensorboard: TensorBoard | None = None
+        self.wandb = None
+        self._wandb_effort = BestEffort("W&B", errors=(Exception,))
         self.folder = folder if self.is_writer else None
         self.endpoint: Endpoint | None = None
         if not self.is_writer:
@@ -95,8 +98,11 @@ class Reporter:
         if self.folder is not None:
             with BestEffort(str(self.folder)):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = AppendedLines(self.folder / METRICS_FILE)
+            undone = partial(drop_undone_steps, self.folder, resumed_at or 0)
+            prepare = None if resumed_at is None else undone
+            self.jsonl = AppendedLines(self.folder / METRICS_FILE, prepare=prepare)
             self.stragglers = AppendedLines(self.folder / STRAGGLERS_FILE)
+            self.tensorboard = TensorBoard(self.folder) if config.tensorboard else None
         self.wandb = open_wandb(config, settings, self.folder)
 
     def add_step(
@@ -250,23 +256,11 @@ class Reporter:
         scalars = {name: value for name, value in row.items() if name != "iteration"}
         if self.endpoint is not None:
             self.endpoint.set({"iteration": iteration, **scalars})
-        if self.has_tensorboard:
-            with self._efforts["TensorBoard"]:
-                self._to_tensorboard(scalars, iteration)
+        if self.tensorboard is not None:
+            self.tensorboard.write(scalars, iteration)
         if self.wandb is not None:
-            with self._efforts["W&B"]:
+            with self._wandb_effort:
                 self.wandb.log(scalars, step=iteration)
-
-    def _to_tensorboard(self, scalars: dict[str, Any], iteration: int) -> None:
-        """Write scalars; after a failure, the next ones go to a new file of events."""
-        writer, self.tensorboard = self.tensorboard, None
-        if writer is None and self.folder is not None:
-            writer = _open_tensorboard(self.folder)
-        self.has_tensorboard = writer is not None
-        if writer is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, iteration)
-        self.tensorboard = writer
 
     def sync(self) -> None:
         """Flush metrics.jsonl to disk, before a checkpoint counts its steps as done."""
@@ -283,10 +277,9 @@ class Reporter:
             if lines is not None:
                 lines.close()
         if self.tensorboard is not None:
-            with self._efforts["TensorBoard"]:
-                self.tensorboard.close()
+            self.tensorboard.close()
         if self.wandb is not None:
-            with self._efforts["W&B"]:
+            with self._wandb_effort:
                 self.wandb.finish()
 
 
@@ -298,15 +291,6 @@ def _is_number(value: float | None) -> bool:
 def _mean(steps: list[StepMetrics], name: str) -> float | None:
     values = [value for step in steps if (value := getattr(step, name)) is not None]
     return sum(values) / len(values) if values else None
-
-
-def _open_tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("TensorBoard is not installed; metrics go to metrics.jsonl only")
-        return None
-    return SummaryWriter(log_dir=str(folder / "tensorboard"))
 
 
 _SHOWN = {
