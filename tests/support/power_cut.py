@@ -8,7 +8,7 @@
 Rules of a disk (POSIX, as ext4, XFS and NFS may do it):
 
 - The content of a file is on disk once the file was synced. Before, it may be absent (zero bytes),
-  torn (half of it), whole, or what was synced before.
+  torn (half of it), whole, or what was synced before. What is appended leaves what was synced.
 - A name (made, moved, removed) is on disk once its folder was synced. Before, each change of a
   name may or may not have happened, whatever happened to the others; one change is never halved.
 """
@@ -358,12 +358,12 @@ def _read(
             yield path, None
             yield from _read(child, entries, fate, f"{path}/")
             continue
-        kind = fate.get(id(child), "synced")
-        content = child.content
-        if kind in ("synced", "old"):
-            content = child.synced or b""
-        elif kind == "torn":
-            content = child.content[: len(child.content) // 2]
-        elif kind == "empty":
-            content = b""
+        content, synced = child.content, child.synced or b""
+        kept = len(synced) if content.startswith(synced) else 0  # what was appended to
+        content = {
+            "whole": content,
+            "torn": content[: (kept + len(content)) // 2],
+            "empty": content[:kept],
+            "old": synced,
+        }[fate.get(id(child), "old")]
         yield path, content

@@ -90,8 +90,9 @@ def test_superseded_metrics_are_never_lost(disk: Path, tmp_path: Path):
 
 def test_a_dataset_is_finished_or_not_there(disk: Path, tmp_path: Path):
     folder = disk / "sets" / "a"
+    folder.parent.mkdir()
     with Recorder(disk) as recorder:
-        folder.mkdir(parents=True)
+        folder.mkdir()
         infos = []
         for shard in range(2):
             with ShardWriter(folder, shard) as writer:

@@ -44,7 +44,7 @@ def save(disk: Path, pg_collection, monkeypatch) -> Save:
             }
         },
     )
-    run = tiny_run(keep_last=1)
+    run = tiny_run(keep_last=2)
     run.checkpoint.save = run.checkpoint.load = str(disk / "runs" / "a")
 
     def save_one(iteration: int, number: float, resumed_at: int) -> None:
