@@ -154,9 +154,8 @@ def tracked_checkpoint(root: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{tracker} cannot be read: {first_line(error)}; {_WRITE_ONE}"
-        ) from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not plain text"
+        raise CheckpointError(f"{tracker} cannot be read: {reason}; {_WRITE_ONE}") from error
     if (iteration := whole_number(word)) is not None:
         return iteration_folder(root, iteration)
     if not word.isprintable() or Path(word).name != word or len(word) > _MAX_NAME:

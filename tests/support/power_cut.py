@@ -152,7 +152,7 @@ class Recorder:
         _RECORDERS.remove(self)
         self._patch.undo()
 
-    def event(self, name: str, args: tuple) -> None:
+    def event(self, name: str, args: tuple[Any, ...]) -> None:
         """Take in one audit event, which comes before its operation."""
         if self._is_on and name in _EVENTS and not getattr(self._busy, "own", False):
             with self._alone():
@@ -170,7 +170,7 @@ class Recorder:
 
     # What the operations do.
 
-    def _open(self, args: tuple) -> None:
+    def _open(self, args: tuple[Any, ...]) -> None:
         path, _, flags = args
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if isinstance(path, int) or not writes or (place := self._place(path)) is None:
@@ -180,18 +180,18 @@ class Recorder:
         if name not in folder.names:
             self._change((folder, name, Node(is_folder=False)))
 
-    def _mkdir(self, args: tuple) -> None:
+    def _mkdir(self, args: tuple[Any, ...]) -> None:
         if (place := self._place(args[0], args[2] if len(args) > 2 else -1)) is not None:
             self._before(f"mkdir {args[0]}")
             if place[1] not in place[0].names:
                 self._change((*place, Node(is_folder=True)))
 
-    def _remove(self, args: tuple) -> None:
+    def _remove(self, args: tuple[Any, ...]) -> None:
         if (place := self._place(args[0], args[1] if len(args) > 1 else -1)) is not None:
             self._before(f"remove {args[0]}")
             self._change((*place, None))
 
-    def _rename(self, args: tuple) -> None:
+    def _rename(self, args: tuple[Any, ...]) -> None:
         source, target = self._place(args[0]), self._place(args[1])
         if source is not None and target is not None:
             self._before(f"rename {args[0]} {args[1]}")
@@ -290,7 +290,7 @@ class Recorder:
             yield {id(node): other if node is odd else fate for node in unsynced}
 
 
-_EVENTS: dict[str, Callable[[Recorder, tuple], None]] = {
+_EVENTS: dict[str, Callable[[Recorder, tuple[Any, ...]], None]] = {
     "open": Recorder._open,
     "os.mkdir": Recorder._mkdir,
     "os.remove": Recorder._remove,
@@ -301,7 +301,7 @@ _EVENTS: dict[str, Callable[[Recorder, tuple], None]] = {
 _RECORDERS: list[Recorder] = []
 
 
-def _audit(name: str, args: tuple) -> None:
+def _audit(name: str, args: tuple[Any, ...]) -> None:
     for recorder in _RECORDERS:
         recorder.event(name, args)
 

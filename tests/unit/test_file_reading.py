@@ -200,7 +200,7 @@ def fuzz(good: Path, tmp_path: Path, name: str, examples: int) -> None:
         deadline=None,
         database=None,
         derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(mutations(content))
     def attack(changed: bytes) -> None:

@@ -20,7 +20,7 @@ from megatron_croc.checkpoint.state import (
 from tests.support.power_cut import Recorder, State
 from tests.support.synthetic import tiny_run
 
-Save = Callable[[int, float, int], None]
+Save = Callable[..., None]
 
 
 @pytest.fixture
@@ -47,12 +47,17 @@ def save(disk: Path, pg_collection, monkeypatch) -> Save:
     run = tiny_run(keep_last=2)
     run.checkpoint.save = run.checkpoint.load = str(disk / "runs" / "a")
 
-    def save_one(iteration: int, number: float, resumed_at: int) -> None:
+    def save_one(iteration: int, number: float, resumed_at: int, skipped: int = 0) -> None:
         value[0] = number
         saver = saving.CheckpointSaver(
-            run.checkpoint, [], None, pg_collection, settings="", resumed_at=resumed_at
+            run.checkpoint,
+            [],
+            None,  # type: ignore[arg-type]
+            pg_collection,
+            settings="",
+            resumed_at=resumed_at,
         )
-        saver.save(TrainState(iteration=iteration, stage=run.stage))
+        saver.save(TrainState(iteration=iteration, stage=run.stage, skipped_in_a_row=skipped))
         saver.close()
 
     return save_one
@@ -145,6 +150,20 @@ def test_a_state_that_is_saved_is_not_saved_again(disk: Path, save: Save, pg_col
     save(3, float("nan"), 3)  # its run gives up, and its memory is spoiled by now
     assert (root / "iter_0000003" / MANIFEST_FILE).stat().st_mtime_ns == before
     assert len(list(root.iterdir())) == 2
+
+
+def test_nothing_is_removed_in_a_streak_of_skipped_steps(disk: Path, save: Save):
+    root = disk / "runs" / "a"
+    for iteration in range(1, 5):
+        save(iteration, 1.0, iteration - 1, skipped=max(iteration - 2, 0))
+    names = [f"iter_000000{n}" for n in range(1, 5)]
+    assert sorted(path.name for path in root.iterdir()) == [*names, LATEST_FILE]
+    save(5, 1.0, 4)
+    assert sorted(path.name for path in root.iterdir()) == [
+        "iter_0000004",
+        "iter_0000005",
+        LATEST_FILE,
+    ]
 
 
 def test_values_that_are_not_finite_get_no_name(disk: Path, save: Save):
