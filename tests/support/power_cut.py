@@ -181,14 +181,16 @@ class Recorder:
             self._change((folder, name, Node(is_folder=False)))
 
     def _mkdir(self, args: tuple[Any, ...]) -> None:
-        if (place := self._place(args[0], args[2] if len(args) > 2 else -1)) is not None:
-            self._before(f"mkdir {args[0]}")
+        path, _, handle = (*args, -1)[:3]
+        if (place := self._place(path, handle)) is not None:
+            self._before(f"mkdir {path}")
             if place[1] not in place[0].names:
                 self._change((*place, Node(is_folder=True)))
 
     def _remove(self, args: tuple[Any, ...]) -> None:
-        if (place := self._place(args[0], args[1] if len(args) > 1 else -1)) is not None:
-            self._before(f"remove {args[0]}")
+        path, handle = (*args, -1)[:2]
+        if (place := self._place(path, handle)) is not None:
+            self._before(f"remove {path}")
             self._change((*place, None))
 
     def _rename(self, args: tuple[Any, ...]) -> None:
