@@ -237,7 +237,7 @@ def test_mutated_files(good: Path, tmp_path: Path, name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_mutated_files_for_long(good: Path, tmp_path: Path, name: str):
-    fuzz(good, tmp_path, name, 1500)
+    fuzz(good, tmp_path, name, 300)
 
 
 def test_depth_and_kinds(tmp_path: Path):
