@@ -7,6 +7,7 @@ made, moved or removed since its folder was flushed.
 import ctypes
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -82,3 +83,17 @@ def exchange(first: Path, second: Path) -> bool:
     if number in _UNSUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(first))
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Try to write to a folder, or where it would be made; leaves nothing behind.
+
+    Returns:
+        the reason why files cannot be written there; None if they can.
+    """
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

@@ -12,6 +12,9 @@ class CrocError(ValueError):
         """Return the message."""
         return printable(super().__str__())
 
+    everywhere = False
+    """True if every rank raises the same error, so that rank 0 alone reports it."""
+
 
 class ConfigError(CrocError):
     """One or more settings are wrong; the message has one line per fault."""

@@ -141,10 +141,15 @@ def is_number(value: object) -> bool:
 # Kinds of values
 
 
-def build(cls: type[T], tree: object) -> T:
+def build(cls: type[T], tree: object, *, names: dict[str, type] | None = None) -> T:
     """Build a dataclass from a JSON object, with every value of the kind that its field names.
 
     Counts (int) are whole numbers from 0 to 2^63 - 1. Lists become tuples where the field is one.
+
+    Args:
+        cls: the dataclass.
+        tree: the object.
+        names: classes that the module of `cls` names but does not import.
 
     Raises:
         UnreadableError: a key is missing or unknown, or a value is of another kind.
@@ -152,7 +157,7 @@ def build(cls: type[T], tree: object) -> T:
     if not isinstance(tree, dict):
         raise UnreadableError(f"an object is needed, not {tree!r:.40}")
     tree = cast(dict[str, Any], tree)
-    kinds = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls, localns=names)
     known = {field.name: field for field in fields(cast(Any, cls)) if field.init}
     if unknown := [name for name in tree if name not in known]:
         raise UnreadableError(f"unknown key {unknown[0]!r:.40}")

@@ -98,7 +98,7 @@ def check_npy_header(file: BinaryIO, size: int) -> None:
         UnreadableError: no .npy file of plain numbers, or its shape does not fit its size.
     """
     magic = file.read(8)
-    if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2):
+    if len(magic) < 8 or magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2):
         raise UnreadableError("not a .npy file")
     width = 2 if magic[6] == 1 else 4
     length = int.from_bytes(file.read(width), "little")

@@ -31,6 +31,7 @@ from megatron_croc.checkpoint.choosing import agreed_damage
 from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.publishing import publish, sweep
 from megatron_croc.checkpoint.retention import STAGED, prune
+from megatron_croc.checkpoint.run_folder import resumes_in_place
 from megatron_croc.checkpoint.safe_reading import COMMON_FILE, INDEX_FILE
 from megatron_croc.checkpoint.sharded import checkpoint_content
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
@@ -81,7 +82,7 @@ class CheckpointSaver:
         self._gone: list[Path] = []
         self._deleting: list[threading.Thread] = []
         self._failure: str | None = None
-        self._own = {resumed_at} if _resumes_in_place(config) else set[int]()
+        self._own = {resumed_at} if resumes_in_place(config) else set[int]()
         clear_leftovers(config)
 
     @region("checkpoint", whole=True)
@@ -263,14 +264,6 @@ def clear_leftovers(config: CheckpointConfig) -> None:
     """On rank 0: delete what killed runs left in `save`; a start does it before it writes."""
     if config.save is not None and rank() == 0:
         sweep(Path(config.save))
-
-
-def _resumes_in_place(config: CheckpointConfig) -> bool:
-    """Return True if the run resumes from the folder it saves to, or from a checkpoint in it."""
-    if config.save is None or config.load is None:
-        return False
-    save, load = Path(config.save).resolve(), Path(config.load).resolve()
-    return save in (load, load.parent)
 
 
 def _make_empty(folder: Path) -> None:

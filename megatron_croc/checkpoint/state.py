@@ -3,11 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_croc.atomic_files import write_atomically
-from megatron_croc.data.order.row_plan import OrderState
 from megatron_croc.errors import CheckpointError, first_line
 from megatron_croc.file_reading import UnreadableError, build, read_json, whole_number
+
+if TYPE_CHECKING:  # it imports torch, and croc check reads states without it
+    from megatron_croc.data.order.row_plan import OrderState
 
 STATE_FILE = "train_state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -32,6 +35,9 @@ class TrainState:
     stage: str = ""
     """Training stage of the run."""
 
+    run_id: str = ""
+    """Id of the run (run_folder.py); empty in a checkpoint that was made before there were ids."""
+
     num_skipped: int = 0
     """Number of steps skipped because of an anomaly in loss or gradient."""
 
@@ -41,10 +47,10 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     """Recent losses that spikes are found from; empty without spike detection."""
 
-    order: OrderState | None = None
+    order: "OrderState | None" = None
     """Position in the order of samples; None before the first step."""
 
-    def resume_point(self) -> OrderState | None:
+    def resume_point(self) -> "OrderState | None":
         """Position in the order of samples to continue from; None at the start of a run.
 
         Raises:
@@ -58,7 +64,7 @@ class TrainState:
             )
         return self.order
 
-    def advance(self, num_samples: int, order: OrderState | None) -> None:
+    def advance(self, num_samples: int, order: "OrderState | None") -> None:
         """Count a step of `num_samples`; `order` is the position after it."""
         self.iteration += 1
         self.consumed_samples += num_samples
@@ -87,7 +93,13 @@ class TrainState:
         """
         path = folder / STATE_FILE
         try:
-            return build(cls, read_json(path))
+            tree = read_json(path)
+            names: dict[str, type] = {"OrderState": type(None)}
+            if tree.get("order") is not None:
+                from megatron_croc.data.order.row_plan import OrderState
+
+                names = {"OrderState": OrderState}
+            return build(cls, tree, names=names)
         except (OSError, UnreadableError) as error:
             raise CheckpointError(
                 f"{path}: not readable as a training state ({first_line(error)}); "

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_croc.config.base import apply_changes, changes_from_words, raise_faults
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc replay",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_wrong_again(findings: "Findings", report: dict[str, Any]) -> bool:
-    """Whether the replayed step shows the fault that was reported."""
+    """Return True if the replayed step shows the fault of the report."""
     values = (findings.metrics.loss, findings.metrics.grad_norm or 0.0)
     if not all(map(math.isfinite, values)):
         return True

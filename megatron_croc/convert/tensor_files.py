@@ -2,7 +2,8 @@
 
 Supports model.safetensors and pytorch_model.bin, as one file or as several with an index. Headers
 are checked when the directory is opened; data is read when a tensor is needed. No file can run
-code: safetensors is plain data, and .bin files are loaded with torch's weights_only.
+code: safetensors is plain data, and .bin files are loaded with torch's weights_only. torch is
+imported only where data or a .bin file is read.
 """
 
 import math
@@ -11,19 +12,23 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_croc import file_reading
 from megatron_croc.errors import CheckpointError, first_line
 from megatron_croc.file_reading import UnreadableError
 from megatron_croc.tensor_headers import TensorEntry, read_safetensors_header
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-"""Dtypes of weights (and of old position_ids) by their safetensors names."""
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+"""torch's names of the dtypes of weights (and of old position_ids), by their safetensors names."""
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +36,31 @@ class StoredTensor:
     """One tensor in a file."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], Tensor]
+    dtype_name: str
+    """torch's name, such as float32."""
+
+    item_bytes: int
+    """Bytes of one number."""
+
+    load: "Callable[[], Tensor]"
     """Reads the data."""
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype in memory, as in the file."""
+        import torch
 
-class LazyTensors(Mapping[str, Tensor]):
+        return getattr(torch, self.dtype_name)
+
+
+class LazyTensors(Mapping[str, "Tensor"]):
     """Mapping of stored tensors that reads a tensor at each access and keeps none."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         """Args: stored: tensors by name."""
         self.stored = stored
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> "Tensor":
         """Read one tensor."""
         return self.stored[name].load()
 
@@ -122,21 +139,29 @@ def _stored(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
         raise CheckpointError(
             f"{path}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} are read"
         )
-    dtype, num_bytes = DTYPES[entry.dtype], entry.end - entry.begin
-    if num_bytes != math.prod(entry.shape) * dtype.itemsize:
+    dtype_name, num_bytes = DTYPES[entry.dtype], entry.end - entry.begin
+    if num_bytes != math.prod(entry.shape) * _ITEM_BYTES[dtype_name]:
         raise CheckpointError(f"{path}: tensor {name}: {num_bytes} bytes for shape {entry.shape}")
 
-    def load() -> Tensor:
+    def load() -> "Tensor":
+        import torch
+
+        dtype = getattr(torch, dtype_name)
         if not num_bytes:
             return torch.empty(entry.shape, dtype=dtype)
         numbers = np.fromfile(path, np.uint8, count=num_bytes, offset=entry.begin)
         return torch.from_numpy(numbers).view(dtype).reshape(entry.shape)
 
-    return StoredTensor(shape=entry.shape, dtype=dtype, load=load)
+    return StoredTensor(
+        shape=entry.shape, dtype_name=dtype_name, item_bytes=_ITEM_BYTES[dtype_name], load=load
+    )
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     """Open a .bin file, memory-mapped if its format allows; accepts tensors only."""
+    import torch
+    from torch import Tensor
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -153,6 +178,9 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
         tensors[name] = StoredTensor(
-            shape=tuple(tensor.shape), dtype=tensor.dtype, load=lambda kept=tensor: kept
+            shape=tuple(tensor.shape),
+            dtype_name=str(tensor.dtype).removeprefix("torch."),
+            item_bytes=tensor.itemsize,
+            load=lambda kept=tensor: kept,
         )
     return tensors

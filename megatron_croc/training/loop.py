@@ -1,16 +1,23 @@
 """The training loop."""
 
+import logging
 import time
+from dataclasses import replace
+from pathlib import Path
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_croc.checkpoint.ownership import open_run_folder
+from megatron_croc.checkpoint.run_folder import begin_run
 from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.loader import build_train_loader
-from megatron_croc.log import world_size
+from megatron_croc.data.loader import build_train_loader, build_train_plan
+from megatron_croc.data.order.row_plan import RowStream
+from megatron_croc.log import get_logger, log_on_rank_zero, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
+from megatron_croc.parallel.rank_zero import on_rank_zero
 from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
@@ -21,6 +28,8 @@ from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
 from megatron_croc.training.safety.watchdog import Watchdog, watch_over
+
+logger = get_logger(__name__)
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
@@ -34,14 +43,17 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
         the trained state.
 
     Raises:
-        CheckpointError: the last state could not be saved.
+        CheckpointError: the folder `save` is another run's, or the last state could not be saved.
+        KeyboardInterrupt: the run was stopped by SIGINT, after its step and with a checkpoint.
         RunError: too many steps in a row were not finite, or another rank was lost.
     """
-    # Build model, optimizer and data order, or restore them from the last checkpoint.
     pg = start_distributed(run.parallel, seed=run.training.seed)
-    clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
-    with watch_over(run.reliability, run.log_folder) as watchdog:
-        return _train(run, pg, weights, watchdog)
+    with open_run_folder(run) as load:
+        settings = to_yaml(run)
+        run = replace(run, checkpoint=replace(run.checkpoint, load=load))
+        clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
+        with watch_over(run.reliability, run.log_folder) as watchdog:
+            return _train(run, pg, weights, watchdog, settings=settings)
 
 
 def _train(
@@ -49,16 +61,31 @@ def _train(
     pg: ProcessGroupCollection,
     weights: WeightSource | None,
     watchdog: Watchdog,
+    *,
+    settings: str,
 ) -> TrainingState:
+    """Train; `checkpoint.load` is the folder to resume from, `settings` are those of the user."""
+    # Build model, optimizer and data order, or restore them from the last checkpoint.
+    began = time.perf_counter()
+    log_on_rank_zero(logger, logging.INFO, "building the model")
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
+    _log_duration("model built in %.1f s, opening the data", began)
+    folders = [Path(f) for f in (run.checkpoint.save, folder) if f is not None]
+
+    def begin() -> list[Path]:
+        if state.iteration:  # other data is refused before anything is written
+            RowStream(build_train_plan(run), state.resume_point())
+        return begin_run(run.checkpoint, folders, state, settings)
+
+    others = on_rank_zero(begin)
 
     # Set up metrics, profiler, anomaly checks and checkpoints.
     times = TimeSplit(run.logging, training.chunks, pg) if run.logging.timing_log_level else None
     reporter = build_reporter(
         run,
         train_iters=last,
-        resumed_at=state.iteration,
+        resumed_at=0 if folder in others else state.iteration,
         world_size=world_size(),
         times=times,
     )
@@ -71,7 +98,7 @@ def _train(
         training.chunks,
         training.optimizer,
         pg,
-        settings=to_yaml(run),
+        settings=settings,
         resumed_at=state.iteration,
     )
 
@@ -86,13 +113,16 @@ def _train(
             run, pg, build_train_loader, state=state.resume_point()
         ) as broadcaster,
     ):
-        is_over = state.iteration >= last
+        began, is_first, is_over = time.perf_counter(), True, state.iteration >= last
         while not is_over:
             # Load the micro-batches of one step.
             started = time.perf_counter()
             enter("waiting for data", iteration=state.iteration + 1)
             batches = broadcaster.next_step()
             waited = time.perf_counter() - started
+            if is_first:
+                _log_duration("first batch after %.1f s; the first step is the slowest", began)
+                is_first = False
 
             # Train one step, and report it.
             metrics = training.train_step.train(
@@ -129,4 +159,9 @@ def _train(
         saver.close()
     profile.close()
     reporter.close()
+    stop.raise_if_interrupted()
     return training
+
+
+def _log_duration(message: str, began: float) -> None:
+    log_on_rank_zero(logger, logging.INFO, message, time.perf_counter() - began)

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_croc.config.parser import CommandParser
+
 BOUND = 1e-5
 """Largest difference of a float32 logit: another version may order its sums otherwise."""
 
@@ -29,7 +31,7 @@ NEW_TOKENS = 16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; 1 where the two differ or one of them fails."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc parity transformers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

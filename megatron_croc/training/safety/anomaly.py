@@ -98,8 +98,8 @@ class AnomalyGuard:
         where = f"; see {self.report} and run croc replay on it" if self.report else ""
         return RunError(
             f"{self.state.skipped_in_a_row} steps in a row had to be skipped, the last is "
-            f"{self.state.iteration}; max_consecutive_skips={limit}{where}{kept}; fix the "
-            "cause, or raise the setting to go past these samples"
+            f"{self.state.iteration}; max_consecutive_skips={limit}{where}{kept}; fix the cause, "
+            "or raise the setting to go past these samples"
         )
 
     def _fault(self, metrics: StepMetrics) -> str | None:
