@@ -94,11 +94,10 @@ def read_index(folder: Path) -> Metadata:
             raise CheckpointError(
                 f"{path}: damaged: names {name!r:.80}, which is not in its folder"
             )
-        if name not in sizes:
-            sizes[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1
-        if sizes[name] < 0:
-            raise CheckpointError(f"{path}: damaged: names {name!r:.80}, which is missing")
         ends = (place.offset, place.length)
+        if name not in sizes:  # a file that is missing is reported where it is read
+            file = folder / name
+            sizes[name] = file.stat().st_size if file.is_file() else 2**63
         if not all(type(n) is int and n >= 0 for n in ends) or sum(ends) > sizes[name]:
             raise CheckpointError(
                 f"{path}: damaged: names bytes {place.offset!r:.40} + {place.length!r:.40} of "

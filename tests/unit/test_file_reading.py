@@ -251,7 +251,7 @@ def test_depth_and_kinds(tmp_path: Path):
                 read_json(path)
     for junk in (True, "12", -1, 2**63, 1.0, None, [1]):
         with pytest.raises(UnreadableError, match="iteration must be a count"):
-            build(TrainState, {"iteration": junk})
+            build(Beat, {"iteration": junk})
 
 
 def header(tmp_path: Path, entries: dict, data: int) -> Path:
