@@ -33,6 +33,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Flush the content of a file to disk that others have written and closed."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(folder: Path) -> None:
     """Flush the names in a folder to disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -46,8 +52,7 @@ def sync_tree(folder: Path) -> None:
     """Flush all files of a folder to disk, their names, and those of its subfolders."""
     for place, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(place, name), "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(Path(place) / name)
         sync_directory(Path(place))
 
 

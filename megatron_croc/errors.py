@@ -2,7 +2,15 @@
 
 
 class CrocError(ValueError):
-    """Base of all errors that the user can fix."""
+    """Base of all errors that the user can fix.
+
+    Control characters in the message are escaped: names in it may come from a file, and a terminal
+    would obey them.
+    """
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return printable(super().__str__())
 
     everywhere = False
     """True if every rank raises the same error, so that rank 0 alone reports it."""
@@ -22,6 +30,14 @@ class CheckpointError(CrocError):
 
 class RunError(CrocError):
     """The run cannot continue: a rank is lost, or too many steps in a row are not finite."""
+
+
+def printable(text: str) -> str:
+    """Escape the control characters of a text, except for the ends of lines and tabs."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def first_line(error: BaseException) -> str:

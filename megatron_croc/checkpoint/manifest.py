@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_croc.atomic_files import sync_directory, write_atomically
 from megatron_croc.errors import CheckpointError
+from megatron_croc.file_reading import build, read_json
 
 MANIFEST_FILE = "manifest.json"
 
@@ -80,11 +81,11 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
     """
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         if content["piece_bytes"] != PIECE_BYTES:
             raise ValueError(f"piece_bytes is {content['piece_bytes']}, not {PIECE_BYTES}")
         files = {
-            name: FileDigest(num_bytes=int(entry["bytes"]), sha256=list(entry["sha256"]))
+            name: build(FileDigest, {"num_bytes": entry["bytes"], "sha256": entry["sha256"]})
             for name, entry in content["files"].items()
         }
     except FileNotFoundError as error:

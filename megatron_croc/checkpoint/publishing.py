@@ -57,8 +57,10 @@ def publish(staged: Path, final: Path) -> list[Path]:
 
 def _take_name(staged: Path, final: Path, aside: Path) -> None:
     """Rename final to aside and staged to final, or change nothing."""
+    # Flushed in between: a power cut may keep a later rename and lose an earlier one.
     if exchange(staged, final):
         try:
+            sync_directory(final.parent)
             os.replace(staged, aside)
         except OSError:
             exchange(staged, final)
@@ -66,6 +68,7 @@ def _take_name(staged: Path, final: Path, aside: Path) -> None:
     else:
         os.replace(final, aside)
         try:
+            sync_directory(final.parent)
             os.replace(staged, final)
         except OSError:
             os.replace(aside, final)

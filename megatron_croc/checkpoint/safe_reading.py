@@ -87,10 +87,22 @@ def read_index(folder: Path) -> Metadata:
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     if not isinstance(index, Metadata):
         raise CheckpointError(f"{path}: damaged: holds a {type(index).__name__}")
+    sizes: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         name = place.relative_path if isinstance(place, _StorageInfo) else None
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{path}: damaged: names {name!r}, which is not in its folder")
+            raise CheckpointError(
+                f"{path}: damaged: names {name!r:.80}, which is not in its folder"
+            )
+        ends = (place.offset, place.length)
+        if name not in sizes:  # a file that is missing is reported where it is read
+            file = folder / name
+            sizes[name] = file.stat().st_size if file.is_file() else 2**63
+        if not all(type(n) is int and n >= 0 for n in ends) or sum(ends) > sizes[name]:
+            raise CheckpointError(
+                f"{path}: damaged: names bytes {place.offset!r:.40} + {place.length!r:.40} of "
+                f"{name}, which has {sizes[name]}"
+            )
     return index
 
 
@@ -150,3 +162,7 @@ def _read_common(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: damaged: holds more than numbers, names and tensors, so it could run code"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # a torn file raises almost anything
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error

@@ -4,7 +4,7 @@
     agree     every rank reports to rank 0; one failure fails the checkpoint on all ranks
     finish    rank 0: index, state, settings, manifest.json (digests of all files), fsync
     publish   rename to iter_0000100/, then write latest_checkpointed_iteration.txt atomically
-    prune     rename, then delete older checkpoints that need not be kept; not while steps are skipped
+    prune     unless the step was skipped: rename, then delete older checkpoints
 
 A failed save is logged and training continues; the previous checkpoint stays the latest. A save
 fails if a value is not finite. A whole checkpoint is never replaced (publishing.py).
@@ -26,13 +26,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_croc.atomic_files import make_directory, write_atomically
+from megatron_croc.atomic_files import make_directory, sync_file, write_atomically
 from megatron_croc.checkpoint.choosing import agreed_damage
 from megatron_croc.checkpoint.manifest import write_manifest
 from megatron_croc.checkpoint.publishing import publish, sweep
 from megatron_croc.checkpoint.retention import STAGED, prune
 from megatron_croc.checkpoint.run_folder import resumes_in_place
-from megatron_croc.checkpoint.safe_reading import COMMON_FILE
+from megatron_croc.checkpoint.safe_reading import COMMON_FILE, INDEX_FILE
 from megatron_croc.checkpoint.sharded import checkpoint_content
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
 from megatron_croc.checkpoint.writer import BACKENDS, BACKENDS_FILE, Share, Written, reason
@@ -179,6 +179,7 @@ class CheckpointSaver:
         share, staged, final = pending.share, pending.staged, pending.final
         assert share.metadata is not None
         share.writer.finish(share.metadata, [w.results for w in everyone])
+        sync_file(staged / INDEX_FILE)  # torch syncs it while its content is still in a buffer
         common = io.BytesIO()
         torch.save(share.common, common)
         write_atomically(staged / COMMON_FILE, common.getvalue())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.errors import CheckpointError, first_line
+from megatron_croc.file_reading import UnreadableError, build, read_json, whole_number
 
 if TYPE_CHECKING:  # it imports torch, and croc check reads states without it
     from megatron_croc.data.order.row_plan import OrderState
@@ -17,8 +18,8 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 _WRITE_ONE = f"write the name of a whole checkpoint into {LATEST_FILE}"
 """Way out of a damaged tracker, for messages."""
 
-_MAX_DIGITS, _MAX_NAME = 18, 255
-"""Most characters of an iteration and of a folder's name."""
+_MAX_NAME = 255
+"""Most characters of a folder's name."""
 
 
 @dataclass(kw_only=True)
@@ -92,15 +93,16 @@ class TrainState:
         """
         path = folder / STATE_FILE
         try:
-            tree = json.loads(path.read_text())
+            tree = read_json(path)
+            names: dict[str, type] = {"OrderState": type(None)}
             if tree.get("order") is not None:
                 from megatron_croc.data.order.row_plan import OrderState
 
-                tree["order"] = OrderState.from_tree(tree["order"])
-            return cls(**tree)
-        except (AttributeError, OSError, TypeError, ValueError) as error:
+                names = {"OrderState": OrderState}
+            return build(cls, tree, names=names)
+        except (OSError, UnreadableError) as error:
             raise CheckpointError(
-                f"{path}: not readable as a training state ({error}); "
+                f"{path}: not readable as a training state ({first_line(error)}); "
                 "point --load at a folder that this program wrote"
             ) from error
 
@@ -113,8 +115,7 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 def iteration_of(folder: Path) -> int | None:
     """Iteration in a folder's name; None if it is not the name of a checkpoint."""
     digits = folder.name.removeprefix("iter_")
-    is_number = digits.isascii() and digits.isdigit() and len(digits) <= _MAX_DIGITS
-    return int(digits) if folder.name.startswith("iter_") and is_number else None
+    return whole_number(digits) if folder.name.startswith("iter_") else None
 
 
 def resume_candidates(root: str | Path) -> list[Path]:
@@ -165,11 +166,10 @@ def tracked_checkpoint(root: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{tracker} cannot be read: {first_line(error)}; {_WRITE_ONE}"
-        ) from error
-    if word.isdigit() and len(word) <= _MAX_DIGITS:
-        return iteration_folder(root, int(word))
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not plain text"
+        raise CheckpointError(f"{tracker} cannot be read: {reason}; {_WRITE_ONE}") from error
+    if (iteration := whole_number(word)) is not None:
+        return iteration_folder(root, iteration)
     if not word.isprintable() or Path(word).name != word or len(word) > _MAX_NAME:
         raise CheckpointError(f"{tracker} holds {word!r:.60}, which is no name; {_WRITE_ONE}")
     return root / word

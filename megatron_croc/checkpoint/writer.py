@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_croc.atomic_files import sync_file
 from megatron_croc.checkpoint.manifest import FileDigest, digest_file
 from megatron_croc.errors import CheckpointError, first_line
 
@@ -108,6 +109,7 @@ class Share:
                 raise answer
             written.results += answer
             path, name, _ = bucket
+            sync_file(Path(path))  # megatron syncs it while its end may still be in a buffer
             written.digests[name] = digest_file(Path(path))
         return written
 
@@ -116,10 +118,13 @@ def _require_finite(bucket: Any) -> None:
     """Refuse NaN and infinity in weights and optimizer state, on the bytes that are written."""
     _, _, (_, tensors) = bucket
     for item, tensor in tensors:
-        # The sum needs no memory; it may overflow by itself, so only the values decide.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
-            if not torch.isfinite(tensor.float()).all():
-                raise CheckpointError(f"{item.index.fqn} is not finite (NaN or infinity)")
+        # The sum is cheap; it may overflow by itself, so only the values decide.
+        if (
+            tensor.is_floating_point()
+            and not torch.isfinite(tensor.float().sum())
+            and not torch.isfinite(tensor.float()).all()
+        ):
+            raise CheckpointError(f"{item.index.fqn} is not finite (NaN or infinity)")
 
 
 class _Counter:

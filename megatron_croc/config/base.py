@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import yaml
 
+from megatron_croc import file_reading
 from megatron_croc.config.settings import (
     Setting,
     Value,
@@ -54,48 +55,22 @@ def apply_changes(config: object, changes: Mapping[str, Value]) -> None:
 # YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses repeated keys and reads 2e-5 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; raise ConfigError for a repeated key (PyYAML keeps the last one)."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                where = key_node.start_mark
-                raise ConfigError(f"{where.name}:{where.line + 1}: {key_node.value} is given twice")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-# In YAML 1.1, 2e-5 is a string because it has no dot.
-_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of settings.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or not a mapping.
+        ConfigError: the file is missing, not YAML, too large or deep, or not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        tree = file_reading.read_yaml(path)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    loader = _Loader(text)
-    loader.name = str(path)
-    try:
-        tree = cast(object, loader.get_single_data())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()  # pyright: ignore[reportUnknownMemberType]
+    except file_reading.UnreadableError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path}: must be sections of settings, got {tree!r}")
+        raise ConfigError(f"--config {path}: must be sections of settings, got {tree!r:.60}")
     return cast(dict[str, Any], tree)
 
 
@@ -128,7 +103,7 @@ def changes_from_tree(
         elif path in RETIRED:
             continue
         elif path in sections:
-            faults.append(f"{source}: {path} is a section and needs settings, got {value!r}")
+            faults.append(f"{source}: {path} is a section and needs settings, got {value!r:.60}")
         else:
             faults.append(f"{source}: unknown setting {path}{_suggestion(path, settings.values())}")
     return changes

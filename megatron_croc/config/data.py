@@ -16,6 +16,10 @@ class DataConfig:
     """Folders of shards written by croc data preprocess, local or s3://bucket/prefix, shuffled
     as one; or a single YAML file that blends sources by weight."""
 
+    data_roots: tuple[str, ...] = ()
+    """Folders or s3:// prefixes outside a dataset folder in which its tars may lie; needed for tars
+    that croc data index left in place."""
+
     valid_data_path: tuple[str, ...] = ()
     """Folders of shards for the validation loss; empty: no validation."""
 

@@ -92,7 +92,7 @@ class Setting:
         try:
             return _convert(value, self.annotation)
         except ValueError:
-            raise ValueError(f"must be {self.expected}, got {value!r}") from None
+            raise ValueError(f"must be {self.expected}, got {value!r:.60}") from None
 
 
 def _expected(annotation: Any) -> str:

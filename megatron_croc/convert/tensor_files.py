@@ -6,7 +6,6 @@ code: safetensors is plain data, and .bin files are loaded with torch's weights_
 imported only where data or a .bin file is read.
 """
 
-import json
 import math
 import pickle
 import struct
@@ -17,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_croc import file_reading
 from megatron_croc.errors import CheckpointError, first_line
+from megatron_croc.file_reading import UnreadableError
+from megatron_croc.tensor_headers import TensorEntry, read_safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,6 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"
 """torch's names of the dtypes of weights (and of old position_ids), by their safetensors names."""
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
-
-_MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +100,9 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; CheckpointError if missing or not an object."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return tree
+        return file_reading.read_json(path)
+    except (OSError, UnreadableError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def _open_indexed(
@@ -115,8 +110,10 @@ def _open_indexed(
 ) -> dict[str, StoredTensor]:
     """Open the tensors of all files of an index."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: has no weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not (index.parent / file).is_file():
@@ -129,50 +126,34 @@ def _open_indexed(
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Open a safetensors file: 8 bytes of header length, a JSON header, the data."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-            entries = {n: e for n, e in header.items() if n != "__metadata__"}
-            start = 8 + length
-            tensors = {n: _stored(path, n, e, start) for n, e in entries.items()}
-            ends = {start + entry["data_offsets"][1]: name for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: damaged safetensors header ({error!r})") from error
-    if ends and max(ends) > size:
-        raise CheckpointError(
-            f"{path}: truncated: tensor {ends[max(ends)]} ends at byte {max(ends)}, "
-            f"the file has {size}"
-        )
-    return tensors
+    """Open a safetensors file, whose header is checked as strictly as by its own library."""
+    try:
+        entries = read_safetensors_header(path)
+    except (OSError, UnreadableError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {name: _stored(path, name, entry) for name, entry in entries.items()}
 
 
-def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
-    first, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    if entry["dtype"] not in DTYPES:
+def _stored(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
+    if entry.dtype not in DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name} is {entry['dtype']}; only {', '.join(DTYPES)} are read"
+            f"{path}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} are read"
         )
-    dtype_name = DTYPES[entry["dtype"]]
-    if first < 0 or end - first != math.prod(shape) * _ITEM_BYTES[dtype_name]:
-        raise CheckpointError(f"{path}: tensor {name}: {end - first} bytes for shape {shape}")
+    dtype_name, num_bytes = DTYPES[entry.dtype], entry.end - entry.begin
+    if num_bytes != math.prod(entry.shape) * _ITEM_BYTES[dtype_name]:
+        raise CheckpointError(f"{path}: tensor {name}: {num_bytes} bytes for shape {entry.shape}")
 
     def load() -> "Tensor":
         import torch
 
         dtype = getattr(torch, dtype_name)
-        if end == first:
-            return torch.empty(shape, dtype=dtype)
-        numbers = np.fromfile(path, np.uint8, count=end - first, offset=start + first)
-        return torch.from_numpy(numbers).view(dtype).reshape(shape)
+        if not num_bytes:
+            return torch.empty(entry.shape, dtype=dtype)
+        numbers = np.fromfile(path, np.uint8, count=num_bytes, offset=entry.begin)
+        return torch.from_numpy(numbers).view(dtype).reshape(entry.shape)
 
     return StoredTensor(
-        shape=shape, dtype_name=dtype_name, item_bytes=_ITEM_BYTES[dtype_name], load=load
+        shape=entry.shape, dtype_name=dtype_name, item_bytes=_ITEM_BYTES[dtype_name], load=load
     )
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 
@@ -80,6 +81,7 @@ class BadSampleBudget:
         """
         self.max_bad_fraction = max_bad_fraction
         self.report = report
+        self._effort = BestEffort(str(report))
         self.num_seen = 0
         self.counts: Counter[str] = Counter()
         self.source_counts: Counter[str] = Counter()
@@ -141,6 +143,7 @@ class BadSampleBudget:
         if self.report is None:
             return
         entry = {"sample": error.sample_id, "kind": error.kind, "reason": error.reason}
-        self.report.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.report, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        with self._effort:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.report, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")

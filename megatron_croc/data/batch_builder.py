@@ -104,7 +104,7 @@ class BatchBuilder:
         self._mask_type: MaskType = model.attention_mask_type
         self._replace_ratio = model.prompt_pool.replace_ratio if reconstructs else None
         cache = build_cache(data.data_cache_dir, data.data_cache_gb)
-        self._dataset = ShardedDataset(folders, cache=cache)
+        self._dataset = ShardedDataset(folders, cache=cache, roots=data.data_roots)
         self._tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
         check_tokenizer(
             self._tokenizer, data.conversation_template, model.language_model.vocab_size

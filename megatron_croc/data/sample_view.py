@@ -22,6 +22,7 @@ from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.data.sample.tokenization import Tokenizer, build_tokenizer
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import whole_number
 
 GREEN, GREY, IMAGE, RED, OFF = "\033[32m", "\033[90m", "\033[97;45m", "\033[31m", "\033[0m"
 HIDDEN, CAUSAL, BOTH_WAYS = (247, 247, 247), (68, 119, 170), (204, 102, 119)
@@ -194,7 +195,7 @@ def view_samples(run: RunConfig, samples: Sequence[str]) -> list[View]:
     Raises:
         DataError: no such sample, or the data cannot be opened.
     """
-    dataset = ShardedDataset(run.data.data_path)
+    dataset = ShardedDataset(run.data.data_path, roots=run.data.data_roots)
     builder = BatchBuilder(
         data=run.data,
         model=run.model,
@@ -206,7 +207,8 @@ def view_samples(run: RunConfig, samples: Sequence[str]) -> list[View]:
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
     views = []
     for sample in samples:
-        number = int(sample) if sample.isdigit() else dataset.index_of(sample)
+        number = whole_number(sample)
+        number = dataset.index_of(sample) if number is None else number
         if number >= len(dataset):
             raise DataError(f"sample {number} is not there: data_path holds {len(dataset)}")
         views.append(view_sample(builder, tokenizer, number))

@@ -8,7 +8,6 @@ answers as history, as in training. "type" beside a text (or in the record) is t
 All faults are found before a model is loaded.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.sample.conversation import IMAGE_MARK, check_conversation
 from megatron_croc.data.sample.image_transform import ImageError, read_header
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import UnreadableError, parse_json
 
 
 class ImageSource(Protocol):
@@ -110,18 +110,18 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"questions {path} cannot be read: {reason}") from error
     if content.lstrip().startswith("["):
         try:
-            records = json.loads(content)
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON: {error}") from error
+            records = parse_json(content)
+        except UnreadableError as error:
+            raise DataError(f"{path}: {error}") from error
         yield from ((f"record {number}", record) for number, record in enumerate(records))
         return
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: is not valid JSON: {error}") from error
+            yield f"line {number}", parse_json(line)
+        except UnreadableError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
 
 
 def _questions(record: Any, folder: Path, place: str) -> Iterator[Question]:

@@ -4,7 +4,6 @@ A run's folder holds run.yaml and metrics.jsonl. It is finished once metrics.jso
 validation of its last step, so calling the same command again goes on where it stopped.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from megatron_croc.config.base import to_yaml
 from megatron_croc.scaling.grid import Grid, GridRun
+from megatron_croc.training.reporting.metrics_log import read_metric_rows
 
 METRICS = "metrics.jsonl"
 
@@ -27,17 +27,10 @@ def folder_of(entry: GridRun) -> Path:
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of a run's log; a last line that was cut off is left out."""
-    rows = []
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        return [row for _, row in read_metric_rows(folder / METRICS) if row is not None]
     except FileNotFoundError:
         return []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def final_validation(entry: GridRun) -> dict | None:

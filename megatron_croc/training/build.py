@@ -132,8 +132,10 @@ def build_training_state(
     Raises:
         CheckpointError: a checkpoint is damaged, or belongs to another stage or model.
     """
+    enter("building the model")
     models = build_model(run, pg_collection)
     chunks = wrap_model(run, models, pg_collection)
+    enter("building the optimizer")
     optimizer = build_optimizer(run.optimizer, chunks, pg_collection)
     scheduler = build_scheduler(
         run.optimizer,
@@ -141,6 +143,7 @@ def build_training_state(
         train_iters=train_iters,
         global_batch_size=run.training.global_batch_size,
     )
+    enter("reading the checkpoint", collective="all-gather")
     state = load_checkpoint(run.checkpoint, run.stage, chunks, optimizer, pg_collection)
     if state is None:
         state = TrainState(stage=run.stage)
@@ -168,7 +171,12 @@ def build_training_state(
 
 
 def build_reporter(
-    run: RunConfig, *, train_iters: int, world_size: int, times: TimeSplit | None = None
+    run: RunConfig,
+    *,
+    train_iters: int,
+    world_size: int,
+    resumed_at: int | None = None,
+    times: TimeSplit | None = None,
 ) -> Reporter:
     """Build the writer of metrics.
 
@@ -176,6 +184,7 @@ def build_reporter(
         run: the run.
         train_iters: optimizer steps of the whole run.
         world_size: number of ranks.
+        resumed_at: steps done at the start; lines of later steps are moved out of metrics.jsonl.
         times: time by region; None: not measured.
     """
     packs_per_step, data = run.training.global_batch_size, run.data
@@ -186,6 +195,7 @@ def build_reporter(
         settings=to_tree(run),
         positions_per_step=packs_per_step * data.row_length if data.packing else None,
         train_iters=train_iters,
+        resumed_at=resumed_at,
         world_size=world_size,
         times=times,
     )

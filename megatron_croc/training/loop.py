@@ -14,7 +14,7 @@ from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.loader import build_train_loader, build_train_plan
 from megatron_croc.data.order.row_plan import RowStream
-from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
+from megatron_croc.log import get_logger, log_on_rank_zero, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.parallel.rank_zero import on_rank_zero
@@ -22,13 +22,12 @@ from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
 from megatron_croc.training.length import resolve_train_iters
-from megatron_croc.training.reporting.metrics_log import drop_undone_steps
 from megatron_croc.training.reporting.profiling import ProfileWindow
 from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
-from megatron_croc.training.safety.watchdog import watch_over
+from megatron_croc.training.safety.watchdog import Watchdog, watch_over
 
 logger = get_logger(__name__)
 
@@ -52,15 +51,21 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
     with open_run_folder(run) as load:
         settings = to_yaml(run)
         run = replace(run, checkpoint=replace(run.checkpoint, load=load))
-        return _train(run, pg, weights, settings=settings)
+        clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
+        with watch_over(run.reliability, run.log_folder) as watchdog:
+            return _train(run, pg, weights, watchdog, settings=settings)
 
 
 def _train(
-    run: RunConfig, pg: ProcessGroupCollection, weights: WeightSource | None, *, settings: str
+    run: RunConfig,
+    pg: ProcessGroupCollection,
+    weights: WeightSource | None,
+    watchdog: Watchdog,
+    *,
+    settings: str,
 ) -> TrainingState:
     """Train; `checkpoint.load` is the folder to resume from, `settings` are those of the user."""
     # Build model, optimizer and data order, or restore them from the last checkpoint.
-    clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
     began = time.perf_counter()
     log_on_rank_zero(logger, logging.INFO, "building the model")
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
@@ -74,12 +79,16 @@ def _train(
         return begin_run(run.checkpoint, folders, state, settings)
 
     others = on_rank_zero(begin)
-    if folder is not None and rank() == 0:
-        drop_undone_steps(folder, 0 if folder in others else state.iteration)
 
     # Set up metrics, profiler, anomaly checks and checkpoints.
     times = TimeSplit(run.logging, training.chunks, pg) if run.logging.timing_log_level else None
-    reporter = build_reporter(run, train_iters=last, world_size=world_size(), times=times)
+    reporter = build_reporter(
+        run,
+        train_iters=last,
+        resumed_at=0 if folder in others else state.iteration,
+        world_size=world_size(),
+        times=times,
+    )
     profile = ProfileWindow(run.logging, folder, state.iteration)
     guard = AnomalyGuard(
         run.reliability, state, pg, settings=to_tree(run), train_iters=last, folder=folder
@@ -93,11 +102,12 @@ def _train(
         resumed_at=state.iteration,
     )
 
+    watchdog.first_step = state.iteration + 1
+
     def is_due(interval: int) -> bool:
         return interval > 0 and (state.iteration % interval == 0 or state.iteration == last)
 
     with (
-        watch_over(run.reliability, folder, first_step=state.iteration + 1),
         stop_requests(run.reliability) as stop,
         open_batch_broadcast(
             run, pg, build_train_loader, state=state.resume_point()
@@ -142,6 +152,7 @@ def _train(
             saver.poll()
             if is_over or is_due(run.checkpoint.save_interval):
                 enter("saving a checkpoint", collective="barrier")
+                reporter.sync()
                 saver.save(state)
                 reporter.restart_clock()
         enter("finishing the last checkpoint", collective="all-reduce")

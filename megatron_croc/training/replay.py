@@ -8,7 +8,6 @@ process can repeat a step of any layout; under torchrun the layout of the run is
 """
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_croc.checkpoint.state import STATE_FILE
+from megatron_croc.checkpoint.state import STATE_FILE, iteration_of
 from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults, to_tree
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, Batch
 from megatron_croc.data.loader import build_train_loader
 from megatron_croc.errors import RunError
+from megatron_croc.file_reading import UnreadableError, build, read_json
 from megatron_croc.log import world_size
 from megatron_croc.model.language_model import LanguageModelOutput
 from megatron_croc.parallel.groups import start_distributed
@@ -42,12 +42,29 @@ def read_report(path: str | Path) -> dict[str, Any]:
         RunError: the file cannot be read, or is not such a report.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        report = read_json(path)
+    except (OSError, UnreadableError) as error:
         raise RunError(f"{path}: not readable as a report of a skipped step ({error})") from error
-    if not isinstance(report, dict) or not {"iteration", "run", "train_iters"} <= set(report):
-        raise RunError(f"{path}: no report of a skipped step; they are in SAVE/anomalies/")
+    try:
+        build(_ReportKeys, {field.name: report[field.name] for field in fields(_ReportKeys)})
+    except (KeyError, UnreadableError) as error:
+        raise RunError(
+            f"{path}: no report of a skipped step ({error}); they are in SAVE/anomalies/"
+        ) from error
     return report
+
+
+@dataclass(kw_only=True)
+class _ReportKeys:
+    """Keys of a report that a replay reads."""
+
+    iteration: int
+    train_iters: int
+    reason: str
+    loss: float | str | None
+    grad_norm: float | str | None
+    ranks: list[dict[str, Any]]
+    run: dict[str, Any]
 
 
 def run_of_report(report: dict[str, Any], *, source: str) -> RunConfig:
@@ -69,10 +86,10 @@ def run_of_report(report: dict[str, Any], *, source: str) -> RunConfig:
 def _checkpoint_before(run: RunConfig, iteration: int) -> str | None:
     """Path of the last checkpoint before step `iteration`; None: replay from the start."""
     found = [
-        (int(folder.name.removeprefix("iter_")), str(folder))
+        (found, str(folder))
         for root in {run.checkpoint.save, run.checkpoint.load} - {None}
         for folder in Path(str(root)).glob("iter_*")
-        if folder.name.removeprefix("iter_").isdigit() and (folder / STATE_FILE).exists()
+        if (found := iteration_of(folder)) is not None and (folder / STATE_FILE).exists()
     ]
     return max(((i, name) for i, name in found if i < iteration), default=(0, None))[1]
 

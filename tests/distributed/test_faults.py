@@ -110,7 +110,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named(data: Path, tmp_path: Path, kin
     """`hang_in_c` keeps the GIL: no Python of that rank can run, not even its watchdog."""
     hang = Fault(fault=kind, rank=1, iteration=2, micro_batch=1)
     exits = run(data, tmp_path, hang, more=("--stall-timeout-minutes=0.05",))
-    assert [e.status for e in exits] == [1, 1]
+    assert [e.status for e in exits] == [1, -signal.SIGKILL if kind == "hang_in_c" else 1]
     # Whether rank 1 has ended itself a moment before rank 0 looks is a race.
     assert re.search(
         r"rank 1 \(.*(has not moved|is gone).* (stands|stood) at step 2, forward, micro-batch 1",
@@ -119,6 +119,30 @@ def test_a_rank_that_hangs_ends_all_and_is_named(data: Path, tmp_path: Path, kin
     stack = tmp_path / "heartbeats" / "rank_00001.stack"
     assert str(stack) in exits[0].output
     assert "_strike" in stack.read_text()  # the very function that hangs
+
+
+def test_a_rank_lost_while_the_model_is_built_is_named(data: Path, tmp_path: Path):
+    kill = Fault(fault="kill", rank=1, phase="building the optimizer")
+    exits = run(data, tmp_path, kill)
+    assert [e.status for e in exits] == [1, -signal.SIGKILL]
+    assert "Traceback" not in exits[0].output
+    assert re.search(r"rank 1 \(.* is gone; .*step 0, building the opt", exits[0].output)
+
+
+def test_time_that_passes_without_the_run_is_no_stall(data: Path, unbroken: Path, tmp_path: Path):
+    """A clock set forward by an hour, then the whole job suspended for longer than the limit."""
+    faults = [
+        Fault(fault=fault, rank=rank, iteration=step, number=seconds, micro_batch=0)
+        for rank in (0, 1)
+        for fault, step, seconds in (("clock", 2, 3600), ("suspend", 4, 4))
+    ]
+    exits = run(data, tmp_path, *faults, more=("--stall-timeout-minutes=0.04",))
+    assert [e.status for e in exits] == [0, 0], exits[0].output + exits[1].output
+    assert curve(tmp_path) == curve(unbroken)
+    for end in exits:
+        (line,) = [line for line in end.output.splitlines() if "did not run for" in line]
+        assert re.search(r"did not run for [3-9] s", line)
+    assert "stood at" not in exits[0].output
 
 
 def test_an_error_of_one_rank_is_told_as_it_is(data: Path, tmp_path: Path):

@@ -33,7 +33,7 @@ def _tf32() -> Finding:
 
 def _flight_recorder() -> Finding:
     size = next((os.environ[name] for name in FLIGHT_RECORDER if name in os.environ), None)
-    if size is not None and size.isdigit() and int(size) > 0:
+    if size is not None and size.isascii() and size.isdigit() and int(size) > 0:
         return Finding("ok", "flight recorder", f"keeps {size} collectives")
     return Finding(
         "warning",

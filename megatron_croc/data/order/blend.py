@@ -21,10 +21,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from megatron_croc.data.store.manifest import content_digest, read_manifest
 from megatron_croc.errors import DataError, first_line
+from megatron_croc.file_reading import UnreadableError, read_yaml
 
 BLEND_SUFFIXES = (".yaml", ".yml")
 """Suffixes of blend files; any other path is a folder of shards."""
@@ -125,8 +125,8 @@ def read_blend(data_path: Sequence[str]) -> Blend:
 
 def _read_file(path: Path) -> Blend:
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        entries = read_yaml(path)
+    except (OSError, UnreadableError) as error:
         raise DataError(f"blend {path} cannot be read: {first_line(error)}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(

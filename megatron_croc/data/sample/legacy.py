@@ -9,11 +9,11 @@
 The flag decides every token behind a special token (tokenization.py).
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import UnreadableError, read_json
 
 
 class Legacy(NamedTuple):
@@ -79,9 +79,8 @@ def _steps(part: object, key: str) -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    except (OSError, UnreadableError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,9 +1,8 @@
 """Manifest of a dataset folder: read it, and verify the files against its digests."""
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_croc.data.store.shard_writer import (
@@ -22,6 +21,7 @@ from megatron_croc.data.store.storage import (
     retry,
 )
 from megatron_croc.errors import DataError, first_line
+from megatron_croc.file_reading import UnreadableError, build, parse_json
 
 AGAIN = "run croc data preprocess for it again"
 """Remedy of most faults of a dataset folder, for messages."""
@@ -52,7 +52,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = join_location(folder, MANIFEST)
     try:
-        content = json.loads(read_whole(path))
+        content = parse_json(read_whole(path))
     except FileNotFoundError as error:
         there = is_remote(folder) or Path(folder).is_dir()
         state = "holds no finished dataset (no manifest.json)" if there else "is missing"
@@ -60,7 +60,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"data_path {folder} {state}: finish it with croc data preprocess, which goes on "
             "where it stopped"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable: {first_line(error)}; {AGAIN}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
         raise DataError(f"{path} is no manifest of {FORMAT_NAME}; {AGAIN}")
@@ -71,19 +71,22 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     try:
         shards = tuple(
-            ShardInfo(**{field.name: shard[field.name] for field in fields(ShardInfo)})
+            build(ShardInfo, {field.name: shard[field.name] for field in fields(ShardInfo)})
             for shard in content["shards"]
         )
-        manifest = Manifest(
-            folder=str(folder),
-            num_samples=content["num_samples"],
-            num_images=content["num_images"],
-            num_text_only=content["num_text_only"],
-            shards=shards,
-            lengths=tuple(LengthsInfo(**entry) for entry in content.get("lengths", ())),
+        counts = {name: content[name] for name in ("num_samples", "num_images", "num_text_only")}
+        lengths = content.get("lengths", [])
+        manifest = build(
+            Manifest, {"folder": str(folder), **counts, "shards": [], "lengths": lengths}
         )
+        manifest = replace(manifest, shards=shards)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} lacks or misuses the key {error}; {AGAIN}") from error
+    except UnreadableError as error:
+        raise DataError(f"{path}: {error}; {AGAIN}") from error
+    for entry in manifest.lengths:
+        if Path(entry.file).name != entry.file:
+            raise DataError(f"{path} names {entry.file!r:.80}, which is not in its folder; {AGAIN}")
     named = all(shard.name == shard_name(i) for i, shard in enumerate(shards))
     if not named or manifest.num_samples != sum(shard.num_samples for shard in shards):
         raise DataError(f"{path} contradicts itself (shard names or counts); {AGAIN}")

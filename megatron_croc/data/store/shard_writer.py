@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_croc.atomic_files import write_atomically
+from megatron_croc.atomic_files import sync_directory, write_atomically
 from megatron_croc.data.records.reading import TextFormat
 
 MANIFEST = "manifest.json"
@@ -136,7 +136,8 @@ class ShardWriter:
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
         index_path = write_index(self._folder, self._shard, self._rows)
-        self._temporary.replace(self._tar_path)
+        os.replace(self._temporary, self._tar_path)
+        sync_directory(self._folder)
         self.info = ShardInfo(
             name=shard_name(self._shard),
             tar=self._tar_path.name,
@@ -178,6 +179,7 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -
         "shards": [asdict(shard) for shard in shards],
     }
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    sync_directory(folder.parent)  # the folder may be new
 
 
 def update_manifest(folder: Path, changed: Mapping[str, object]) -> None:

@@ -28,6 +28,7 @@ from megatron_croc.data.store.manifest import AGAIN, read_manifest
 from megatron_croc.data.store.shard_writer import ShardInfo, sample_key
 from megatron_croc.data.store.storage import (
     Storage,
+    is_inside,
     is_remote,
     join_location,
     open_storage,
@@ -37,6 +38,7 @@ from megatron_croc.data.store.storage import (
 from megatron_croc.data.store.storage_cache import StorageCache
 from megatron_croc.data.store.stored_array import let_go, load_array, open_array
 from megatron_croc.errors import DataError, first_line
+from megatron_croc.file_reading import whole_number
 
 MAX_OPEN_FILES = 64
 """Largest number of open tars of a dataset."""
@@ -67,16 +69,23 @@ class ShardedDataset:
     """Samples of several dataset folders, numbered through. Safe to share between threads."""
 
     def __init__(
-        self, data_path: Sequence[str | Path] | str | Path, *, cache: StorageCache | None = None
+        self,
+        data_path: Sequence[str | Path] | str | Path,
+        *,
+        cache: StorageCache | None = None,
+        roots: Sequence[str] | None = None,
     ) -> None:
         """Open the folders; check indexes and sizes of up to CHECKED_AT_ONCE shards.
 
         Args:
             data_path: local folders or s3:// prefixes.
             cache: local copies of remote tars; None: ranges are read from the remote tars.
+            roots: folders in which tars may lie besides the dataset folder; None: anywhere, for
+                commands that only count.
 
         Raises:
-            DataError: a folder is unfinished, or an index or tar differs from its manifest.
+            DataError: a folder is unfinished, an index or tar differs from its manifest, or a tar
+                lies elsewhere.
         """
         folders = [data_path] if isinstance(data_path, str | Path) else list(data_path)
         if not folders:
@@ -84,7 +93,7 @@ class ShardedDataset:
         manifests = [read_manifest(folder) for folder in folders]
         names = _distinct_names([manifest.folder for manifest in manifests])
         self._shards = [
-            _Shard(manifest.folder, shard, info, f"{name}/")
+            _Shard(manifest.folder, shard, info, f"{name}/", roots)
             for manifest, name in zip(manifests, names, strict=True)
             for shard, info in enumerate(manifest.shards)
         ]
@@ -112,8 +121,8 @@ class ShardedDataset:
             prefix = sample_key(shard.number, 0)[:-6]
             if key != sample_id and key.startswith(prefix):
                 row = key.removeprefix(prefix)
-                if row.isdigit() and int(row) < shard.num_samples:
-                    return start + int(row)
+                if (number := whole_number(row)) is not None and number < shard.num_samples:
+                    return start + number
         raise DataError(
             f"sample {sample_id} is not in data_path; names are <dataset>/<shard>-<row>"
         )
@@ -193,8 +202,16 @@ def _distinct_names(folders: list[str]) -> list[str]:
 class _Shard:
     """One tar and its index."""
 
-    def __init__(self, folder: str, number: int, info: ShardInfo, id_prefix: str) -> None:
+    def __init__(
+        self,
+        folder: str,
+        number: int,
+        info: ShardInfo,
+        id_prefix: str,
+        roots: Sequence[str] | None,
+    ) -> None:
         self.number = number
+        self.allowed = None if roots is None else [folder, *roots]
         self.info = info
         self.num_samples = info.num_samples
         self.tar = join_location(folder, info.tar)
@@ -206,6 +223,13 @@ class _Shard:
         """Compare index and tar with the manifest; the result is kept."""
         if self._is_checked:
             return
+        for file in (self.tar, self.index):
+            if self.allowed is not None and not is_inside(file, self.allowed):
+                raise DataError(
+                    f"data_path {self.allowed[0]} names {file}, which is outside of it: if its "
+                    f"bytes may be trained on, name their folder: --data-roots "
+                    f"{file.rpartition('/')[0]}"
+                )
         try:
             stored = read_whole(self.index)
             tar_bytes = retry(lambda: open_storage(self.tar).size(), self.tar)
@@ -214,6 +238,11 @@ class _Shard:
         if hashlib.sha256(stored).hexdigest() != self.info.idx_sha256:
             raise DataError(f"{self.index} is not the index that was written; {AGAIN}")
         rows = _read_index(stored, self.index)
+        if (rows < 0).any() or (rows[:, 2] > np.iinfo(np.int64).max - rows[:, 1]).any():
+            raise DataError(
+                f"{self.index} does not fit the samples of {self.tar}: it names bytes that no file "
+                f"has; {AGAIN}"
+            )
         end = int((rows[:, 1] + rows[:, 2]).max(initial=0))
         if tar_bytes != self.info.tar_bytes or end > tar_bytes:
             raise DataError(
@@ -222,7 +251,7 @@ class _Shard:
             )
         steps = np.diff(rows[:, 0], prepend=-1, append=self.num_samples)  # no sample is missing
         in_order = 0 <= steps.min() <= steps.max() <= 1 == steps[-1]
-        if (rows < 0).any() or not in_order:
+        if not in_order:
             raise DataError(f"{self.index} does not fit the samples of {self.tar}; {AGAIN}")
         self._is_checked = True
 

@@ -11,7 +11,7 @@ that ends early is truncated and raises a DataError, as another read would not h
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -59,6 +59,16 @@ def join_location(folder: str | Path, name: str) -> str:
     if is_remote(folder):
         return f"{str(folder).rstrip('/')}/{name}"
     return str(Path(folder) / name)
+
+
+def is_inside(location: str, folders: Iterable[str]) -> bool:
+    """Return True if a file lies in one of these folders, its links followed."""
+    if is_remote(location):
+        is_plain = ".." not in location.split("/")
+        return is_plain and any(location.startswith(f"{f.rstrip('/')}/") for f in folders)
+    place = Path(os.path.realpath(location))
+    local = (Path(os.path.realpath(folder)) for folder in folders if not is_remote(folder))
+    return any(place.is_relative_to(folder) for folder in local)
 
 
 def open_storage(location: str | Path) -> Storage:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_croc.data.store.storage import LocalFile, Storage, retry
-from megatron_croc.errors import DataError
+from megatron_croc.errors import DataError, first_line
 from megatron_croc.log import get_logger
 
 KEEP_SECONDS = 3600.0
@@ -29,6 +29,18 @@ PIECE_BYTES = 8 << 20
 GIGABYTE = 10**9
 
 logger = get_logger(__name__)
+
+
+class _UnwritableError(Exception):
+    """Error of the local disk, for example a full one; not an error of the remote storage."""
+
+
+@contextmanager
+def _local_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _UnwritableError(first_line(error)) from error
 
 
 class StorageCache:
@@ -77,6 +89,10 @@ class StorageCache:
                     return remote
                 try:
                     self._download(remote, descriptor, digest, size)
+                except _UnwritableError as error:
+                    part.unlink(missing_ok=True)
+                    logger.warning("%s: not cached (%s); read from the storage", final, error)
+                    return remote
                 except BaseException:
                     part.unlink(missing_ok=True)
                     raise
@@ -118,13 +134,15 @@ class StorageCache:
             length = min(PIECE_BYTES, size - offset)
             piece = retry(lambda o=offset, n=length: remote.read(o, n), remote.location)
             found.update(piece)
-            os.pwrite(descriptor, piece, offset)
+            with _local_errors():
+                os.pwrite(descriptor, piece, offset)
         if found.hexdigest() != digest:
             raise DataError(
                 f"{remote.location} is not the file that was written (another sha256): "
                 "copy it again, or run croc data preprocess for it again"
             )
-        os.fsync(descriptor)
+        with _local_errors():
+            os.fsync(descriptor)
         seconds = time.monotonic() - begin
         logger.info("cached %s: %.1f MB in %.1f s", remote.location, size / 1e6, seconds)
 

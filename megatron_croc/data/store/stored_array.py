@@ -2,6 +2,7 @@
 
 import io
 import mmap
+import os
 import threading
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_croc.data.store.storage import is_remote, read_whole
+from megatron_croc.tensor_headers import check_npy_header
 
 _parsing = threading.Lock()
 """Global state of the process, listed in docs/design.md."""
@@ -23,6 +25,13 @@ def load_array(file: str | Path | BinaryIO, **options: Any) -> np.ndarray:
     Raises:
         EOFError, OSError, ValueError: the array cannot be read.
     """
+    if isinstance(file, str | Path):
+        with open(file, "rb") as header:
+            check_npy_header(header, os.fstat(header.fileno()).st_size)
+    else:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        check_npy_header(file, size)
     with _parsing:
         return np.load(file, allow_pickle=False, **options)
 

@@ -6,7 +6,6 @@ RUN_DIR/heartbeats/rank_00000.json             the phase of each rank, where hea
 RUN_DIR/iter_0000100/, latest_checkpointed_iteration.txt
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import read_json_lines, whole_number
+from megatron_croc.training.safety.heartbeat import read_beat
 
 METRICS_FILE = "metrics.jsonl"
 SHARE = "time_share/"
@@ -178,7 +179,7 @@ def read_run(folder: Path, *, now: float | None = None) -> RunView:
     checkpoints = sorted(
         int(found.name.removeprefix("iter_"))
         for found in folder.glob("iter_*")
-        if found.name.removeprefix("iter_").isdigit()
+        if whole_number(found.name.removeprefix("iter_")) is not None
     )
     return RunView(
         name=folder.resolve().name,
@@ -202,19 +203,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number}: not JSON; remove the line") from None
-        if not isinstance(row, dict):
+    lines = list(read_json_lines(path))
+    for number, row in lines[:-1]:
+        if row is None:
             raise DataError(f"{path}, line {number}: not a JSON object; remove the line")
-        rows.append(row)
-    return rows
+    return [row for _, row in lines if row is not None]
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:
@@ -241,17 +234,15 @@ def _read_beats(folder: Path, now: float) -> list[Beat]:
     """Heartbeats by rank; a torn file counts as none."""
     beats: list[Beat] = []
     for path in sorted(folder.glob("rank_*.json")):
-        try:
-            content = json.loads(path.read_text())
+        if (beat := read_beat(path)) is not None:
+            collective = f" ({beat.collective})" if beat.collective else ""
             beats.append(
                 Beat(
-                    rank=int(content["rank"]),
-                    host=str(content["host"]),
-                    iteration=int(content["iteration"]),
-                    phase=_phase(content),
-                    age=max(0.0, now - float(content["since"])),
+                    rank=beat.rank,
+                    host=beat.host,
+                    iteration=beat.iteration,
+                    phase=beat.phase + collective,
+                    age=max(0.0, now - beat.since),
                 )
             )
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return beats

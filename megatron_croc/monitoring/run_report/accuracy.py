@@ -3,11 +3,11 @@
 RUN_DIR/<stage>/accuracy.json    a row per type of question, the last one for all of them
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import build, parse_json, read_limited
 from megatron_croc.monitoring.run_report.page import Section
 from megatron_croc.monitoring.run_report.stages import StageRun, Table
 
@@ -74,9 +74,9 @@ def read_accuracy(stage: StageRun) -> list[TypeAccuracy]:
         return []
     names = TypeAccuracy.__dataclass_fields__
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [TypeAccuracy(**{name: row[name] for name in names}) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = parse_json(read_limited(path))
+        return [build(TypeAccuracy, {name: row[name] for name in names}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no report of accuracy: write it again with `croc generate --report`, or "
             "remove it"

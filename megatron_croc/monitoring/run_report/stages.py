@@ -4,7 +4,6 @@ RUN_DIR/<stage>/metrics.jsonl            training rows and validation rows, by i
 RUN_DIR/<stage>/iter_0000120/run.yaml    the complete configuration
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from megatron_croc.checkpoint.state import latest_checkpoint
 from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults, read_yaml
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CheckpointError, DataError
+from megatron_croc.training.reporting.metrics_log import read_metric_rows
 
 Row = dict[str, float]
 """One line of metrics.jsonl."""
@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
         DataError: not there, a line that is no row, or no training row.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = list(read_metric_rows(path))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): training writes it into the folder given "
@@ -141,14 +141,12 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
         ) from error
     train: list[Row] = []
     valid: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            iteration = row["iteration"]
-        except (ValueError, KeyError, TypeError) as error:
+    for number, row in lines:
+        if row is None:
             raise DataError(
                 f"{path}:{number} is no row of metrics: remove that line, or train the stage again"
-            ) from error
+            )
+        iteration = row["iteration"]
         if _VALIDATION in row:
             valid = [*_before(valid, iteration), row]
             continue

@@ -1,11 +1,12 @@
 """Cleaning of metrics.jsonl on a resume: one line per step, also after a crash."""
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_croc.atomic_files import write_atomically
+from megatron_croc.atomic_files import sync_directory, write_atomically
+from megatron_croc.file_reading import UnreadableError, parse_json, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
@@ -27,11 +28,16 @@ def drop_undone_steps(folder: Path, iteration: int) -> int:
     if not path.exists():
         return 0
     kept, moved = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         (kept if _iteration_of(line) <= iteration else moved).append(line + "\n")
     if moved:
         with (folder / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(moved)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(folder)
+    if moved or not text.endswith("\n"):  # a whole line without its end would swallow the next one
         write_atomically(path, "".join(kept).encode())
     return len(moved)
 
@@ -39,9 +45,32 @@ def drop_undone_steps(folder: Path, iteration: int) -> int:
 def _iteration_of(line: str) -> float:
     """Step of a line; infinity if the line cannot be read."""
     try:
-        return float(json.loads(line)["iteration"])
-    except (KeyError, TypeError, ValueError):
+        row = parse_json(line)
+    except UnreadableError:
         return float("inf")
+    return row["iteration"] if is_metric_row(row) else float("inf")
+
+
+def is_metric_row(row: object) -> bool:
+    """Return True for a line of metrics: an object of numbers with a whole iteration.
+
+    Numbers may be nan, which other programs write.
+    """
+    return (
+        isinstance(row, dict)
+        and type(row.get("iteration")) is int
+        and all(type(v) is float or (type(v) is int and 0 <= v < 2**63) for v in row.values())
+    )
+
+
+def read_metric_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield (number, row) of every line of a metrics file; None for a line that is no row.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for number, row in read_json_lines(path):
+        yield number, row if is_metric_row(row) else None
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.log import get_logger, rank
 from megatron_croc.parallel.device import (
@@ -35,6 +36,7 @@ class ProfileWindow:
         self._profiles, self._records = config.profile, config.record_memory_history
         self._profiler: profile | None = None
         self._is_open = self._has_memory = False
+        self._effort = BestEffort("the profile", errors=(OSError, RuntimeError))
         chosen = folder is not None and rank() in config.profile_ranks
         self._folder = folder / "profile" if folder is not None and chosen else None
         if (self._profiles or self._records) and iteration >= self._first:
@@ -65,8 +67,12 @@ class ProfileWindow:
         """
         if not self._is_open:
             return
-        assert self._folder is not None
         self._is_open = False
+        with self._effort:
+            self._write(last)
+
+    def _write(self, last: int | None) -> None:
+        assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = f"rank_{rank():05d}"
         if self._profiler is not None:

@@ -5,10 +5,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_croc.best_effort import AppendedLines, BestEffort
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.log import get_logger, log_on_rank_zero, rank
@@ -16,12 +18,14 @@ from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
 from megatron_croc.training.reporting.console import console_lines
 from megatron_croc.training.reporting.metrics import StepMetrics, entropy, usage
+from megatron_croc.training.reporting.metrics_log import METRICS_FILE, drop_undone_steps
 from megatron_croc.training.reporting.prometheus import Endpoint, open_endpoint
 from megatron_croc.training.reporting.stragglers import (
     STRAGGLERS_FILE,
-    append_stragglers,
     find_stragglers,
+    stragglers_line,
 )
+from megatron_croc.training.reporting.tensorboard import TensorBoard
 from megatron_croc.training.reporting.time_split import IntervalTimes, TimeSplit
 from megatron_croc.training.reporting.weights_and_biases import open_wandb
 
@@ -53,6 +57,7 @@ class Reporter:
         positions_per_step: int | None,
         train_iters: int,
         world_size: int,
+        resumed_at: int | None = None,
         times: TimeSplit | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -67,6 +72,8 @@ class Reporter:
                 packing.
             train_iters: optimizer steps of the whole run.
             world_size: processes of the run.
+            resumed_at: steps done at the start, whose later lines are moved out of metrics.jsonl;
+                None: no lines are moved.
             times: time by region, read once per interval; None: not measured.
             clock: seconds from any origin.
         """
@@ -79,17 +86,24 @@ class Reporter:
         self.started = clock()
         self.peak = peak_flops(device_name())
         self.is_writer = rank() == 0
-        self.jsonl = self.tensorboard = self.wandb = None
+        self.jsonl: AppendedLines | None = None
+        self.stragglers: AppendedLines | None = None
+        self.tensorboard: TensorBoard | None = None
+        self.wandb = None
+        self._wandb_effort = BestEffort("W&B", errors=(Exception,))
         self.folder = folder if self.is_writer else None
         self.endpoint: Endpoint | None = None
         if not self.is_writer:
             return
         self.endpoint = open_endpoint(config.prometheus_port)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            if config.tensorboard:
-                self.tensorboard = _open_tensorboard(self.folder)
+            with BestEffort(str(self.folder)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            undone = partial(drop_undone_steps, self.folder, resumed_at or 0)
+            prepare = None if resumed_at is None else undone
+            self.jsonl = AppendedLines(self.folder / METRICS_FILE, prepare=prepare)
+            self.stragglers = AppendedLines(self.folder / STRAGGLERS_FILE)
+            self.tensorboard = TensorBoard(self.folder) if config.tensorboard else None
         self.wandb = open_wandb(config, settings, self.folder)
 
     def add_step(
@@ -191,8 +205,8 @@ class Reporter:
             return
         percent, by_rank = self.config.straggler_percent, times.rank_times()
         slow = find_stragglers(by_rank, split.places, percent=percent)
-        if self.folder is not None:
-            append_stragglers(self.folder, iteration, by_rank, slow)
+        if self.stragglers is not None:
+            self.stragglers.write(stragglers_line(iteration, by_rank, slow))
         if slow:
             more = f" and {len(slow) - 4} more, see {STRAGGLERS_FILE}" if len(slow) > 4 else ""
             logger.warning(f"stragglers: {'; '.join(map(str, slow[:4]))}{more}")
@@ -243,15 +257,20 @@ class Reporter:
         for level, line in console_lines(row, self.train_iters, wide=self.config.log_wide):
             log_on_rank_zero(logger, level, line)
         if self.jsonl is not None:
-            self.jsonl.write(json.dumps(row) + "\n")
+            self.jsonl.write(json.dumps(row))
         scalars = {name: value for name, value in row.items() if name != "iteration"}
         if self.endpoint is not None:
             self.endpoint.set({"iteration": iteration, **scalars})
         if self.tensorboard is not None:
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, iteration)
+            self.tensorboard.write(scalars, iteration)
         if self.wandb is not None:
-            self.wandb.log(scalars, step=iteration)
+            with self._wandb_effort:
+                self.wandb.log(scalars, step=iteration)
+
+    def sync(self) -> None:
+        """Flush metrics.jsonl to disk, before a checkpoint counts its steps as done."""
+        if self.jsonl is not None:
+            self.jsonl.sync()
 
     def close(self) -> None:
         """Flush and close all writers."""
@@ -259,12 +278,14 @@ class Reporter:
             self.times.close()
         if self.endpoint is not None:
             self.endpoint.close()
-        if self.jsonl is not None:
-            self.jsonl.close()
+        for lines in (self.jsonl, self.stragglers):
+            if lines is not None:
+                lines.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            with self._wandb_effort:
+                self.wandb.finish()
 
 
 def _is_number(value: float | None) -> bool:
@@ -275,12 +296,3 @@ def _is_number(value: float | None) -> bool:
 def _mean(steps: list[StepMetrics], name: str) -> float | None:
     values = [value for step in steps if (value := getattr(step, name)) is not None]
     return sum(values) / len(values) if values else None
-
-
-def _open_tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("TensorBoard is not installed; metrics go to metrics.jsonl only")
-        return None
-    return SummaryWriter(log_dir=str(folder / "tensorboard"))

@@ -14,7 +14,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 STRAGGLERS_FILE = "stragglers.jsonl"
@@ -96,10 +95,8 @@ def find_stragglers(
     return sorted(slow, key=lambda straggler: (straggler.cause, -straggler.percent))
 
 
-def append_stragglers(
-    folder: Path, iteration: int, times: Sequence[RankTimes], slow: Sequence[Straggler]
-) -> None:
-    """Append the line of one interval."""
+def stragglers_line(iteration: int, times: Sequence[RankTimes], slow: Sequence[Straggler]) -> str:
+    """Line of one interval, as JSON."""
     line = {
         "iteration": iteration,
         **{
@@ -108,5 +105,4 @@ def append_stragglers(
         },
         "slow": [{**vars(straggler), "percent": round(straggler.percent, 1)} for straggler in slow],
     }
-    with (folder / STRAGGLERS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    return json.dumps(line)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.errors import first_line
 from megatron_croc.log import get_logger
@@ -45,16 +46,16 @@ def open_wandb(
             id=None if folder is None else _run_id(folder),
             resume=None if folder is None else "allow",
         )
-    except Error as error:
+    except (Error, OSError) as error:
         _warn(config.wandb_project, f"{first_line(error)}; WANDB_MODE=offline needs no network")
         return None
 
 
 def _run_id(folder: Path) -> str:
     file = folder / RUN_ID_FILE
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex[:8] + "\n")
-    return file.read_text().strip()
+    if not file.exists() or not file.read_bytes().strip():
+        write_atomically(file, (uuid.uuid4().hex[:8] + "\n").encode())
+    return file.read_text(encoding="ascii", errors="replace").strip()
 
 
 def _warn(project: str, reason: str) -> None:

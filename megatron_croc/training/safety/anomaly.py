@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.best_effort import BestEffort
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.reliability import ReliabilityConfig
 from megatron_croc.data.batch import Batch
@@ -154,14 +155,17 @@ class AnomalyGuard:
             self.report = self.folder / f"iter_{iteration:07d}.json"
         if rank() == 0:
             if self.report is not None:
-                _write(self.report, report)
+                with BestEffort(str(self.report)) as effort:
+                    _write(self.report, report)
+                if effort.is_failing:
+                    self.report = None
             described = "; ".join(_describe(entry) for entry in suspects[:2])
             logger.warning(
                 "step %d is skipped on all ranks (%s): %s; report: %s",
                 iteration,
                 reason,
                 described,
-                self.report or "none without --save or --log-dir",
+                self.report or "none (it needs --save or --log-dir, and room on the disk)",
             )
 
     def _examine_rank(

@@ -2,7 +2,8 @@
 
     heartbeats/rank_00003.json
     {"rank": 3, "host": "node1", "pid": 4711, "iteration": 12, "phase": "summing gradients",
-     "collective": "reduce-scatter", "micro_batch": null, "num_collectives": 71, "since": 1764.0}
+     "collective": "reduce-scatter", "micro_batch": null, "num_collectives": 71, "since": 1764.0,
+     "monotonic": 52.5}
 
 A process has one heartbeat, kept in this module: `enter` is called from inside megatron's schedule,
 where it cannot be passed as an argument (docs/design.md, "State that belongs to the whole
@@ -14,9 +15,12 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_croc.best_effort import BestEffort
+from megatron_croc.errors import printable
+from megatron_croc.file_reading import UnreadableError, build, read_json
 from megatron_croc.log import rank
 
 _BYTES = 512
@@ -54,6 +58,9 @@ class Beat:
     since: float = 0.0
     """Start of the phase, seconds since 1970."""
 
+    monotonic: float = 0.0
+    """Start of the phase on the clock of its host that nobody can set, seconds."""
+
     @property
     def waits(self) -> bool:
         """True when the rank waits in a collective, where another rank may be the cause."""
@@ -65,6 +72,12 @@ class Beat:
         collective = "" if self.collective is None else f" ({self.collective})"
         micro_batch = "" if self.micro_batch is None else f", micro-batch {self.micro_batch}"
         return f"step {self.iteration}, {self.phase}{collective}{micro_batch}"
+
+    def age(self) -> float:
+        """Seconds since the start of the phase; by the monotonic clock on this host."""
+        if self.host == socket.gethostname():
+            return time.monotonic() - self.monotonic
+        return time.time() - self.since
 
     def is_gone(self) -> bool:
         """True when the process has ended. Always False for processes of other hosts."""
@@ -79,18 +92,28 @@ class Beat:
 
 _own = Beat(rank=rank(), host=socket.gethostname(), pid=os.getpid())
 _file: int | None = None
+_folder: Path | None = None
+_num_phases = 0
+_writing, _sharing = BestEffort("the heartbeat"), BestEffort("the heartbeat on disk")
 
 
 def open_heartbeat(folder: Path | None) -> None:
     """Start writing this process's phases to `folder`; None: keep them in memory."""
-    global _own, _file
+    global _own, _folder
     close_heartbeat()
     _own = Beat(rank=rank(), host=socket.gethostname(), pid=os.getpid())
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        _file = os.open(beat_file(folder, _own.rank), flags, 0o644)
+    _folder = folder
+    _open_file()
     enter("starting")
+
+
+def _open_file() -> None:
+    global _file
+    if _folder is not None:
+        with _writing:
+            _folder.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            _file = os.open(beat_file(_folder, _own.rank), flags, 0o644)
 
 
 def close_heartbeat() -> None:
@@ -116,13 +139,21 @@ def enter(
         iteration: current step; None: the same as before.
         micro_batch: current micro-batch; None in phases without one.
     """
+    global _num_phases
     if iteration is not None:
         _own.iteration = iteration
     _own.num_collectives += collective is not None
     _own.phase, _own.collective, _own.micro_batch = phase, collective, micro_batch
-    _own.since = time.time()
+    _own.since, _own.monotonic = time.time(), time.monotonic()
+    _num_phases += 1
     if _file is not None:
-        os.pwrite(_file, json.dumps(asdict(_own)).ljust(_BYTES - 1).encode() + b"\n", 0)
+        with _writing:
+            os.pwrite(_file, json.dumps(asdict(_own)).ljust(_BYTES - 1).encode() + b"\n", 0)
+
+
+def num_phases() -> int:
+    """Number of phases this process has entered; it changes exactly when a new one starts."""
+    return _num_phases
 
 
 def own_beat() -> Beat:
@@ -132,8 +163,11 @@ def own_beat() -> Beat:
 
 def share_heartbeat() -> None:
     """Flush the file to disk, so that other hosts of a shared file system see it."""
+    if _file is None:
+        _open_file()  # there may be room again
     if _file is not None:
-        os.fsync(_file)
+        with _sharing:
+            os.fsync(_file)
 
 
 def beat_file(folder: Path, number: int) -> Path:
@@ -141,15 +175,18 @@ def beat_file(folder: Path, number: int) -> Path:
     return folder / f"rank_{number:05d}.json"
 
 
+def read_beat(path: Path) -> Beat | None:
+    """Read one heartbeat; None if the file is missing or damaged."""
+    try:
+        beat = build(Beat, read_json(path, most=8 * _BYTES))
+    except (OSError, UnreadableError):
+        return None
+    beat.host, beat.phase = printable(beat.host), printable(beat.phase)
+    beat.collective = None if beat.collective is None else printable(beat.collective)
+    return beat
+
+
 def read_heartbeats(folder: Path, world_size: int) -> list[Beat]:
     """Last heartbeats in rank order; ranks with a missing or damaged file are left out."""
-    beats = []
-    names = {field.name for field in fields(Beat)}
-    for number in range(world_size):
-        try:
-            content = json.loads(beat_file(folder, number).read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and set(content) == names:
-            beats.append(Beat(**content))
-    return beats
+    beats = (read_beat(beat_file(folder, number)) for number in range(world_size))
+    return [beat for beat in beats if beat is not None]

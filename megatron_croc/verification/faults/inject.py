@@ -9,12 +9,16 @@ micro-batch is moved to the device. A fault with a `marker` file happens once, a
 `trace` is a folder for the samples of every step and replica.
 """
 
+import builtins
 import ctypes
+import errno
 import importlib
+import io
 import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,9 +34,9 @@ class Fault:
     """One fault, and the place where it happens."""
 
     fault: str
-    """kill | signal | stop | hang | hang_in_c | raise at a place; nan_loss | spike | nan_gradient
-    in a step; bad_sample at every occurrence of a sample; kill_at_call at a call during a save;
-    disk_full during a save; trace: no fault, only the trace."""
+    """kill | signal | stop | suspend | clock | hang | hang_in_c | raise at a place; nan_loss |
+    spike | nan_gradient | nan_weights in a step; bad_sample at every occurrence of a sample;
+    kill_at_call at a call during a save; disk_full during a save; disk_filled for a time; trace."""
 
     rank: int = 0
     """The rank on which it happens."""
@@ -47,10 +51,10 @@ class Fault:
     """Micro-batch of this rank; None: the first one that reaches the place."""
 
     number: int = 1
-    """Number of the signal (signal), or of the call (kill_at_call)."""
+    """Number of the signal (signal) or of the call (kill_at_call); seconds (suspend, clock)."""
 
     name: str = ""
-    """Function, such as `os.replace` (kill_at_call), or sample (bad_sample)."""
+    """Function, such as `os.replace` (kill_at_call), sample (bad_sample), folder (disk_filled)."""
 
     marker: str | None = None
     """File that is made when the fault happens, and prevents a second one; None: no limit."""
@@ -81,9 +85,11 @@ def inject(fault: Fault) -> None:
         "nan_loss": _spoil_loss,
         "spike": _spoil_loss,
         "nan_gradient": _spoil_gradient,
+        "nan_weights": _spoil_weights,
         "bad_sample": _spoil_sample,
         "kill_at_call": _kill_at_call,
         "disk_full": _fill_disk,
+        "disk_filled": _fill_disk_for_all,
         "trace": lambda fault: None,
     }
     installers.get(fault.fault, _strike_at_place)(fault)
@@ -118,6 +124,12 @@ def _strike(fault: Fault) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.fault == "suspend":
+        resume = f"sleep {fault.number}; kill -CONT {os.getpid()}"
+        subprocess.Popen(["/bin/sh", "-c", resume], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.fault == "clock":
+        _set_clock_forward(fault.number)
     elif fault.fault == "signal":
         os.kill(os.getpid(), fault.number)
     elif fault.fault == "hang":
@@ -128,6 +140,11 @@ def _strike(fault: Fault) -> None:
         raise RuntimeError("a made-up error of the device")
     else:
         raise ValueError(f"unknown fault {fault.fault}")
+
+
+def _set_clock_forward(seconds: int) -> None:
+    before = time.time
+    time.time = lambda: before() + seconds
 
 
 def _spoil_loss(fault: Fault) -> None:
@@ -162,6 +179,20 @@ def _spoil_gradient(fault: Fault) -> None:
 
     TrainStep.forward_backward = forward_backward  # type: ignore[method-assign]
     on_enter(act)
+
+
+def _spoil_weights(fault: Fault) -> None:
+    """Make one weight NaN in memory, before a step."""
+    from megatron_croc.training.step import TrainStep
+
+    before = TrainStep.forward_backward
+
+    def forward_backward(self: TrainStep, *args: Any, **kwargs: Any) -> Any:
+        if fault.strikes():
+            next(self.chunks[0].parameters()).data.fill_(float("nan"))
+        return before(self, *args, **kwargs)
+
+    TrainStep.forward_backward = forward_backward  # type: ignore[method-assign]
 
 
 def _spoil_sample(fault: Fault) -> None:
@@ -210,6 +241,45 @@ def _fill_disk(fault: Fault) -> None:
     if rank() == fault.rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         on_enter(act)
+
+
+def _fill_disk_for_all(fault: Fault) -> None:
+    """Let no file below the folder `name` grow: from a step on, or until the step `number`."""
+    from megatron_croc.training.safety.heartbeat import own_beat
+
+    traces = str(Path(fault.name) / "trace")
+
+    def check(path: object) -> None:
+        is_below = str(path).startswith(fault.name) and not str(path).startswith(traces)
+        step = own_beat().iteration
+        is_full = step < fault.number if fault.iteration == 0 else step >= fault.iteration
+        if is_below and is_full and rank() == fault.rank:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def wrap(module: Any, name: str, path_of: Callable[..., object | None]) -> None:
+        before = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if (path := path_of(*args, **kwargs)) is not None:
+                check(path)
+            return before(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    def opened(file: object, mode: str = "r", *_: object, **__: object) -> object | None:
+        return file if set(mode) & set("wax+") and not isinstance(file, int) else None
+
+    def made(path: object, flags: int, *_: object, **__: object) -> object | None:
+        return path if flags & os.O_CREAT else None
+
+    def written(handle: int, *_: object) -> object:
+        return os.readlink(f"/proc/self/fd/{handle}")
+
+    wrap(builtins, "open", opened)
+    wrap(io, "open", opened)  # that of pathlib
+    wrap(os, "open", made)
+    for name in ("write", "pwrite"):
+        wrap(os, name, written)
 
 
 def _trace(folder: Path) -> None:

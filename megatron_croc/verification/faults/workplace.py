@@ -1,6 +1,7 @@
 """Workplace of the scenarios: data, an uninterrupted run, and runs with faults beside it."""
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,12 @@ from megatron_croc.verification.faults.runs import (
     trace_fault,
     train_words,
 )
+
+KILLED = -signal.SIGKILL
+"""Exit status of a killed process."""
+
+SAME = "the same command goes on; the curve is that of an unbroken run, every digit"
+"""Promise of most scenarios."""
 
 
 @dataclass(kw_only=True)

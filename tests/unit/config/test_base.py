@@ -124,20 +124,31 @@ def test_numbers_without_a_dot_and_empty_files(tmp_path: Path):
     assert read_yaml(path) == {}
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training:\n  seed: 1\n  seed: 2\n", ":3: seed is given twice"),
+        ("training:\n  seed: 1\n  seed: 2\n", ": line 3: seed is given twice"),
         ("training: [", "not YAML"),
         ("- a\n", "must be sections of settings"),
         ("a: !!python/object/apply:os.getcwd []\n", "not YAML"),
+        (BOMB, "aliases grow to more than 20,000 values"),
+        ("a: &a [*a]\n", "a value holds itself"),
+        ("a: " + "[" * 20_000, "nested more than 64 levels"),
+        ("a: 2024-99-99\n", "not YAML"),
+        ("a: " + "x" * 300_000, "larger than 262,144 bytes"),
     ],
 )
 def test_files_that_would_be_misread_are_refused(text: str, message: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         read_yaml(path)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

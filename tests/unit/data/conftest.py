@@ -59,6 +59,8 @@ def make_run(tokenizer_model):
     def make(*data_path: str, micro_batch_size: int = 2, global_batch_size: int = 8):
         run = tiny("pretrain_croc")
         run.data.data_path = run.data.valid_data_path = data_path
+        # Tars that a test has indexed in place lie beside the folder.
+        run.data.data_roots = tuple(path.rpartition("/")[0] for path in data_path)
         run.data.tokenizer_model = tokenizer_model
         run.data.image_decoder = "pil"
         run.training.micro_batch_size = micro_batch_size

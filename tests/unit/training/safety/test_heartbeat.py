@@ -77,6 +77,7 @@ def write(folder: Path, number: int, **changes: object) -> None:
     from dataclasses import asdict
 
     beat = replace(own_beat(), rank=number, **changes)
+    beat.monotonic += beat.since - own_beat().since
     beat_file(folder, number).write_text(json.dumps(asdict(beat)))
 
 
