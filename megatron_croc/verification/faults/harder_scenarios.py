@@ -48,7 +48,7 @@ def _time_jumps(place: Workplace, save: Path) -> Outcome:
 
 
 def _disk_fills_up(place: Workplace, save: Path) -> Outcome:
-    """Let another program fill the disk while a thread saves, kill the job, and fill the disk again.
+    """Fill the disk from outside while a thread saves, kill the job, and fill the disk again.
 
     There is room while the second run starts, and again from its step 5 on.
     """
