@@ -48,9 +48,9 @@ def _time_jumps(place: Workplace, save: Path) -> Outcome:
 
 
 def _disk_fills_up(place: Workplace, save: Path) -> Outcome:
-    """Let another program fill the disk while a thread saves, kill the job, start it all the same.
+    """Fill the disk from outside while a thread saves, kill the job, and fill the disk again.
 
-    There is room again from step 5 of the second run on.
+    There is room while the second run starts, and again from its step 5 on.
     """
     filled = (*_on_both("disk_filled", 3, name=str(save)), *_on_both("kill", 5))
     exits = place.train(save, *filled, more=("--async-save", "--keep-last=1"))
@@ -81,7 +81,7 @@ HARDER: dict[str, tuple[str, str, Scenario]] = {
         _name_is_taken,
     ),
     "disk-filled": (
-        "another program fills the disk, SIGKILL, and a start on the full disk",
+        "another program fills the disk, SIGKILL, and fills it again in the next run",
         "metrics wait, the old checkpoint stays; " + SAME,
         _disk_fills_up,
     ),

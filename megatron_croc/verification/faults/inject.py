@@ -252,7 +252,7 @@ def _fill_disk_for_all(fault: Fault) -> None:
     def check(path: object) -> None:
         is_below = str(path).startswith(fault.name) and not str(path).startswith(traces)
         step = own_beat().iteration
-        is_full = step < fault.number if fault.iteration == 0 else step >= fault.iteration
+        is_full = 0 < step < fault.number if fault.iteration == 0 else step >= fault.iteration
         if is_below and is_full and rank() == fault.rank:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
