@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_croc.config.data import DataConfig, TemplateName
 from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
 from megatron_croc.convert.export_loader import load_export
+from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
 from megatron_croc.convert.tensor_files import read_json
-from megatron_croc.convert.tokenizer_files import is_own_tokenizer, read_exported
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
 from megatron_croc.data.sample.tokenization import (

@@ -123,8 +123,8 @@ def compare(here: Observation, there: Observation, *, training: list[list[int]] 
 def training_prompts(export: Path) -> list[list[int]] | None:
     """Return the ids that training gives CONVERSATIONS; None if the export has no tokenizer."""
     from megatron_croc.convert.configs import read_conversation, read_export
+    from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
     from megatron_croc.convert.tensor_files import read_json
-    from megatron_croc.convert.tokenizer_files import is_own_tokenizer, read_exported
     from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
     from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_prompt
 
