@@ -311,7 +311,11 @@ def as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
 def _open_tokenizer(export: Path, data: DataConfig, given: Path | None) -> Tokenizer:
     """Open the given tokenizer, or the tokenizer of the export."""
     if given is None and is_own_tokenizer(export):
-        return read_exported(export)
+        written = read_exported(export)
+        model = export / "tokenizer.model"
+        if data.tokenizer_type != "SentencePieceTokenizer" or not model.is_file():
+            return written
+        return build_tokenizer(data.tokenizer_type, str(model), legacy=written.legacy)
     source = export if given is None else given
     if data.tokenizer_type == "SentencePieceTokenizer" and source.is_dir():
         source = source / "tokenizer.model"
