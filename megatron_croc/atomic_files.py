@@ -1,13 +1,24 @@
-"""Files that are complete under their name, or not there at all."""
+"""Files that are complete under their name, or not there at all, also after a power cut.
 
+A power cut may lose everything that was not flushed: the content of a file, and every name that was
+made, moved or removed since its folder was flushed.
+"""
+
+import ctypes
+import errno
 import os
+import tempfile
 from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Arguments of renameat2(2)."""
+
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+"""Errors of kernels and file systems that cannot exchange two names."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it.
-
-    The rename itself is on disk only after `sync_directory` of the parent folder.
+    """Write a file under a temporary name, flush it, rename it, and flush the name.
 
     Args:
         path: file to write; one of that name is replaced.
@@ -18,13 +29,66 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush the names in a folder to disk, so that a rename in it survives a power failure."""
+    """Flush the names in a folder to disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files of a folder to disk, their names, and those of its subfolders."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(place))
+
+
+def make_directory(folder: Path) -> None:
+    """Make a folder with its parents, and flush their names to disk; it may exist."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync_directory(place.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two files or folders in one step.
+
+    Returns:
+        True; False if the kernel or the file system cannot do it (nothing is changed then).
+
+    Raises:
+        OSError: the exchange failed for another reason.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(first))
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Try to write to a folder, or where it would be made; leaves nothing behind.
+
+    Returns:
+        the reason why files cannot be written there; None if they can.
+    """
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

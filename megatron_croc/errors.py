@@ -4,6 +4,9 @@
 class CrocError(ValueError):
     """Base of all errors that the user can fix."""
 
+    everywhere = False
+    """True if every rank raises the same error, so that rank 0 alone reports it."""
+
 
 class ConfigError(CrocError):
     """One or more settings are wrong; the message has one line per fault."""

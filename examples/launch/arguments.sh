@@ -19,7 +19,7 @@ read -ra valid_folders <<<"${VALID_DATA:-}"
 MODEL_ARGS=(--config "$CONFIG" --pretrained-checkpoint "$START")
 DATA_ARGS=(--data-path "${data_folders[@]}" --tokenizer-model "$TOKENIZER")
 ((${#valid_folders[@]} == 0)) || DATA_ARGS+=(--valid-data-path "${valid_folders[@]}")
-TRAINING_ARGS=(--save "$SAVE" --load "$SAVE")
+TRAINING_ARGS=(--save "$SAVE")
 LOGGING_ARGS=()
 [[ -z ${WANDB_PROJECT:-} ]] || LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT")
 

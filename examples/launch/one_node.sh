@@ -9,10 +9,15 @@
 source examples/launch/environment.sh
 # shellcheck source=examples/launch/arguments.sh
 source examples/launch/arguments.sh
+# shellcheck source=examples/launch/torchrun.sh
+source examples/launch/torchrun.sh
+
+check_run "${GPUS_PER_NODE:-8}" "${TRAIN_ARGS[@]}" "$@"
 
 DISTRIBUTED_ARGS=(
     --standalone
     --nproc-per-node "${GPUS_PER_NODE:-8}"
     --max-restarts "${MAX_RESTARTS:-3}"
 )
-exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc train "${TRAIN_ARGS[@]}" "$@"
+run_torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_croc train "${TRAIN_ARGS[@]}" "$@"
+exit "$status"

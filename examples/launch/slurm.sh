@@ -31,6 +31,10 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     )
 fi
 
+# A fault of the settings shows here, in a second and before all nodes start.
+srun "${SRUN_ARGS[@]}" --nodes=1 --ntasks=1 python -m megatron_croc check --for-training --dump \
+    --world-size $((SLURM_NNODES * GPUS_PER_NODE)) "${TRAIN_ARGS[@]}" "${EXTRA_ARGS[@]}" >/dev/null
+
 # What is wrong on a node shows here, in seconds, not as a hang an hour later.
 srun "${SRUN_ARGS[@]}" python -m megatron_croc doctor --brief
 

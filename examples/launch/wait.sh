@@ -7,7 +7,7 @@ wait_for() {
     while :; do
         signalled=0
         code=0
-        wait "$1" || code=$?
+        wait "$1" 2>/dev/null || code=$? # quiet: bash would tell of a killed process
         # shellcheck disable=SC2034  # the caller reads it
         ((code == 127)) || status=$code # 127: an earlier `wait` had the answer already
         ((signalled)) || break

@@ -5,6 +5,8 @@
 # Seven minutes teach the model the words of the answers and to see colours; --long (30 minutes), more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# shellcheck source=examples/launch/torchrun.sh
+source examples/launch/torchrun.sh
 
 if [[ ${1:-} == --long ]]; then
     NUM_IMAGES=20000 CROC_ITERS=1200 FINETUNE_ITERS=600 EVAL_INTERVAL=100 EVAL_ITERS=2
@@ -31,12 +33,13 @@ done
 train() {
     local stage=$1
     shift
-    torchrun --standalone --nproc-per-node 2 -m megatron_croc train \
+    run_torchrun --standalone --nproc-per-node 2 -m megatron_croc train \
         --recipe "tiny/$stage" \
         --data-path "$DEMO/shards/$stage" \
         --valid-data-path "$DEMO/shards/valid_$stage" \
         --tokenizer-model "$DEMO/tokenizer.model" \
         --save "$OUT/$stage" "$@"
+    return "$status"
 }
 STEPS=(--global-batch-size "$BATCH" --lr "$RATE" --projector-lr "$RATE"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL")

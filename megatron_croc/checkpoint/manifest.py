@@ -15,6 +15,12 @@ from megatron_croc.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
 
+INDEX_FILE = ".metadata"
+"""Index of the tensors: name, shape and file of each."""
+
+TENSOR_FILES = ".distcp"
+"""Suffix of the files that hold tensors, one or more of each rank that has any."""
+
 PIECE_BYTES = 64 * 2**20
 """Bytes per digest; part of the format."""
 
@@ -45,9 +51,14 @@ def write_manifest(folder: Path, digests: dict[str, FileDigest] | None = None) -
 
     Args:
         folder: holds all other files already.
-        digests: known digests by file name; other files are read now.
+        digests: digests by file name of the files that the ranks have written; others are read now.
+
+    Raises:
+        CheckpointError: a file that a rank has written is not there.
     """
     known = digests or {}
+    if lost := sorted(name for name in known if not (folder / name).is_file()):
+        raise CheckpointError(f"{lost[0]} was written, but is not there any more")
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
     files = {name: known.get(name) or digest_file(folder / name) for name in names}
     entries = {n: {"bytes": d.num_bytes, "sha256": d.sha256} for n, d in files.items()}
@@ -102,6 +113,8 @@ def find_damage(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
         files = read_manifest(folder)
     except CheckpointError as error:
         return [str(error).removeprefix(f"{folder}/")]
+    if lacking := _lacks(files):
+        return [lacking]
     pieces = [
         (name, start)
         for name, digest in sorted(files.items())
@@ -112,6 +125,13 @@ def find_damage(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
             lambda p: _check_piece(folder / p[0], files[p[0]], p[1]), pieces[share::shares]
         )
         return sorted({line for line in checked if line is not None})
+
+
+def _lacks(files: dict[str, FileDigest]) -> str | None:
+    """Say which file no checkpoint can do without; None if the manifest names them all."""
+    if not any(name.endswith(TENSOR_FILES) for name in files):
+        return f"{MANIFEST_FILE} names no file of tensors (*{TENSOR_FILES})"
+    return None if INDEX_FILE in files else f"{MANIFEST_FILE} names no index of tensors"
 
 
 def _check_piece(path: Path, written: FileDigest, start: int) -> str | None:

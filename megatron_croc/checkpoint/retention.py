@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_croc.checkpoint.manifest import MANIFEST_FILE, is_finished
+from megatron_croc.checkpoint.run_folder import checkpoint_run_id, is_foreign
 from megatron_croc.checkpoint.state import iteration_of
-from megatron_croc.log import get_logger
+from megatron_croc.log import get_logger, log_once
 
 logger = get_logger(__name__)
 
@@ -36,12 +38,18 @@ def being_read(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def sweep(root: Path) -> None:
-    """Delete half-written and half-deleted checkpoints of killed runs."""
-    for ending in (STAGED, REMOVED):
-        for left in root.glob(f"iter_*{ending}"):
-            if iteration_of(left.with_suffix("")) is not None:
-                shutil.rmtree(left, ignore_errors=True)
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Lock a checkpoint that is to be renamed; False inside if another process reads it."""
+    try:
+        handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        yield _lock(handle, fcntl.LOCK_EX)
+    finally:
+        os.close(handle)
 
 
 def retire(folder: Path) -> Path | None:
@@ -52,17 +60,10 @@ def retire(folder: Path) -> Path | None:
     """
     away = folder.with_name(folder.name + REMOVED)
     shutil.rmtree(away, ignore_errors=True)
-    try:
-        handle = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
-    except FileNotFoundError:
-        os.replace(folder, away)
-        return away
-    try:
-        if not _lock(handle, fcntl.LOCK_EX):
+    with claimed(folder) as is_free:
+        if not is_free:
             return None
         os.replace(folder, away)
-    finally:
-        os.close(handle)
     return away
 
 
@@ -78,8 +79,8 @@ def _lock(handle: int, kind: int) -> bool:
 def superfluous(latest: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
     """List the checkpoints beside `latest` that may be removed, oldest first.
 
-    Never the latest, never a later one (the run was set back), and never a folder without a
-    manifest; such a folder does not count towards `keep_last` either.
+    Never the latest, never a later one (the run was set back), never one of another run, and never
+    a folder without a manifest; such folders do not count towards `keep_last` either.
     """
     now = iteration_of(latest)
     if keep_last is None or now is None:
@@ -89,6 +90,9 @@ def superfluous(latest: Path, *, keep_last: int | None, keep_every: int | None) 
         for folder in latest.parent.glob("iter_*")
         if (n := iteration_of(folder)) is not None and n < now and is_finished(folder)
     }
+    run_id = checkpoint_run_id(latest)
+    for n in [n for n, folder in older.items() if is_foreign(folder, run_id)]:
+        log_once(logger, logging.WARNING, "kept %s: it is of another run", older.pop(n))
     newest = sorted(older, reverse=True)[: keep_last - 1]
     return [
         older[n]

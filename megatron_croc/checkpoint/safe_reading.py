@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_croc.checkpoint.manifest import INDEX_FILE
 from megatron_croc.errors import CheckpointError, first_line
 
-INDEX_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 
 _INDEX_CLASSES = {
@@ -92,6 +92,11 @@ def read_index(folder: Path) -> Metadata:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{path}: damaged: names {name!r}, which is not in its folder")
     return index
+
+
+def tensor_files(index: Metadata) -> set[str]:
+    """Names of the files that an index finds its tensors in."""
+    return {place.relative_path for place in (index.storage_data or {}).values()}
 
 
 class _Reader(FileSystemReader):

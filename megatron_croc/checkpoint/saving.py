@@ -4,15 +4,15 @@
     agree     every rank reports to rank 0; one failure fails the checkpoint on all ranks
     finish    rank 0: index, state, settings, manifest.json (digests of all files), fsync
     publish   rename to iter_0000100/, then write latest_checkpointed_iteration.txt atomically
-    prune     rename, then delete older checkpoints that need not be kept
+    prune     rename, then delete older checkpoints that need not be kept; not while steps are skipped
 
-A failed save is logged and training continues; the previous checkpoint stays the latest.
+A failed save is logged and training continues; the previous checkpoint stays the latest. A save
+fails if a value is not finite. A whole checkpoint is never replaced (publishing.py).
 """
 
 import io
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +26,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_croc.atomic_files import sync_directory, write_atomically
+from megatron_croc.atomic_files import make_directory, write_atomically
+from megatron_croc.checkpoint.choosing import agreed_damage
 from megatron_croc.checkpoint.manifest import write_manifest
-from megatron_croc.checkpoint.retention import STAGED, prune, retire, sweep
+from megatron_croc.checkpoint.publishing import publish, sweep
+from megatron_croc.checkpoint.retention import STAGED, prune
+from megatron_croc.checkpoint.run_folder import resumes_in_place
 from megatron_croc.checkpoint.safe_reading import COMMON_FILE
 from megatron_croc.checkpoint.sharded import checkpoint_content
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
@@ -58,6 +61,7 @@ class CheckpointSaver:
         pg_collection: ProcessGroupCollection,
         *,
         settings: str,
+        resumed_at: int = 0,
     ) -> None:
         """Delete incomplete checkpoints that a killed run left in the folder.
 
@@ -67,6 +71,7 @@ class CheckpointSaver:
             optimizer: distributed optimizer.
             pg_collection: process groups.
             settings: all settings of the run as YAML, written to run.yaml in each checkpoint.
+            resumed_at: iteration of the checkpoint that the run resumed from; 0: a new run.
         """
         self.config, self.settings = config, settings
         self.chunks = chunks
@@ -77,8 +82,8 @@ class CheckpointSaver:
         self._gone: list[Path] = []
         self._deleting: list[threading.Thread] = []
         self._failure: str | None = None
-        if self.root is not None and rank() == 0:
-            sweep(self.root)
+        self._own = {resumed_at} if resumes_in_place(config) else set[int]()
+        clear_leftovers(config)
 
     @region("checkpoint", whole=True)
     def save(self, state: TrainState) -> None:
@@ -90,6 +95,10 @@ class CheckpointSaver:
             return
         self.finish()
         final = iteration_folder(self.root, state.iteration)
+        if state.iteration in self._own and not agreed_damage(final):
+            self._failure = None
+            log_on_rank_zero(logger, logging.INFO, "%s holds this state already", final)
+            return
         staged = final.with_name(final.name + STAGED)
         if error := _on_rank_zero(lambda: _make_empty(staged)):
             self._failed(final, error)
@@ -122,9 +131,11 @@ class CheckpointSaver:
             self._failed(pending.final, error)
             return
         self._failure = None
+        self._own.add(pending.state.iteration)
         log_on_rank_zero(logger, logging.INFO, "saved %s", pending.final)
         if rank() == 0:
-            self._prune(pending.final)
+            # In a streak of skipped steps, nobody knows yet which checkpoint is the last good one.
+            self._remove_old(pending.final, prunes=pending.state.skipped_in_a_row == 0)
 
     def close(self) -> None:
         """Finish the pending save and all deletions.
@@ -132,12 +143,16 @@ class CheckpointSaver:
         Raises:
             CheckpointError: the last save failed, so no checkpoint holds the newest state.
         """
+        if (failure := self.close_quietly()) is not None:
+            raise CheckpointError(failure)
+
+    def close_quietly(self) -> str | None:
+        """Finish as `close` does; return the reason why the last save failed, or None."""
         self.finish()
         for thread in self._deleting:
             thread.join()
         self._deleting = []
-        if self._failure is not None:
-            raise CheckpointError(self._failure)
+        return self._failure
 
     def _failed(self, final: Path, error: str) -> None:
         self._failure = f"{final} could not be saved: {error}"
@@ -172,20 +187,14 @@ class CheckpointSaver:
         pending.state.save(staged)
         digests = {name: digest for w in everyone for name, digest in w.digests.items()}
         write_manifest(staged, digests)
-        if final.exists():
-            if (away := retire(final)) is None:
-                raise CheckpointError("a checkpoint of that name is being read")
-            self._gone.append(away)
-        root = final.parent
-        os.replace(staged, final)
-        sync_directory(root)
-        write_atomically(root / LATEST_FILE, f"{pending.state.iteration}\n".encode())
-        sync_directory(root)
+        self._gone += publish(staged, final)
+        write_atomically(final.parent / LATEST_FILE, f"{pending.state.iteration}\n".encode())
 
-    def _prune(self, latest: Path) -> None:
+    def _remove_old(self, latest: Path, *, prunes: bool) -> None:
         """On rank 0: rename superfluous checkpoints now, delete them in a thread."""
         config = self.config
-        self._gone += prune(latest, keep_last=config.keep_last, keep_every=config.keep_every)
+        if prunes:
+            self._gone += prune(latest, keep_last=config.keep_last, keep_every=config.keep_every)
         thread = threading.Thread(target=_delete, args=(self._gone,), daemon=True)
         self._gone = []
         thread.start()
@@ -250,9 +259,15 @@ def _on_rank_zero(action: Callable[[], None]) -> str | None:
     return outcome[0]
 
 
+def clear_leftovers(config: CheckpointConfig) -> None:
+    """On rank 0: delete what killed runs left in `save`; a start does it before it writes."""
+    if config.save is not None and rank() == 0:
+        sweep(Path(config.save))
+
+
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_directory(folder)
 
 
 def _delete(folders: list[Path]) -> None:

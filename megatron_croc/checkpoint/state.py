@@ -3,13 +3,22 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_croc.atomic_files import write_atomically
-from megatron_croc.data.order.row_plan import OrderState
-from megatron_croc.errors import CheckpointError
+from megatron_croc.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:  # it imports torch, and croc check reads states without it
+    from megatron_croc.data.order.row_plan import OrderState
 
 STATE_FILE = "train_state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+_WRITE_ONE = f"write the name of a whole checkpoint into {LATEST_FILE}"
+"""Way out of a damaged tracker, for messages."""
+
+_MAX_DIGITS, _MAX_NAME = 18, 255
+"""Most characters of an iteration and of a folder's name."""
 
 
 @dataclass(kw_only=True)
@@ -25,6 +34,9 @@ class TrainState:
     stage: str = ""
     """Training stage of the run."""
 
+    run_id: str = ""
+    """Id of the run (run_folder.py); empty in a checkpoint that was made before there were ids."""
+
     num_skipped: int = 0
     """Number of steps skipped because of an anomaly in loss or gradient."""
 
@@ -34,10 +46,10 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     """Recent losses that spikes are found from; empty without spike detection."""
 
-    order: OrderState | None = None
+    order: "OrderState | None" = None
     """Position in the order of samples; None before the first step."""
 
-    def resume_point(self) -> OrderState | None:
+    def resume_point(self) -> "OrderState | None":
         """Position in the order of samples to continue from; None at the start of a run.
 
         Raises:
@@ -51,7 +63,7 @@ class TrainState:
             )
         return self.order
 
-    def advance(self, num_samples: int, order: OrderState | None) -> None:
+    def advance(self, num_samples: int, order: "OrderState | None") -> None:
         """Count a step of `num_samples`; `order` is the position after it."""
         self.iteration += 1
         self.consumed_samples += num_samples
@@ -82,6 +94,8 @@ class TrainState:
         try:
             tree = json.loads(path.read_text())
             if tree.get("order") is not None:
+                from megatron_croc.data.order.row_plan import OrderState
+
                 tree["order"] = OrderState.from_tree(tree["order"])
             return cls(**tree)
         except (AttributeError, OSError, TypeError, ValueError) as error:
@@ -99,7 +113,8 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 def iteration_of(folder: Path) -> int | None:
     """Iteration in a folder's name; None if it is not the name of a checkpoint."""
     digits = folder.name.removeprefix("iter_")
-    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= _MAX_DIGITS
+    return int(digits) if folder.name.startswith("iter_") and is_number else None
 
 
 def resume_candidates(root: str | Path) -> list[Path]:
@@ -113,7 +128,7 @@ def resume_candidates(root: str | Path) -> list[Path]:
         return [root]
     there = {n: folder for folder in root.glob("iter_*") if (n := iteration_of(folder)) is not None}
     folders = [there[n] for n in sorted(there, reverse=True)]
-    if (latest := _tracked(root)) is None:
+    if (latest := tracked_checkpoint(root)) is None:
         return folders
     last = iteration_of(latest)
     return [latest, *(f for f in folders if last is None or iteration_of(f) < last)]  # type: ignore[operator]
@@ -128,7 +143,7 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     root = Path(root)
     if (root / STATE_FILE).exists():
         return root
-    folder = _tracked(root)
+    folder = tracked_checkpoint(root)
     if folder is not None and not (folder / STATE_FILE).exists():
         raise CheckpointError(
             f"{root / LATEST_FILE} names {folder.name}, which is not a complete checkpoint; "
@@ -137,9 +152,24 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return folder
 
 
-def _tracked(root: Path) -> Path | None:
+def tracked_checkpoint(root: Path) -> Path | None:
+    """Path of the checkpoint that the tracker file names; None without a tracker.
+
+    Raises:
+        CheckpointError: the tracker cannot be read, or does not hold a name.
+    """
     tracker = root / LATEST_FILE
-    if not tracker.exists():
+    try:
+        with tracker.open("rb") as file:
+            word = file.read(_MAX_NAME + 1).decode("ascii").strip()
+    except FileNotFoundError:
         return None
-    word = tracker.read_text().strip()
-    return root / word if not word.isdigit() else iteration_folder(root, int(word))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{tracker} cannot be read: {first_line(error)}; {_WRITE_ONE}"
+        ) from error
+    if word.isdigit() and len(word) <= _MAX_DIGITS:
+        return iteration_folder(root, int(word))
+    if not word.isprintable() or Path(word).name != word or len(word) > _MAX_NAME:
+        raise CheckpointError(f"{tracker} holds {word!r:.60}, which is no name; {_WRITE_ONE}")
+    return root / word

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_croc.checkpoint.manifest import FileDigest, digest_file
-from megatron_croc.errors import first_line
+from megatron_croc.errors import CheckpointError, first_line
 
 BACKENDS_FILE = "metadata.json"
 BACKENDS = {
@@ -92,6 +93,7 @@ class Share:
         written = Written(results=[], digests={})
         transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         for number, bucket in enumerate(self.buckets):
+            _require_finite(bucket)
             answers: queue.Queue = queue.Queue()
             FileSystemWriterAsync.write_preloaded_data(
                 transforms,
@@ -108,6 +110,16 @@ class Share:
             path, name, _ = bucket
             written.digests[name] = digest_file(Path(path))
         return written
+
+
+def _require_finite(bucket: Any) -> None:
+    """Refuse NaN and infinity in weights and optimizer state, on the bytes that are written."""
+    _, _, (_, tensors) = bucket
+    for item, tensor in tensors:
+        # The sum needs no memory; it may overflow by itself, so only the values decide.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
+            if not torch.isfinite(tensor.float()).all():
+                raise CheckpointError(f"{item.index.fqn} is not finite (NaN or infinity)")
 
 
 class _Counter:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.verification.faults.promises import BrokenPromiseError
 from megatron_croc.verification.faults.scenarios import SCENARIOS
 from megatron_croc.verification.faults.workplace import Outcome, Workplace
@@ -28,7 +29,7 @@ HEAD = ("fault", "promise", "result", "samples seen exactly once", "steps lost",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the matrix or the soak."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", nargs="?", choices=("matrix", "soak"), default="matrix")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_croc.cli.errors import print_error, reports_errors
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError, CrocError, DataError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

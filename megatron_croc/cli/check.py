@@ -42,7 +42,7 @@ ATTENTION_BACKENDS = {
     "flex": "FlexAttention: CUDA (on a CPU without gradients)",
     "dense": "SDPA with a dense mask: everywhere, memory quadratic in a sample's length",
 }
-"""What `attention_backend` can force, in the order `auto` tries them on CUDA."""
+"""Values of `attention_backend` besides auto, in the order in which auto tries them on CUDA."""
 
 _FLASH_MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
@@ -57,10 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", action="store_true", help="also print every setting")
     parser.add_argument("--dump", action="store_true", help="print the run as YAML, nothing else")
     parser.add_argument(
-        "--for-training", action="store_true", help="also require data and tokenizer to exist"
+        "--for-training",
+        action="store_true",
+        help="also require data and tokenizer, and folders that this run may write to",
     )
     options, run = parse_command(parser, argv)
     raise_faults(find_faults(run, options.world_size, for_training=options.for_training))
+    if options.for_training:
+        from megatron_croc.checkpoint.run_folder import refuse_other_run
+
+        refuse_other_run(run)
     device = gpu_memory(get_gpu(options.gpu))
     workload = read_workload(options, run)
     if options.dump:

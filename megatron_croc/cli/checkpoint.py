@@ -14,13 +14,15 @@ from pathlib import Path
 
 from megatron_croc.checkpoint.manifest import find_damage, read_manifest
 from megatron_croc.checkpoint.retention import REMOVED, STAGED, being_read
-from megatron_croc.checkpoint.state import TrainState, resume_candidates
+from megatron_croc.checkpoint.run_folder import own_checkpoints
+from megatron_croc.checkpoint.state import TrainState
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CheckpointError
 
 
 def verify(argv: Sequence[str] | None = None) -> int:
     """Verify, and print a line as soon as it is known."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc checkpoint verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,7 +32,9 @@ def verify(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.newest is not None and arguments.newest < 1:
         parser.error(f"--newest {arguments.newest}: at least 1")
-    candidates = resume_candidates(arguments.folder)
+    candidates, foreign = own_checkpoints(arguments.folder)
+    for line in foreign:
+        print(f"{line}: no run of this folder takes it")
     if not candidates:
         print(f"{arguments.folder}: no checkpoint there", file=sys.stderr)
         return 1
@@ -48,7 +52,7 @@ def verify(argv: Sequence[str] | None = None) -> int:
 
 
 def examine(folder: Path) -> tuple[str, bool]:
-    """What is to be said of a checkpoint, and whether it is whole."""
+    """Return one line about a checkpoint, and True if it is whole."""
     with being_read(folder):
         if damage := find_damage(folder):
             return f"DAMAGED, {'; '.join(damage)}", False

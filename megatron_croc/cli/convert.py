@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -23,10 +24,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status, 1 also if a comparison failed."""
     arguments = _parser().parse_args(argv)
-    from megatron_croc.parallel.device import compute_on_cpu
-
     _check_folders(arguments)
-    compute_on_cpu()
+    if arguments.command is not _inspect:
+        from megatron_croc.parallel.device import compute_on_cpu
+
+        compute_on_cpu()
     return arguments.command(arguments)
 
 
@@ -40,7 +42,7 @@ def _check_folders(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,11 +14,14 @@ by type of question.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_croc.atomic_files import why_unwritable
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    print(f"loading {arguments.model}", file=sys.stderr, flush=True)
     import torch
 
     from megatron_croc.inference.generation import Sampling, open_generator
@@ -75,7 +80,6 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         use_cache=not arguments.no_cache,
     )
-    _check(arguments)
     questions = _questions(arguments)
     with open_generator(
         arguments.model,
@@ -108,6 +112,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in (arguments.output, arguments.report):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}")
+        if path is not None and (reason := why_unwritable(path.parent)) is not None:
+            raise ConfigError(f"{path}: cannot be written ({reason}); name another")
 
 
 def _questions(arguments: argparse.Namespace) -> "list[Question]":

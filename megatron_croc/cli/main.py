@@ -5,7 +5,9 @@ module is imported only when it is called, so that `croc --help` answers at once
 """
 
 import difflib
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
@@ -13,6 +15,7 @@ from importlib import import_module, metadata
 from megatron_croc import __version__
 from megatron_croc.cli.errors import print_error
 from megatron_croc.errors import CrocError
+from megatron_croc.log import rank
 
 COMMANDS = {
     "train": ("train:main", "train one stage; under torchrun for more than one process"),
@@ -43,6 +46,12 @@ COMMANDS = {
 }
 """Name -> function in megatron_croc.cli, and what the command shows or does."""
 
+_NO_ACCESS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
+"""Errors of files that the user can mend: missing, not permitted, no room."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
@@ -58,11 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CrocError as error:
         print_error(error)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # `croc ... | head`: what is left to print has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in _NO_ACCESS or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends the process, no traceback
+        if rank() == 0:
+            print(str(interrupt) or "stopped by Ctrl-C", file=sys.stderr)
+        # torchrun starts workers again that end with another status than 0.
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
 
 
 def describe_versions() -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.monitoring.live.page import write_page
 from megatron_croc.monitoring.live.reading import find_runs, read_run
 from megatron_croc.monitoring.live.terminal import Style, draw_frame
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc monitor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _style() -> Style:
-    """What this output can show; NO_COLOR and a dumb terminal are respected."""
+    """Style for this output; respects NO_COLOR and a dumb terminal."""
     is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     return Style(

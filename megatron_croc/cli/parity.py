@@ -27,9 +27,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
+
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
@@ -50,9 +52,6 @@ def golden(words: Sequence[str]) -> int:
         launcher += ["parity", "golden", *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         return subprocess.run(launcher, env=environment, check=False).returncode
-    from megatron_croc.log import quiet_megatron
-
-    quiet_megatron()  # before it is imported
     from megatron_croc.verification.golden.run import run_golden
 
     return run_golden(

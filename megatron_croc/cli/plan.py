@@ -109,7 +109,7 @@ def table(candidates: Sequence[Candidate], world_size: int, gpu: Gpu) -> str:
 
 
 def praise(candidate: Candidate) -> str:
-    """Where its time goes, the largest first."""
+    """Describe the parts of the step time of a layout, the largest first."""
     parts = sorted(candidate.time.parts.items(), key=lambda item: -item[1])
     shares = [
         f"{name.replace('_', ' ')} {seconds / candidate.time.total:.0%}"

@@ -6,12 +6,13 @@ Each is a complete configuration; `croc check --recipe NAME/STAGE` shows one in 
 import argparse
 from collections.abc import Sequence
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.recipes import get_recipe, list_recipes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each recipe."""
-    argparse.ArgumentParser(
+    CommandParser(
         prog="croc recipes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

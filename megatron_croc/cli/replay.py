@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_croc.config.base import apply_changes, changes_from_words, raise_faults
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
 from megatron_croc.log import rank
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc replay",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,13 +51,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_wrong_again(findings: "Findings", report: dict[str, Any]) -> bool:
-    """Whether the replayed step shows the fault that was reported."""
+    """Return True if the replayed step shows the fault of the report."""
     values = (findings.metrics.loss, findings.metrics.grad_norm or 0.0)
     if not all(map(math.isfinite, values)):
         return True
     was = report["loss"]
     is_spike = report["reason"].startswith("loss ") and "times" in report["reason"]
     return is_spike and math.isclose(findings.metrics.loss, float(was), rel_tol=1e-2)
+
+
+def _cause(findings: "Findings", report: dict[str, Any]) -> str:
+    """Line that tells samples, weights and device apart."""
+    ranks = ", ".join(str(entry["rank"]) for entry in report["ranks"])
+    spoiled = [entry for entry in report["ranks"] if entry.get("bad_weights")]
+    if is_wrong_again(findings, report):
+        if findings.bad_weights:
+            names = ", ".join(findings.bad_weights)
+            return (
+                f"it is wrong again, and the cause are the weights: {names} not finite before the "
+                "step; resume from an earlier checkpoint"
+            )
+        return "it is wrong again with finite weights: look at the samples marked below"
+    if spoiled:
+        where = "; ".join(f"rank {e['rank']}: {', '.join(e['bad_weights'])}" for e in spoiled)
+        return (
+            "it is right this time, but in the run the weights in memory were not finite "
+            f"({where}): look at the device; the checkpoint is good, the same command goes on"
+        )
+    return (
+        "it is right this time: neither samples nor weights explain it; look at the device of "
+        f"rank {ranks}"
+    )
 
 
 def describe(findings: "Findings", report: dict[str, Any]) -> Iterator[str]:
@@ -67,12 +92,7 @@ def describe(findings: "Findings", report: dict[str, Any]) -> Iterator[str]:
     yield f"weights: iteration {findings.start}, and {between} steps from there"
     yield f"loss {metrics.loss:.6g} (was {report['loss']})"
     yield f"gradient norm {metrics.grad_norm:.6g} (was {report['grad_norm']})"
-    if not is_wrong_again(findings, report):
-        ranks = ", ".join(str(entry["rank"]) for entry in report["ranks"])
-        yield (
-            "it is right this time: neither samples nor weights explain it; look at the device of "
-            f"rank {ranks}"
-        )
+    yield _cause(findings, report)
     for micro_batch in findings.micro_batches:
         mark = "" if micro_batch.is_finite else "   <-- not finite"
         yield f"micro-batch {micro_batch.number}{mark}"

@@ -9,11 +9,11 @@ RUN_DIR/report/report.html, readable on its own, and its pictures as PNG files b
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.errors import CrocError
+from megatron_croc.cli.errors import reports_errors
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.monitoring.run_report.report import pool_stage, write_report
 from megatron_croc.monitoring.run_report.stages import as_text, check_files, load_stage, loss_table
 
@@ -22,7 +22,7 @@ STAGES = ("pretrain_mlp", "pretrain_croc", "finetune")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,12 +33,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report; 1 after a fault the user can mend."""
+    """Write the report; return the exit status."""
     arguments = parse_arguments(argv)
-    # What libraries say about optional packages and their own plans is not this tool's to repeat.
-    warnings.filterwarnings("ignore", module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
         stages = [load_stage(arguments.run_dir, name) for name in arguments.stages]
         for stage in (stages[-1], pool_stage(stages)):
@@ -46,9 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_files(stage)
         print(as_text(loss_table(stages)), flush=True)
         page = write_report(arguments.run_dir, stages, num_images=max(1, arguments.images))
-    except CrocError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise

@@ -8,7 +8,7 @@
 
 GRID.yaml is described in megatron_croc/scaling/grid.py. --data FOLDER names a folder of the demo's
 form (shards/STAGE, shards/valid_STAGE, tokenizer.model) instead of paths in the grid. Unfinished
-runs are started again by the same command; finished ones are left alone.
+runs are started again by the same command; finished ones are not changed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.scaling.grid import Grid, read_grid
 
 COMMANDS = ("plan", "launch", "fit", "report", "all")
@@ -24,7 +25,7 @@ COMMANDS = ("plan", "launch", "fit", "report", "all")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,28 +3,36 @@
     croc train --recipe tiny/pretrain_croc --data-path shards --tokenizer-model tokenizer.model
     torchrun --nproc-per-node 8 -m megatron_croc train --recipe croc_7b/pretrain_croc ...
 
-Every fault of the configuration is reported at once, and data and tokenizer are opened, before
-anything is built.
+A run that finds its own checkpoints in --save goes on from the latest; another run's folder is
+refused. Every fault of the configuration is reported at once, and data and tokenizer are opened,
+before anything is built.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_croc.checkpoint.run_folder import refuse_other_run
 from megatron_croc.config.checks import check_run
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
-from megatron_croc.log import rank, world_size
+from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.recipes.command_line import parse_run
+
+ERROR_FILE = "CROC_ERROR_FILE"
+"""Variable of the launch scripts: file for the error that no restart mends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 after a fault the user can mend."""
+    if _failed_before():
+        return 1
     try:
         run = _checked_run(argv)
-    except CrocError as error:
-        if rank() == 0:  # every rank found the same
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+    except CrocError as error:  # every rank found the same
+        return _report(error)
     from megatron_croc.convert.source import is_huggingface, open_weights
     from megatron_croc.parallel.groups import stop_distributed
     from megatron_croc.training.loop import train
@@ -36,16 +44,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             weights = open_weights(start, run.model, reconstructs=run.reconstructs)
         train(run, weights)
     except CrocError as error:
+        if error.everywhere:
+            return _report(error)
         print(f"error on rank {rank()}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:  # all ranks have ended their step
+            stop_distributed()
+        raise
     stop_distributed()
     return 0
+
+
+def _report(error: CrocError) -> int:
+    """Print an error that every rank has, once; the exit status."""
+    if (path := os.environ.get(ERROR_FILE)) and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(path).write_text(f"error: {error}\n", encoding="utf-8")
+    if rank() == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _failed_before() -> bool:
+    """Return True if torchrun restarts workers after an error that no restart mends."""
+    path = os.environ.get(ERROR_FILE)
+    return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
 
 
 def _checked_run(argv: Sequence[str] | None) -> RunConfig:
     """The run, once everything that can be known beforehand is known to be right."""
     run = parse_run(argv, prog="croc train", description=__doc__ or "")
     check_run(run, world_size(), for_training=True)
+    refuse_other_run(run)
+    # Importing takes some seconds, and so does opening many shards.
+    log_on_rank_zero(
+        get_logger(__name__), logging.INFO, "settings checked, importing torch and megatron-core"
+    )
     from megatron_croc.data.loader import check_data
 
     check_data(run)

@@ -8,7 +8,7 @@ class CheckpointConfig:
     """Checkpoints in Megatron's layout: iter_0000100/ and latest_checkpointed_iteration.txt."""
 
     save: str | None = None
-    """Folder that checkpoints are written to; None: no checkpoints."""
+    """Folder of the run, for checkpoints; a run that finds its own there goes on. None: none."""
 
     save_interval: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -23,7 +23,8 @@ class CheckpointConfig:
     """Also keep checkpoints whose iteration is a multiple of this; None: only the newest."""
 
     load: str | None = None
-    """Folder to resume from (weights, optimizer, position in the data); if empty, start anew."""
+    """Folder to resume from (weights, optimizer, position in the data), if `save` holds no
+    checkpoints; or a checkpoint in `save`, to go back to it. If empty, start anew."""
 
     verify_checkpoint: bool = True
     """Compare every file with its digest in the manifest before loading."""

@@ -2,7 +2,7 @@
 
 `find_faults` lists settings that cannot work, `find_warnings` settings that work but are probably a
 mistake. Each line names the setting, its value and the way out. Checks of sizes and processes are
-in layout_checks.py, checks of logging in logging_checks.py.
+in layout_checks.py, checks of logging in logging_checks.py, of files in file_checks.py.
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_croc.config.base import raise_faults
+from megatron_croc.config.file_checks import find_missing_inputs, find_unwritable_folders
 from megatron_croc.config.fp8 import fp8_gathered_unit, fp8_unit
 from megatron_croc.config.layout_checks import find_layout_faults
 from megatron_croc.config.logging_checks import find_logging_faults
@@ -25,7 +26,8 @@ def check_run(run: RunConfig, world_size: int, *, for_training: bool = False) ->
     Args:
         run: the complete configuration.
         world_size: number of processes.
-        for_training: also require that data, tokenizer and initial weights exist.
+        for_training: also require that data, tokenizer and initial weights exist, and that the
+            folders of the run can be written.
 
     Raises:
         ConfigError: the run has faults; one line each.
@@ -49,7 +51,7 @@ def find_faults(run: RunConfig, world_size: int, *, for_training: bool = False) 
         *find_logging_faults(run, world_size, for_training=for_training),
     ]
     if for_training:
-        faults += _missing_inputs(run)
+        faults += [*find_missing_inputs(run), *find_unwritable_folders(run)]
     return faults
 
 
@@ -277,33 +279,6 @@ def _checkpoint_faults(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _missing_inputs(run: RunConfig) -> Iterator[str]:
-    data = run.data
-    if not data.data_path:
-        yield "data_path is not given: name the folders of shards to train on"
-    for name, folders in {
-        "data_path": data.data_path,
-        "valid_data_path": data.valid_data_path,
-        "eval_answers_data_path": data.eval_answers_data_path,
-    }.items():
-        for folder in folders:
-            if folder.endswith((".yaml", ".yml")):
-                if not Path(folder).is_file():
-                    yield f"{name}={folder}: no such file; fix the path of the blend"
-            elif not folder.startswith("s3://") and not Path(folder).is_dir():
-                yield f"{name}={folder}: no such folder; croc data preprocess writes it"
-    tokenizer = data.tokenizer_model
-    is_file = data.tokenizer_type == "SentencePieceTokenizer"
-    if tokenizer is None:
-        yield f"tokenizer_model is not given: {data.tokenizer_type} needs its path"
-    elif not (Path(tokenizer).is_file() if is_file else Path(tokenizer).is_dir()):
-        what = "file (tokenizer.model)" if is_file else "directory"
-        yield f"tokenizer_model={tokenizer}: no such {what}, which {data.tokenizer_type} needs"
-    start = run.checkpoint.pretrained_checkpoint
-    if start is not None and not Path(start).is_dir():
-        yield f"pretrained_checkpoint={start}: no such folder; fix the path, or set it to none"
-
-
 def find_warnings(run: RunConfig, *, for_training: bool = False) -> list[str]:
     """List settings that work but are probably a mistake, one line each."""
     return list(_warnings(run, for_training=for_training))
@@ -335,7 +310,9 @@ def _warnings(run: RunConfig, *, for_training: bool) -> Iterator[str]:
         yield "valid_data_path is given, but eval_interval=0 never validates"
     if not for_training:
         return
-    if run.checkpoint.pretrained_checkpoint is None and run.checkpoint.load is None:
-        yield "neither load nor pretrained_checkpoint is given: training starts from random weights"
-    if run.checkpoint.save is None:
+    checkpoint = run.checkpoint
+    resumes = checkpoint.save is not None and any(Path(checkpoint.save).glob("iter_*"))
+    if checkpoint.pretrained_checkpoint is None and checkpoint.load is None and not resumes:
+        yield "pretrained_checkpoint is not given: training starts from random weights"
+    if checkpoint.save is None:
         yield "save is not given: nothing of this run is kept"

@@ -164,7 +164,7 @@ def _pipeline_faults(run: RunConfig) -> Iterator[str]:
     shown = "".join(f" less {name}={value}" for name, value in given.items())
     if rest < others or (others == 0 and rest) or (others and rest % others):
         yield (
-            f"num_layers={num_layers}{shown}: {rest} layers cannot be dealt evenly to {others} "
+            f"num_layers={num_layers}{shown}: {rest} layers cannot be split evenly over {others} "
             f"pipeline stages; choose a pipeline_model_parallel_size (now {pp}) that divides them, "
             "or set decoder_first_pipeline_num_layers or decoder_last_pipeline_num_layers"
         )

@@ -10,6 +10,9 @@ class LoggingConfig:
     log_interval: int = 10
     """Optimizer steps between lines of metrics."""
 
+    log_wide: bool = False
+    """Put most metrics into the line on the console, not the few that fit a terminal."""
+
     log_dir: str | None = None
     """Folder for metrics.jsonl and TensorBoard events; None: the folder `save`."""
 

@@ -196,7 +196,10 @@ def read_release(folder: Path, vision_folder: Path | None) -> CrocModelConfig:
     elif known:
         model.vision_tower = get_recipe(known[0]).model.vision_tower
     else:
-        raise CheckpointError(f"{path}: mm_vision_tower {name!r} is not known: add --vision DIR")
+        raise CheckpointError(
+            f"{path}: mm_vision_tower {name!r} is not known: "
+            "add --vision DIR to croc convert import"
+        )
     model.vision_tower.vision_select_layer = int(config.get("mm_vision_select_layer", -2))
     return model
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_croc.convert.tensor_files import DTYPES
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

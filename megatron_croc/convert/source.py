@@ -3,8 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_croc.config.model import CrocModelConfig
 from megatron_croc.convert.configs import (
@@ -18,11 +17,14 @@ from megatron_croc.convert.configs import (
 )
 from megatron_croc.convert.names import CROC, SEPARATE, VICTOR, Layout, build_rules
 from megatron_croc.convert.names import EXPORT as EXPORT_LAYOUT
-from megatron_croc.convert.state import weight_source
 from megatron_croc.convert.tensor_files import LazyTensors, StoredTensor, open_tensors, read_json
 from megatron_croc.errors import CheckpointError, ConfigError
 from megatron_croc.log import get_logger, log_on_rank_zero
-from megatron_croc.model.sharded_weights import Shard, WeightSource
+
+if TYPE_CHECKING:  # opening reads JSON and headers; only the weights need torch and megatron
+    import torch
+
+    from megatron_croc.model.sharded_weights import Shard, WeightSource
 
 logger = get_logger(__name__)
 
@@ -41,12 +43,14 @@ class Source:
     """False: a language model and a tower that were not trained together."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """Dtype of the language model's embedding table."""
         return self.tensors[self.layout.language_model + "embed_tokens.weight"].dtype
 
-    def weights(self, used: set[str] | None = None) -> WeightSource:
+    def weights(self, used: set[str] | None = None) -> "WeightSource":
         """Return a function shard -> whole megatron tensor; None for parts that are missing."""
+        from megatron_croc.convert.state import weight_source
+
         rules = build_rules(self.model, self.layout)
         whole = weight_source(LazyTensors(self.tensors), rules, set() if used is None else used)
         return lambda shard: None if shard.key.startswith(self.fresh) else whole(shard)
@@ -81,7 +85,8 @@ def open_source(folder: Path, vision_folder: Path | None = None) -> Source:
         language_model = parse_language_model(config, folder / "config.json")
         if vision_folder is None:
             raise CheckpointError(
-                f"{folder}: a language model alone ({kind}); add --vision DIR, a CLIP or SigLIP"
+                f"{folder}: a language model alone ({kind}); add --vision DIR to "
+                "croc convert import, a CLIP or SigLIP"
             )
         assert kind in LANGUAGE_MODELS
         vision = read_vision_tower(vision_folder)
@@ -99,7 +104,9 @@ def open_source(folder: Path, vision_folder: Path | None = None) -> Source:
     return Source(model=model, layout=layout, tensors=tensors, fresh=fresh, is_whole=True)
 
 
-def open_weights(folder: str | Path, model: CrocModelConfig, *, reconstructs: bool) -> WeightSource:
+def open_weights(
+    folder: str | Path, model: CrocModelConfig, *, reconstructs: bool
+) -> "WeightSource":
     """Open the weights of a whole model as start of a run.
 
     Args:
@@ -195,7 +202,7 @@ def _read_training_parts(
     return tuple(fresh)
 
 
-def check_vocabulary(source: Source, shard: Shard) -> None:
+def check_vocabulary(source: Source, shard: "Shard") -> None:
     """Check that vocabulary tables have the configured number of rows; padding would hide a fault.
 
     Raises:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_croc.atomic_files import make_directory, sync_directory, sync_tree
 from megatron_croc.errors import CheckpointError
 
 
@@ -25,9 +26,11 @@ def staged_directory(final: Path) -> Iterator[Path]:
     staged = final.with_name(final.name + ".incomplete")
     try:
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+        make_directory(staged)
         yield staged
+        sync_tree(staged)  # a power cut must not leave a name with empty files
         os.replace(staged, final)
+        sync_directory(final.parent)
     except OSError as error:
         raise CheckpointError(f"{final}: cannot be written: {error}") from error
     finally:

@@ -2,7 +2,8 @@
 
 Supports model.safetensors and pytorch_model.bin, as one file or as several with an index. Headers
 are checked when the directory is opened; data is read when a tensor is needed. No file can run
-code: safetensors is plain data, and .bin files are loaded with torch's weights_only.
+code: safetensors is plain data, and .bin files are loaded with torch's weights_only. torch is
+imported only where data or a .bin file is read.
 """
 
 import json
@@ -12,16 +13,20 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_croc.errors import CheckpointError, first_line
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-"""Dtypes of weights (and of old position_ids) by their safetensors names."""
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+"""torch's names of the dtypes of weights (and of old position_ids), by their safetensors names."""
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 _MAX_HEADER = 100_000_000
 
@@ -31,19 +36,31 @@ class StoredTensor:
     """One tensor in a file."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], Tensor]
+    dtype_name: str
+    """torch's name, such as float32."""
+
+    item_bytes: int
+    """Bytes of one number."""
+
+    load: "Callable[[], Tensor]"
     """Reads the data."""
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype in memory, as in the file."""
+        import torch
 
-class LazyTensors(Mapping[str, Tensor]):
+        return getattr(torch, self.dtype_name)
+
+
+class LazyTensors(Mapping[str, "Tensor"]):
     """Mapping of stored tensors that reads a tensor at each access and keeps none."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         """Args: stored: tensors by name."""
         self.stored = stored
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> "Tensor":
         """Read one tensor."""
         return self.stored[name].load()
 
@@ -84,8 +101,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; CheckpointError if missing or not an object."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return tree
@@ -139,21 +158,29 @@ def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
         raise CheckpointError(
             f"{path}: tensor {name} is {entry['dtype']}; only {', '.join(DTYPES)} are read"
         )
-    dtype = DTYPES[entry["dtype"]]
-    if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+    dtype_name = DTYPES[entry["dtype"]]
+    if first < 0 or end - first != math.prod(shape) * _ITEM_BYTES[dtype_name]:
         raise CheckpointError(f"{path}: tensor {name}: {end - first} bytes for shape {shape}")
 
-    def load() -> Tensor:
+    def load() -> "Tensor":
+        import torch
+
+        dtype = getattr(torch, dtype_name)
         if end == first:
             return torch.empty(shape, dtype=dtype)
         numbers = np.fromfile(path, np.uint8, count=end - first, offset=start + first)
         return torch.from_numpy(numbers).view(dtype).reshape(shape)
 
-    return StoredTensor(shape=shape, dtype=dtype, load=load)
+    return StoredTensor(
+        shape=shape, dtype_name=dtype_name, item_bytes=_ITEM_BYTES[dtype_name], load=load
+    )
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     """Open a .bin file, memory-mapped if its format allows; accepts tensors only."""
+    import torch
+    from torch import Tensor
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -170,6 +197,9 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
         tensors[name] = StoredTensor(
-            shape=tuple(tensor.shape), dtype=tensor.dtype, load=lambda kept=tensor: kept
+            shape=tuple(tensor.shape),
+            dtype_name=str(tensor.dtype).removeprefix("torch."),
+            item_bytes=tensor.itemsize,
+            load=lambda kept=tensor: kept,
         )
     return tensors

@@ -3,12 +3,14 @@
 All are exact in both directions.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # `croc convert inspect` reads names and shapes without torch
+    from torch import Tensor
 
 
 class Operation(Protocol):
@@ -63,6 +65,8 @@ class Stack:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate the rows."""
+        import torch
+
         return torch.cat(list(tensors), dim=0)
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
@@ -80,6 +84,8 @@ class GroupedQKV:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """[q, k, v], weights [rows, D] or biases [rows] -> interleaved rows."""
+        import torch
+
         rest = tensors[0].shape[1:]
         grouped = [t.reshape(self.num_query_groups, -1, self.head_dim, *rest) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *rest)

@@ -17,6 +17,7 @@ from megatron_croc.config.base import (
     read_yaml,
     settings_help,
 )
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes import get_recipe, list_recipes
@@ -28,7 +29,7 @@ def run_parser(*, prog: str, description: str) -> argparse.ArgumentParser:
     Settings are not options of the parser: `parse_command` reads them and reports all faults.
     """
     # With abbreviations, a wrong --lr-decay would set any setting that begins like it.
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -143,7 +143,7 @@ def _finish(
     run.logging.tensorboard = False
     run.logging.log_interval = max(1, min(run.logging.log_interval, iterations))
     if run.checkpoint.save is not None:  # the grid's folder of checkpoints, one below it per run
-        run.checkpoint.save = run.checkpoint.load = str(Path(run.checkpoint.save) / name)
+        run.checkpoint.save = str(Path(run.checkpoint.save) / name)
     counts = count_parameters(run.model)
     trained = trained_parts(run.training, reconstructs=run.reconstructs)
     return GridRun(

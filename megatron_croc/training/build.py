@@ -1,5 +1,6 @@
 """Building of model, optimizer, schedule and metrics writer from a RunConfig."""
 
+import logging
 from dataclasses import dataclass
 
 from megatron.core.distributed import (
@@ -16,6 +17,7 @@ from megatron_croc.checkpoint.sharded import load_checkpoint, load_weights
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.base import to_tree
 from megatron_croc.config.run import RunConfig
+from megatron_croc.log import get_logger, log_on_rank_zero
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.freezing import freeze
 from megatron_croc.model.initialization import initialize_weights
@@ -29,6 +31,8 @@ from megatron_croc.training.reporting.reporting import Reporter
 from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.step import TrainStep
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -141,6 +145,8 @@ def build_training_state(
     if state is None:
         state = TrainState(stage=run.stage)
         start = run.checkpoint.pretrained_checkpoint
+        if start is not None:
+            log_on_rank_zero(logger, logging.INFO, "loading weights from %s", start)
         if weights is not None:
             for model in models:
                 fill_weights(model, weights)

@@ -1,14 +1,23 @@
 """The training loop."""
 
+import logging
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from megatron_croc.checkpoint.saving import CheckpointSaver
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_croc.checkpoint.ownership import open_run_folder
+from megatron_croc.checkpoint.run_folder import begin_run
+from megatron_croc.checkpoint.saving import CheckpointSaver, clear_leftovers
 from megatron_croc.config.base import to_tree, to_yaml
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.loader import build_train_loader
-from megatron_croc.log import rank, world_size
+from megatron_croc.data.loader import build_train_loader, build_train_plan
+from megatron_croc.data.order.row_plan import RowStream
+from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.model.sharded_weights import WeightSource
 from megatron_croc.parallel.groups import start_distributed
+from megatron_croc.parallel.rank_zero import on_rank_zero
 from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_reporter, build_training_state
 from megatron_croc.training.evaluate import evaluate
@@ -20,6 +29,8 @@ from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
 from megatron_croc.training.safety.watchdog import watch_over
+
+logger = get_logger(__name__)
 
 
 def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
@@ -33,15 +44,38 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
         the trained state.
 
     Raises:
-        CheckpointError: the last state could not be saved.
+        CheckpointError: the folder `save` is another run's, or the last state could not be saved.
+        KeyboardInterrupt: the run was stopped by SIGINT, after its step and with a checkpoint.
         RunError: too many steps in a row were not finite, or another rank was lost.
     """
-    # Build model, optimizer and data order, or restore them from the last checkpoint.
     pg = start_distributed(run.parallel, seed=run.training.seed)
+    with open_run_folder(run) as load:
+        settings = to_yaml(run)
+        run = replace(run, checkpoint=replace(run.checkpoint, load=load))
+        return _train(run, pg, weights, settings=settings)
+
+
+def _train(
+    run: RunConfig, pg: ProcessGroupCollection, weights: WeightSource | None, *, settings: str
+) -> TrainingState:
+    """Train; `checkpoint.load` is the folder to resume from, `settings` are those of the user."""
+    # Build model, optimizer and data order, or restore them from the last checkpoint.
+    clear_leftovers(run.checkpoint)  # before anything is written: the disk may be full
+    began = time.perf_counter()
+    log_on_rank_zero(logger, logging.INFO, "building the model")
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
+    _log_duration("model built in %.1f s, opening the data", began)
+    folders = [Path(f) for f in (run.checkpoint.save, folder) if f is not None]
+
+    def begin() -> list[Path]:
+        if state.iteration:  # other data is refused before anything is written
+            RowStream(build_train_plan(run), state.resume_point())
+        return begin_run(run.checkpoint, folders, state, settings)
+
+    others = on_rank_zero(begin)
     if folder is not None and rank() == 0:
-        drop_undone_steps(folder, state.iteration)
+        drop_undone_steps(folder, 0 if folder in others else state.iteration)
 
     # Set up metrics, profiler, anomaly checks and checkpoints.
     times = TimeSplit(run.logging, training.chunks, pg) if run.logging.timing_log_level else None
@@ -51,7 +85,12 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
         run.reliability, state, pg, settings=to_tree(run), train_iters=last, folder=folder
     )
     saver = CheckpointSaver(
-        run.checkpoint, training.chunks, training.optimizer, pg, settings=to_yaml(run)
+        run.checkpoint,
+        training.chunks,
+        training.optimizer,
+        pg,
+        settings=settings,
+        resumed_at=state.iteration,
     )
 
     def is_due(interval: int) -> bool:
@@ -64,13 +103,16 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
             run, pg, build_train_loader, state=state.resume_point()
         ) as broadcaster,
     ):
-        is_over = state.iteration >= last
+        began, is_first, is_over = time.perf_counter(), True, state.iteration >= last
         while not is_over:
             # Load the micro-batches of one step.
             started = time.perf_counter()
             enter("waiting for data", iteration=state.iteration + 1)
             batches = broadcaster.next_step()
             waited = time.perf_counter() - started
+            if is_first:
+                _log_duration("first batch after %.1f s; the first step is the slowest", began)
+                is_first = False
 
             # Train one step, and report it.
             metrics = training.train_step.train(
@@ -84,8 +126,7 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
             if guard.gives_up():
                 enter("saving a checkpoint", collective="barrier")
                 saver.save(guard.last_good)
-                saver.close()
-                raise guard.error()
+                raise guard.error(unsaved=saver.close_quietly())
 
             # Validate.
             if is_due(run.training.eval_interval):
@@ -107,4 +148,9 @@ def train(run: RunConfig, weights: WeightSource | None = None) -> TrainingState:
         saver.close()
     profile.close()
     reporter.close()
+    stop.raise_if_interrupted()
     return training
+
+
+def _log_duration(message: str, began: float) -> None:
+    log_on_rank_zero(logger, logging.INFO, message, time.perf_counter() - began)

@@ -32,7 +32,7 @@ from megatron_croc.training.batch_broadcast import open_batch_broadcast
 from megatron_croc.training.build import TrainingState, build_training_state
 from megatron_croc.training.optimizer import measure_gradients
 from megatron_croc.training.reporting.metrics import StepMetrics
-from megatron_croc.training.safety.anomaly import AnomalyGuard
+from megatron_croc.training.safety.anomaly import AnomalyGuard, bad_weights
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -116,6 +116,9 @@ class Findings:
     metrics: StepMetrics
     """Metrics of the whole step; the weights are not updated."""
 
+    bad_weights: list[str]
+    """Weights that are not finite before the step, at most three."""
+
     micro_batches: list[MicroBatchFindings]
     """Results of this replica's micro-batches."""
 
@@ -158,6 +161,7 @@ def replay(run: RunConfig, report: dict[str, Any]) -> Findings:
     return Findings(
         start=start,
         metrics=metrics,
+        bad_weights=bad_weights(training.chunks),
         micro_batches=[
             _examine(training, batch, number * dp.size() + dp.rank())
             for number, batch in enumerate(batches)

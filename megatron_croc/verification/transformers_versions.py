@@ -45,18 +45,17 @@ Observation = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; return 1 if the two differ or one of them fails."""
-    parser = argparse.ArgumentParser(
+    # Not above: the other interpreter runs this file without this package.
+    from megatron_croc.config.parser import CommandParser
+
+    parser = CommandParser(
         prog="croc parity transformers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("export", type=Path, metavar="EXPORT")
     parser.add_argument("--python", default=sys.executable, help="the other interpreter")
-    parser.add_argument("--observe", type=Path, help=argparse.SUPPRESS)  # run by each side
     arguments = parser.parse_args(argv)
-    if arguments.observe is not None:
-        arguments.observe.write_text(json.dumps(observe(arguments.export)))
-        return 0
     if not (arguments.export / "modeling_croc.py").is_file():
         print(f"error: {arguments.export}: is no export with its own code", file=sys.stderr)
         return 1
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
             try:
                 done = subprocess.run(
-                    [*command, "--observe", file.name],
+                    [*command, file.name],
                     capture_output=True,
                     text=True,
                     check=False,
@@ -237,5 +236,5 @@ def _answer(model: Any, export: Path, save: Path | None) -> tuple[list[list[int]
     return prompts, answers
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # run by each of the two interpreters
+    Path(sys.argv[2]).write_text(json.dumps(observe(Path(sys.argv[1]))))

@@ -151,7 +151,7 @@ HOST_READS = {
     "item at megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": 1,
     "tolist at megatron_croc/training/reporting/metrics.py reduce": 1,
 }
-"""How often the host waits for a value of the device in one training step, and where."""
+"""Number and places of device syncs in one training step."""
 
 
 def read_in_a_step(options: Options) -> Counter[str]:

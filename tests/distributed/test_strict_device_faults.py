@@ -186,7 +186,7 @@ def test_memory_changed_while_it_is_sent_is_named_and_arrives_changed() -> None:
 
 
 def copy_beside() -> tuple[float, float]:
-    """What the host reads too early, and after the wait."""
+    """Values that the host reads too early, and after the wait."""
     with beside() as side:
         host = side.to_host(on_device(3) * 2)
     early = float(host[0])

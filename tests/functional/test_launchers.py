@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_container_flags_reach_srun(cluster, tmp_path):
     log = (Path(state) / "log-1").read_text()
     assert "data_path=/nowhere: no such folder" in log
     steps = [words for name, *words in calls_of(tmp_path) if name == "srun"]
-    assert len(steps) == 2
+    assert len(steps) == 1  # the fault is found before the nodes are looked at
     for words in steps:
         assert "--container-image=/images/croc.sqsh" in words
         assert f"--container-mounts={ROOT}:{ROOT},/data:/data" in words
@@ -216,3 +217,86 @@ def fresh_state(tmp_path: Path) -> str:
 
 def calls_of(tmp_path: Path) -> list[list[str]]:
     return [json.loads(line) for line in (tmp_path / "slurm" / "calls.log").open()]
+
+
+def test_a_wrong_setting_ends_a_script_before_torchrun(cluster, demo, tmp_path):
+    """With no torchrun on the way: it would be told, too."""
+    done = subprocess.run(
+        ["examples/finetune/run.sh"],
+        cwd=ROOT,
+        env=cluster
+        | {
+            "DATA": str(demo / "finetune"),
+            "START": str(tmp_path),
+            "TOKENIZER": "/nowhere/t.model",
+            "CONFIG": "examples/finetune/configs/tiny_2x1.yaml",
+            "SAVE": str(tmp_path / "save"),
+            "PATH": f"{stub_torchrun(tmp_path, 'echo torchrun >&2; exit 3')}:{cluster['PATH']}",
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: tokenizer_model=/nowhere/t.model: no such file")
+
+
+def test_the_error_of_a_worker_is_the_last_line(cluster, tmp_path):
+    stub = 'echo "error: told" >$CROC_ERROR_FILE; echo "a long traceback" >&2; exit 1'
+    done = run_stub(cluster, tmp_path, stub)
+    _, err = done.communicate(timeout=20)
+    assert done.returncode == 1
+    assert err.splitlines() == ["a long traceback", "", "error: told"]
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_reaches_the_workers_and_not_torchrun(cluster, tmp_path, presses):
+    """The group gets SIGINT, as from a terminal; one worker that saves, and one that never ends."""
+    handler = {1: "lambda *_: (open('told', 'w'), os._exit(0))", 2: "signal.SIG_IGN"}[presses]
+    worker = (
+        "import os, signal, time; parent = os.getppid(); "
+        f"signal.signal(signal.SIGINT, {handler}); open('ready', 'w')\n"
+        "while os.getppid() == parent: time.sleep(0.02)"
+    )
+    stub = (
+        f"exec {sys.executable} - <<'END'\n"
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGINT, lambda *_: open('torchrun-was-told', 'w'))\n"
+        f"worker = subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
+        "sys.exit(worker.wait())\nEND"
+    )
+    done = run_stub(cluster, tmp_path, stub)
+    ready = tmp_path / "ready"
+    while not ready.exists():
+        assert done.poll() is None
+        os.sched_yield()
+    for press in range(presses):
+        os.killpg(done.pid, signal.SIGINT)
+        if press + 1 < presses:
+            with pytest.raises(subprocess.TimeoutExpired):
+                done.wait(timeout=0.3)
+    _, err = done.communicate(timeout=20)
+    assert done.returncode == 130
+    assert (tmp_path / "told").exists() == (presses == 1)
+    assert not (tmp_path / "torchrun-was-told").exists()
+    assert ("stopped at once" in err) == (presses == 2)
+
+
+def stub_torchrun(folder: Path, script: str) -> Path:
+    """Write a command `torchrun` into a folder for PATH; returns the folder."""
+    path = folder / "bin" / "torchrun"
+    path.parent.mkdir()
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+    return path.parent
+
+
+def run_stub(cluster: dict[str, str], folder: Path, script: str) -> subprocess.Popen:
+    """Start run_torchrun with a made-up torchrun, in a process group of its own."""
+    path = f"{stub_torchrun(folder, script)}:{cluster['PATH']}"
+    command = (
+        f"cd {ROOT}; source examples/launch/torchrun.sh; cd {folder}; run_torchrun; exit $status"
+    )
+    return subprocess.Popen(
+        ["bash", "-euc", command], env=cluster | {"PATH": path}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip

@@ -147,7 +147,6 @@ def test_resuming_gives_the_very_numbers_of_the_run_that_went_on(
         demo,
         "pretrain_croc",
         f"--save={again}",
-        f"--load={again}",
         "--train-iters=6",
         "--global-batch-size=2",
         "--eval-interval=3",
@@ -226,6 +225,62 @@ def test_every_wrong_input_is_one_clear_error(demo: Path, stages: Path, tmp_path
         single = name not in ("heads", "another architecture")  # those list several faults
         assert (len(stderr.strip().splitlines()) == 1) == single, (name, stderr)
     assert not (tmp_path / "save" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_in_its_own_folder_and_in_no_other(demo: Path, tmp_path: Path):
+    """Without --load, as one command after the other: runs and refusals, and what is left."""
+    save = tmp_path / "save"
+    more_data = [str(demo / "finetune"), str(demo / "pretrain_mlp")]
+
+    def command(*more: str, stage: str = "finetune") -> list[str]:
+        return words(demo, stage, f"--save={save}", "--save-interval=1", *more)
+
+    commands = {
+        "a new run": command("--train-iters=1"),
+        "it goes on": command("--train-iters=2", "--lr=1e-4"),
+        "a branch": [
+            *command("--train-iters=3", f"--load={save}"),
+            f"--save={tmp_path / 'branch'}",
+        ],
+        "the branch again": [
+            *command("--train-iters=4", f"--load={save}"),
+            f"--save={tmp_path / 'branch'}",
+        ],
+        "another seed": command("--train-iters=3", "--seed=5"),
+        "another model": command("--train-iters=3", "--num-layers=3"),
+        "another stage": command("--train-iters=3", stage="pretrain_mlp"),
+        "other data": command("--train-iters=3", "--data-path", *more_data),
+        "no folder": [*command(), "--save=/proc/nowhere"],
+    }
+    refused = {
+        "another seed": ["seed 1234 there, 5 here", f"--load {save}", "another folder"],
+        "another model": ["num_layers 2 there, 3 here"],
+        "another stage": ["stage finetune", f"--pretrained-checkpoint {save}"],
+        "other data": ["another order of samples"],
+        "no folder": ["save=/proc/nowhere: cannot be written"],
+    }
+    (answers,) = run_distributed(run_all, 1, list(commands.values()))
+    for name, (status, stderr) in zip(commands, answers, strict=True):
+        assert status == (1 if name in refused else 0), (name, stderr)
+        for fragment in refused.get(name, ()):
+            assert fragment in stderr, (name, stderr)
+        assert len(stderr.splitlines()) == (name in refused), (name, stderr)
+    assert [row["iteration"] for row in rows_of(save)] == [1, 2]
+    assert [row["iteration"] for row in rows_of(tmp_path / "branch")] == [3, 4]
+    ids = {}
+    for root, iterations in ((save, (1, 2)), (tmp_path / "branch", (3, 4))):
+        states = [root / f"iter_{i:07d}" / "train_state.json" for i in iterations]
+        (ids[root],) = {json.loads(state.read_text())["run_id"] for state in states}
+        assert (root / "run_id.txt").read_text() == f"{ids[root]}\n"
+        assert not (root / "run.lock").exists()
+    assert len(set(ids.values())) == 2
+    # The refused ones have left nothing; the settings of each part of the run are kept.
+    assert "train_iters: 2" in (save / "run.yaml").read_text()
+    assert "train_iters: 1" in (save / "run_0000001.yaml").read_text()
+    assert sorted(path.name for path in save.glob("run*")) == [
+        "run.yaml", "run_0000001.yaml", "run_id.txt",
+    ]  # fmt: skip
 
 
 def test_the_process_itself_ends_with_status_1_and_one_line(demo: Path):

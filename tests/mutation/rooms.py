@@ -8,7 +8,10 @@ FLIP = ["tests/unit/ops/test_flip.py", "tests/unit/ops/test_attention.py"]
 MODEL = ["tests/unit/model", "tests/golden", "tests/distributed/test_layouts.py"]
 
 TESTS: dict[str, list[str]] = {
-    "megatron_croc/ops/assignment": ["tests/unit/ops/test_assignment.py"],
+    "megatron_croc/ops/assignment": [
+        "tests/unit/ops/test_assignment.py",
+        "tests/unit/ops/test_assignment_on_cpu.py",
+    ],
     "megatron_croc/ops/attention": FLIP,
     "megatron_croc/ops/attention/dense.py": [
         "tests/unit/model/test_core_attention.py",

@@ -99,7 +99,7 @@ def _announce_end(job: subprocess.Popen, when: Path) -> None:
 
 
 def srun(state: Path, words: list[str]) -> int:
-    _, command = _options(words)
+    options, command = _options(words)
     job = os.environ["SLURM_JOB_ID"]
     tasks = [
         subprocess.Popen(
@@ -107,7 +107,7 @@ def srun(state: Path, words: list[str]) -> int:
             env=os.environ | {"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)},
             start_new_session=True,  # a task is a process group of its own
         )
-        for node in range(int(os.environ["SLURM_NNODES"]))
+        for node in range(int(options.get("nodes", os.environ["SLURM_NNODES"])))
     ]
     step = state / f"step-{job}"
     step.write_text(" ".join(str(task.pid) for task in tasks))

@@ -1,5 +1,7 @@
+import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,51 @@ def test_once_is_once_per_message(lines: list[str], monkeypatch: pytest.MonkeyPa
     for number in (1, 1, 2, 2, 1):
         log_once(logger, logging.WARNING, "number %d", number)
     assert lines == ["WARNING megatron_croc.y: number 1", "WARNING megatron_croc.y: number 2"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "expected"),
+    [
+        ("1", ["all is well", "WARNING: odd", "of the job"]),
+        ("2", ["[rank 0] all is well", "[rank 0] WARNING: odd", "of the job"]),
+    ],
+)
+def test_a_line_holds_no_more_than_is_needed(num_ranks, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", num_ranks)
+    monkeypatch.setenv("RANK", "0")
+    root, stream = get_logger("megatron_croc"), io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(root.handlers[0].formatter)
+    monkeypatch.setattr(root, "handlers", [handler])
+    get_logger("megatron_croc.z").info("all is well")
+    get_logger("megatron_croc.z").warning("odd")
+    log_on_rank_zero(get_logger("megatron_croc.z"), logging.INFO, "of the job")
+    assert [line.split(" ", 1)[1] for line in stream.getvalue().splitlines()] == expected
+
+
+def test_libraries_are_silent_and_other_code_is_heard():
+    """Imports any module of the project first; neither is a filter left out nor one too many."""
+    program = (
+        "import megatron_croc.training.loop, warnings, logging\n"
+        "warnings.warn('of the user')\n"
+        "warnings.warn('of the user too', FutureWarning)\n"
+        "warnings.warn_explicit('of a neighbour', UserWarning, 'x.py', 1, 'megatron.coreless')\n"
+        "logging.getLogger('torch.utils.cpp_extension').warning('a compiler is missing')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
+    assert [re.split(r"[:\]] ", line)[-1] for line in told] == [
+        "of the user",
+        "of the user too",
+        "of a neighbour",
+        "a compiler is missing",
+    ]
 
 
 def test_torch_says_nothing_about_the_machine(tmp_path: Path):

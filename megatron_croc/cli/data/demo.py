@@ -8,18 +8,20 @@ number of workers. Turn a JSON file into shards with `croc data preprocess`.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc data demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Images, then annotations, then the tokenizer."""
     arguments = parse_arguments(argv)
+    print(f"drawing {arguments.num_images} images", file=sys.stderr, flush=True)
     images = write_images(
         arguments.out / "images",
         arguments.num_images,

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_croc.data.sample_view import as_text, view_samples, write_page
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 
@@ -26,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a page and pictures")
     parser.add_argument("--plain", action="store_true", help="no colours; [..] is supervised")
     options, run = parse_command(parser, argv)
+    from megatron_croc.data.sample_view import as_text, view_samples, write_page
+
     views = view_samples(run, options.samples)
     for view in views:
         print(as_text(view, colour=sys.stdout.isatty() and not options.plain))

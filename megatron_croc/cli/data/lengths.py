@@ -12,13 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_croc.data.prepare.lengths import index_lengths
+from megatron_croc.config.parser import CommandParser
+from megatron_croc.data.prepare.lengths import TokenizerType, index_lengths
 from megatron_croc.data.sample.conversation import TEMPLATES
+from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.store.manifest import read_manifest
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """What lengths are measured with."""
+    """Add the options of tokenizer and template."""
     parser.add_argument("--tokenizer-model", required=required, help="file or folder")
     parser.add_argument(
         "--tokenizer-type",
@@ -28,13 +30,23 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool) 
     parser.add_argument("--conversation-template", choices=list(TEMPLATES), default="v1")
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write the lengths of one folder, with a progress bar."""
+def tokenizer_type(arguments: argparse.Namespace) -> TokenizerType:
+    """The type that was given, or the one that a file or a folder has."""
     is_folder = Path(arguments.tokenizer_model).is_dir()
     guessed = "HuggingFaceTokenizer" if is_folder else "SentencePieceTokenizer"
+    return arguments.tokenizer_type or guessed
+
+
+def check_tokenizer(arguments: argparse.Namespace) -> None:
+    """Load the tokenizer once, before hours of other work; DataError if it cannot be."""
+    build_tokenizer(tokenizer_type(arguments), arguments.tokenizer_model)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the lengths of one folder, with a progress bar."""
     parts = index_lengths(
         folder,
-        tokenizer_type=arguments.tokenizer_type or guessed,
+        tokenizer_type=tokenizer_type(arguments),
         tokenizer_model=arguments.tokenizer_model,
         template=arguments.conversation_template,
         num_workers=arguments.workers,
@@ -48,7 +60,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the folders one after the other."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc data lengths",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

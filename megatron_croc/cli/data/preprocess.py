@@ -20,16 +20,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_croc.cli.data.lengths import add_tokenizer_arguments, measure
+from megatron_croc.atomic_files import why_unwritable
+from megatron_croc.cli.data.lengths import add_tokenizer_arguments, check_tokenizer, measure
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.inputs import FORMATS
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
 from megatron_croc.data.prepare.tar_index import TarIndexer
+from megatron_croc.errors import DataError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc data preprocess",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,6 +84,12 @@ def index(arguments: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is asked and say what became of the input."""
     arguments = parse_arguments(argv)
+    if (reason := why_unwritable(arguments.output)) is not None:
+        raise DataError(
+            f"--output {arguments.output}: cannot be written ({reason}); name another folder"
+        )
+    if arguments.tokenizer_model is not None:
+        check_tokenizer(arguments)  # not only after all shards
     report = index(arguments) if arguments.index else make(arguments)
     for line in report.lines():
         print(line)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.inputs import FORMATS, open_input
 from megatron_croc.data.sample.tokenizer_training import PROMPT, train_sentencepiece
 from megatron_croc.data.store.records import texts_of
@@ -22,7 +23,7 @@ from megatron_croc.errors import ConfigError, DataError
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc data tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,5 +1,5 @@
-"""What is installed, what will be used and why, and what is wrong with this machine or cluster.
+"""Examination of a machine or cluster: packages, devices, memory, network, disk and clocks.
 
-installed.py: packages | accelerators.py: what they are used for | environment.py: variables |
-memory.py: the run on this machine's memory | machine.py: network, disk, clocks
+installed.py: packages | accelerators.py: kernels and devices | environment.py: variables |
+memory.py: memory of the run | machine.py: network, disk, clocks
 """

@@ -1,4 +1,4 @@
-"""What training will run on here, part by part, and why not on something faster."""
+"""Devices and kernels that training will use here, with the reasons against faster ones."""
 
 import logging
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def look_at_devices() -> Iterator[Finding]:
 
 
 def look_at_choices(run: RunConfig) -> Iterator[Finding]:
-    """Which implementation each part of `run` would take."""
+    """Find the implementation that each part of `run` will use."""
     yield _attention(run)
     yield _adam()
     yield _images(run)

@@ -1,4 +1,4 @@
-"""What is installed here, what training will use, and what is wrong, with the way out.
+"""Report on this machine: packages, kernels that training will use, problems and the way out.
 
     croc doctor                           this machine
     torchrun ... -m megatron_croc doctor --network           all ranks: all-reduce, clocks

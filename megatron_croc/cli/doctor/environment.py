@@ -9,11 +9,11 @@ FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """Collectives that torch's flight recorder keeps; the second name is the older one."""
 
 TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
-"""1 lets float32 products be computed in TF32: in cuBLAS whatever torch asks for, and in torch."""
+"""Variables that allow TF32 for float32 products, if 1: in cuBLAS in spite of torch; in torch."""
 
 
 def look_at_environment() -> Iterator[Finding]:
-    """What the variables of this process say; examples/launch/environment.sh sets them."""
+    """Check the variables of this process; examples/launch/environment.sh sets them."""
     yield _tf32()
     yield _flight_recorder()
 

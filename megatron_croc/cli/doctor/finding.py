@@ -8,19 +8,19 @@ Level = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was looked at."""
+    """Result of one examination."""
 
     level: Level
-    """ok; note: slower than it could be; warning: probably not meant; error: training will fail."""
+    """ok; note: slower than it could be; warning: probably a mistake; error: training will fail."""
 
     subject: str
-    """What was looked at, in a word or two."""
+    """Name of the examined thing, one or two words."""
 
     text: str
-    """What was found."""
+    """Description."""
 
     remedy: str = ""
-    """The way out, when there is something to mend."""
+    """The way out, if there is a problem."""
 
     def __str__(self) -> str:
         """One line of the report."""

@@ -1,4 +1,4 @@
-"""Which packages are there, in which versions, and whether they fit together."""
+"""Installed packages: versions, and versions that do not fit together."""
 
 import importlib
 import platform

@@ -143,7 +143,7 @@ def look_at_disk(folder: Path, size: int = 256 * _MIB) -> Finding:
 
 
 def look_at_checkpoint_size(run: RunConfig, folder: Path) -> Finding:
-    """Whether a few checkpoints of `run` fit on the disk."""
+    """Compare the size of a checkpoint of `run` with the free space of the disk."""
     from megatron_croc.model.parameters import count_parameters, trained_parts
 
     counts = count_parameters(run.model)

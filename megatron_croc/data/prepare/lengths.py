@@ -20,12 +20,12 @@ import numpy as np
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.data import TemplateName, TokenizerType
 from megatron_croc.data.bad_samples import BadSampleError
-from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_conversation
 from megatron_croc.data.store.manifest import read_manifest
 from megatron_croc.data.store.sample_lengths import tokenizer_digest
 from megatron_croc.data.store.shard_writer import LengthsInfo, add_lengths
 from megatron_croc.data.store.shards import ShardedDataset
+from megatron_croc.ops.special_ids import IMAGE_TOKEN_INDEX
 
 CHUNK = 10_000
 """Number of samples of one job of a worker process."""

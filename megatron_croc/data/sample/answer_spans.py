@@ -6,9 +6,9 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_croc.config.data import TemplateName
-from megatron_croc.data.batch import IGNORE_INDEX
 from megatron_croc.data.sample.conversation import IM_START
 from megatron_croc.data.sample.tokenization import Tokenizer, stop_ids
+from megatron_croc.ops.special_ids import IGNORE_INDEX
 
 
 class AnswerFinder:

@@ -37,6 +37,8 @@ DALI_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
 MAX_DALI_BATCH = 32
 """Largest number of images of one DALI call; bounds its memory, not the micro-batch."""
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
 logger = get_logger(__name__)
 
 DecoderName = Literal["dali", "dali_gpu", "pil"]
@@ -113,7 +115,7 @@ class ImageDecoder:
                 results.append(error)
         for begin in range(0, len(for_dali), MAX_DALI_BATCH):
             indices = for_dali[begin : begin + MAX_DALI_BATCH]
-            decoded = self._decode_with_dali([encoded[i] for i in indices])
+            decoded = self._decode_with_dali([without_notes(encoded[i]) for i in indices])
             for index, result in zip(indices, decoded, strict=True):
                 results[index] = result
         return results
@@ -133,6 +135,23 @@ class ImageDecoder:
 
 def _is_for_dali(header: ImageHeader) -> bool:
     return header.format in DALI_FORMATS and header.mode in DALI_MODES
+
+
+def without_notes(encoded: bytes) -> bytes:
+    """Copy a PNG without its ancillary chunks (colour profiles, texts, dates); others unchanged.
+
+    libpng prints a warning for each faulty one, such as "iCCP: known incorrect sRGB profile". Their
+    names begin with a small letter (PNG specification, 5.4); they change no decoded RGB value.
+    """
+    if not encoded.startswith(_PNG_SIGNATURE):
+        return encoded
+    kept, begin = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while begin < len(encoded):
+        end = begin + 12 + int.from_bytes(encoded[begin : begin + 4], "big")
+        if encoded[begin + 4 : begin + 5].isupper():
+            kept.append(encoded[begin:end])
+        begin = end
+    return b"".join(kept)
 
 
 def _build_dali_decode(device: torch.device) -> DaliDecode:

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 
 from megatron_croc.config.data import TemplateName, TokenizerType
-from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.conversation import (
     BOS,
     EOS,
@@ -31,6 +30,7 @@ from megatron_croc.data.sample.conversation import (
     render_prompt,
 )
 from megatron_croc.errors import DataError
+from megatron_croc.ops.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 Follows = Literal["start", "special", "text"]
 """Predecessor of a text: nothing (or an image), a special token, or more text."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from megatron_croc.config.logging import LoggingConfig
 from megatron_croc.config.model import CrocModelConfig
-from megatron_croc.log import get_logger, rank
+from megatron_croc.log import get_logger, log_on_rank_zero, rank
 from megatron_croc.ops.assignment import optimality_gap
 from megatron_croc.parallel.device import device_name
+from megatron_croc.training.reporting.console import console_lines
 from megatron_croc.training.reporting.metrics import StepMetrics, entropy, usage
 from megatron_croc.training.reporting.prometheus import Endpoint, open_endpoint
 from megatron_croc.training.reporting.stragglers import (
@@ -236,7 +237,8 @@ class Reporter:
         if not self.is_writer:
             return
         row = {name: value for name, value in row.items() if _is_number(value)}
-        logger.info(_line(row, self.train_iters))
+        for level, line in console_lines(row, self.train_iters, wide=self.config.log_wide):
+            log_on_rank_zero(logger, level, line)
         if self.jsonl is not None:
             self.jsonl.write(json.dumps(row) + "\n")
         scalars = {name: value for name, value in row.items() if name != "iteration"}
@@ -279,46 +281,3 @@ def _open_tensorboard(folder: Path):
         logger.warning("TensorBoard is not installed; metrics go to metrics.jsonl only")
         return None
     return SummaryWriter(log_dir=str(folder / "tensorboard"))
-
-
-_SHOWN = {
-    "loss": "loss {:.4f}",
-    "text_loss": "text {:.4f}",
-    "reconstruction_loss": "reconstruction {:.5f}",
-    "valid_loss": "validation: loss {:.4f}",
-    "valid_text_loss": "text {:.4f}",
-    "valid_reconstruction_loss": "reconstruction {:.5f}",
-    "skipped_steps": "SKIPPED {}",
-    "valid_answers_right": "answers right {:.1%}",
-    "grad_norm": "grad norm {:.3f}",
-    "pool_usage": "pool used {:.0%}",
-    "matching_share": "matched {:.1%}",
-    "hidden_matching_share": "hidden {:.1%}",
-    "samples_per_second": "{:.1f} samples/s",
-    "tokens_per_second": "{:.0f} tokens/s",
-    "packing_fill": "packs filled {:.1%}",
-    "mfu": "MFU {:.1%}",
-    "data_wait_share": "waited {:.0%}",
-}
-
-
-def _line(row: dict[str, Any], train_iters: int) -> str:
-    """Console line such as `step 20/200 | loss 3.1 | ... | 1.2 min left`."""
-    iteration = row["iteration"]
-    parts = [f"step {iteration}/{train_iters}"]
-    parts += [shown.format(row[name]) for name, shown in _SHOWN.items() if name in row]
-    rates = [f"{name[3:]} {rate:.2e}" for name, rate in row.items() if name.startswith("lr/")]
-    if rates:
-        parts.append("lr " + ", ".join(rates))
-    parts += _time_line(row)
-    if "seconds_per_step" in row and iteration < train_iters:
-        left = row["seconds_per_step"] * (train_iters - iteration)
-        parts.append(f"{left / 60:.1f} min left" if left < 5400 else f"{left / 3600:.1f} h left")
-    return " | ".join(parts)
-
-
-def _time_line(row: dict[str, Any]) -> list[str]:
-    """Largest time shares, such as `forward 31%, backward 52%`; empty if times are not measured."""
-    shares = {n[11:]: s for n, s in row.items() if n.startswith("time_share/") and s >= 0.02}
-    largest = sorted(shares.items(), key=lambda item: -item[1])[:6]
-    return [", ".join(f"{name} {share:.0%}" for name, share in largest)] if largest else []

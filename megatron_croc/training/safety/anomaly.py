@@ -8,6 +8,7 @@ iteration, consumed samples and learning rate advance, because data order and sc
 of the iteration. `croc replay REPORT` repeats the step.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -85,14 +86,19 @@ class AnomalyGuard:
         """Return True if more steps in a row were skipped than max_consecutive_skips allows."""
         return self.state.skipped_in_a_row > self.config.max_consecutive_skips
 
-    def error(self) -> RunError:
-        """Error that ends the run after too many skipped steps."""
+    def error(self, *, unsaved: str | None = None) -> RunError:
+        """Error that ends the run after too many skipped steps.
+
+        Args:
+            unsaved: reason why the last good state could not be saved; None: it was.
+        """
         limit = self.config.max_consecutive_skips
+        kept = f"; {unsaved}; the same command goes on from the latest one" if unsaved else ""
         where = f"; see {self.report} and run croc replay on it" if self.report else ""
         return RunError(
             f"{self.state.skipped_in_a_row} steps in a row had to be skipped, the last is "
-            f"{self.state.iteration}; max_consecutive_skips={limit}{where}; fix the cause, or "
-            "raise the setting to go past these samples"
+            f"{self.state.iteration}; max_consecutive_skips={limit}{where}{kept}; fix the cause, "
+            "or raise the setting to go past these samples"
         )
 
     def _fault(self, metrics: StepMetrics) -> str | None:
@@ -124,9 +130,10 @@ class AnomalyGuard:
         suspects = [entry for entry in ranks if not _is_finite(entry)]
         # A spike is finite on all ranks: then the losses of all replicas are reported.
         suspects = suspects or [entry for entry in ranks if entry["has_losses"]]
+        # Ranks with bad weights first, then those with a bad loss.
         suspects.sort(
-            key=lambda entry: not any(_bad_micro_batches(entry))
-        )  # ranks with a bad loss first
+            key=lambda entry: (not entry["bad_weights"], not any(_bad_micro_batches(entry)))
+        )
         iteration = self.state.iteration + 1
         reason = self._fault(metrics)
         report = {
@@ -169,6 +176,7 @@ class AnomalyGuard:
             "cp": pg.cp.rank(),
             "dp": pg.dp.rank(),
             "has_losses": bool(totals.losses),
+            "bad_weights": bad_weights(chunks),
             "gradients_are_finite": local_gradients_are_finite(chunks, pg.dp_cp),
             "micro_batches": [
                 {
@@ -180,6 +188,18 @@ class AnomalyGuard:
                 for number, (batch, parts) in enumerate(zip(batches, losses, strict=True))
             ],
         }
+
+
+def bad_weights(chunks: list[nn.Module]) -> list[str]:
+    """Names of this rank's first weights that are not finite, at most three."""
+    bad = (
+        name.removeprefix("module.")
+        for chunk in chunks
+        for name, weight in chunk.named_parameters()
+        if not torch.isfinite(weight.detach().float().sum())
+        and not torch.isfinite(weight.detach()).all()
+    )
+    return list(itertools.islice(bad, 3))
 
 
 def local_gradients_are_finite(chunks: list[nn.Module], dp_cp: dist.ProcessGroup) -> bool:
@@ -211,11 +231,15 @@ def _bad_micro_batches(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_finite(entry: dict[str, Any]) -> bool:
-    return entry["gradients_are_finite"] and not any(_bad_micro_batches(entry))
+    finite = entry["gradients_are_finite"] and not entry["bad_weights"]
+    return finite and not any(_bad_micro_batches(entry))
 
 
 def _describe(entry: dict[str, Any]) -> str:
     """Text such as "rank 1: loss of micro-batch 3 (samples a, b)"."""
+    if entry["bad_weights"]:
+        names = ", ".join(entry["bad_weights"])
+        return f"rank {entry['rank']}: its weights themselves are not finite ({names}, ...)"
     bad = list(_bad_micro_batches(entry))
     what = "loss" if bad else ("losses" if entry["gradients_are_finite"] else "gradient")
     shown = [

@@ -2,7 +2,7 @@
 
     python -m megatron_croc.verification.faults.inject \
         '[{"fault": "kill", "rank": 1, "iteration": 3}]' \
-        megatron_croc.cli.train --recipe tiny/pretrain_croc ...
+        megatron_croc.cli.main train --recipe tiny/pretrain_croc ...
 
 Training has no code for this: faults are patched in at heartbeats, at the loss and where a
 micro-batch is moved to the device. A fault with a `marker` file happens once, also over restarts.

@@ -35,13 +35,12 @@ def make_data(folder: Path) -> Path:
 
 
 def train_words(data: Path, save: Path, *more: str) -> list[str]:
-    """The train command's words for a run of 6 steps that saves every second one and resumes."""
+    """The train command's words for a run of 6 steps that saves every second one."""
     return [
         f"--recipe=tiny/{STAGE}",
         f"--data-path={data / STAGE}",
         f"--tokenizer-model={data / 'tokenizer.model'}",
         f"--save={save}",
-        f"--load={save}",
         "--train-iters=6",
         "--save-interval=2",
         *MODEL,
@@ -55,7 +54,7 @@ def faulty_train(faults: Sequence[Fault], words: Sequence[str]) -> int:
 
     for fault in faults:
         inject(fault)
-    return run_command("megatron_croc.cli.train", words)
+    return run_command("megatron_croc.cli.main", ["train", *words])
 
 
 def trace_fault(folder: Path) -> Fault:

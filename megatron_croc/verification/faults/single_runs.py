@@ -35,7 +35,7 @@ def kill_under_torchrun(place: Workplace, save: Path) -> Outcome:
         "megatron_croc.verification.faults.inject",
         faults,
     ]
-    command += ["megatron_croc.cli.train", *train_words(place.data, save)]
+    command += ["megatron_croc.cli.main", "train", *train_words(place.data, save)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

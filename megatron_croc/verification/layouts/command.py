@@ -1,4 +1,9 @@
-"""The command line of `croc parity layouts`, and its self-test."""
+"""One process against parallel layouts: same weights, same batches, and a self-test.
+
+croc parity layouts --recipe tiny/pretrain_croc --layouts "tp2 tp2+sp pp2+vpp2 cp2"
+croc parity layouts --recipe tiny/pretrain_croc --layouts all4    # all on up to 4
+croc parity layouts --recipe tiny/pretrain_croc --self-test       # faults are seen
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,9 +62,6 @@ def _parse_layouts(words: str) -> list[Layout]:
 
 def _work(run: RunConfig, name: str, steps: int, folder: Path, fault: str | None) -> int:
     """Run one process of one layout."""
-    from megatron_croc.log import quiet_megatron
-
-    quiet_megatron()  # before it is imported
     from megatron_croc.verification.layouts.faults import FAULTS
     from megatron_croc.verification.layouts.observe import work
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_croc.checkpoint.manifest import MANIFEST_FILE, find_damage
+from megatron_croc.checkpoint.manifest import MANIFEST_FILE, find_damage, write_manifest
 from megatron_croc.checkpoint.retention import being_read
 from megatron_croc.checkpoint.state import (
     LATEST_FILE,
@@ -164,7 +164,9 @@ def test_a_folder_without_a_checkpoint_is_not_the_stage_before(pg_collection, tm
 
 
 @pytest.mark.parametrize("name", ["load", "pretrained_checkpoint"])
-@pytest.mark.parametrize("damage", ["no weights", "no metadata", "torn", "lost file", "flipped"])
+@pytest.mark.parametrize(
+    "damage", ["no weights", "unlisted", "no metadata", "torn", "lost file", "flipped"]
+)
 def test_a_damaged_checkpoint_is_named(saved, pg_collection, name, damage):
     """Damage is found with the digests; without them, all but a flipped bit."""
     _, root = saved
@@ -174,6 +176,9 @@ def test_a_damaged_checkpoint_is_named(saved, pg_collection, name, damage):
         for path in folder.iterdir():
             if path.name not in (STATE_FILE, MANIFEST_FILE):
                 path.unlink()
+    elif damage == "unlisted":  # lost before the manifest was written
+        shard.rename(folder / "__7_0.distcp")
+        write_manifest(folder)
     elif damage == "no metadata":
         (folder / ".metadata").unlink()
     elif damage == "torn":
@@ -265,9 +270,15 @@ def test_retention_through_saves(saved, pg_collection):
     assert trainer_of(training.run, pg_collection).state.iteration == 8
 
 
-def test_the_same_iteration_can_be_saved_again(saved, pg_collection):
+def test_the_same_iteration_can_be_saved_again_by_another_run(saved, pg_collection):
     training, root = saved
+    before = first_weight(training)
     shift_weights(training)
     save(training, pg_collection, 3)
-    assert sorted(os.listdir(root)) == ["iter_0000003", LATEST_FILE]
+    kept = root / "iter_0000003.superseded"
+    assert sorted(os.listdir(root)) == ["iter_0000003", kept.name, LATEST_FILE]
+    assert find_damage(kept) == []
+    training.run.checkpoint.load = str(kept)
+    assert first_weight(trainer_of(training.run, pg_collection)) == before
+    training.run.checkpoint.load = str(root)
     assert first_weight(trainer_of(training.run, pg_collection)) == first_weight(training)

@@ -18,7 +18,7 @@ from megatron_croc.checkpoint.manifest import (
 )
 from megatron_croc.errors import CheckpointError
 
-CONTENT = {"a.bin": bytes(range(256)) * 5, "b.bin": b"", "c.bin": b"x" * 300}
+CONTENT = {"a.distcp": bytes(range(256)) * 5, ".metadata": b"", "c.bin": b"x" * 300}
 
 
 @pytest.fixture
@@ -42,7 +42,14 @@ def test_digests_are_sha256_of_pieces(folder: Path):
 @pytest.mark.parametrize("shares", [1, 3, 50])
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("a.bin", 0), ("a.bin", 99), ("a.bin", 100), ("a.bin", 1279), ("c.bin", 0), ("c.bin", 299)],
+    [
+        ("a.distcp", 0),
+        ("a.distcp", 99),
+        ("a.distcp", 100),
+        ("a.distcp", 1279),
+        ("c.bin", 0),
+        ("c.bin", 299),
+    ],
 )
 def test_one_flipped_bit_is_found_by_exactly_one_share(
     folder: Path, shares: int, name: str, place: int
@@ -67,8 +74,10 @@ def test_a_lost_file_is_found_by_some_share(folder: Path, shares: int, name: str
 
 def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path):
     """Bytes per digest are part of the format: another size would call every file damaged."""
-    (tmp_path / "weights").write_bytes(b"1")
-    rows = {"weights": {"bytes": 1, "sha256": [hashlib.sha256(b"1").hexdigest()]}}
+    row = {"bytes": 1, "sha256": [hashlib.sha256(b"1").hexdigest()]}
+    rows = {".metadata": row, "__0_0.distcp": row}
+    for name in rows:
+        (tmp_path / name).write_bytes(b"1")
     recorded = {"piece_bytes": 67108864, "files": rows}
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(recorded))
     assert find_damage(tmp_path) == []
@@ -77,20 +86,20 @@ def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path):
 
 
 def test_lost_torn_and_grown_files_are_named(folder: Path):
-    (folder / "a.bin").unlink()
-    (folder / "b.bin").write_bytes(b"!")
+    (folder / "a.distcp").unlink()
+    (folder / ".metadata").write_bytes(b"!")
     (folder / "c.bin").write_bytes(b"x" * 299)
     assert find_damage(folder) == [
-        "a.bin is missing",
-        "b.bin has 1 bytes, 0 were written",
+        ".metadata has 1 bytes, 0 were written",
+        "a.distcp is missing",
         "c.bin has 299 bytes, 300 were written",
     ]
 
 
 def test_digests_known_from_writing_are_not_read_again(folder: Path):
-    known = {"a.bin": FileDigest(num_bytes=1280, sha256=["0" * 64] * 13)}
+    known = {"a.distcp": FileDigest(num_bytes=1280, sha256=["0" * 64] * 13)}
     write_manifest(folder, known)
-    assert read_manifest(folder)["a.bin"] == known["a.bin"]
+    assert read_manifest(folder)["a.distcp"] == known["a.distcp"]
     assert len(find_damage(folder)) == 13
 
 
@@ -117,3 +126,20 @@ def test_a_folder_without_a_good_manifest_was_never_finished(folder: Path, conte
         read_manifest(folder)
     (line,) = find_damage(folder)
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("a.distcp", "no file of tensors"), (".metadata", "no index of tensors")]
+)
+def test_a_checkpoint_without_tensors_is_not_whole(folder: Path, name: str, told: str):
+    """Its manifest was written when they were gone already."""
+    (folder / name).unlink()
+    write_manifest(folder)
+    (line,) = find_damage(folder)
+    assert told in line
+
+
+def test_a_file_that_a_rank_has_written_must_be_there(folder: Path):
+    digests = {"__1_0.distcp": FileDigest(num_bytes=1, sha256=["0"])}
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp was written, but is not there"):
+        write_manifest(folder, digests)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from megatron_croc.checkpoint.retention import being_read, prune, retire, superfluous, sweep
+from megatron_croc.checkpoint.publishing import sweep
+from megatron_croc.checkpoint.retention import being_read, prune, retire, superfluous
 from megatron_croc.checkpoint.state import iteration_folder
 
 

@@ -40,7 +40,7 @@ IMPOSSIBLE = [
         "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 "
         "--decoder-last-pipeline-num-layers 1",
         2,
-        "2 layers cannot be dealt evenly to 0",
+        "2 layers cannot be split evenly over 0",
     ),
     ("--virtual-pipeline-model-parallel-size 2", 1, "virtual_pipeline_model_parallel_size=2"),
     (

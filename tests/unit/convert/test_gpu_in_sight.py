@@ -65,7 +65,7 @@ def test_a_gpu_in_use_cannot_be_hidden():
     done = run(
         "import torch; torch.cuda.is_initialized = lambda: True",
         "from megatron_croc.cli.convert import main",
-        "assert main(['inspect', '/']) == 1",
+        "assert main(['verify', '--load', '/', '--hf', '/']) == 1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.strip().endswith("uses a GPU already; start a new one for the CPU")

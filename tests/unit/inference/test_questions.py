@@ -132,5 +132,5 @@ def test_the_command_says_it_in_one_line(words, message, tmp_path, capsys):
     from megatron_croc.cli.generate import main
 
     assert main(["--model", str(tmp_path), *words]) == 1
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.removeprefix(f"loading {tmp_path}\n")
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -1,4 +1,4 @@
-"""What the model's attention refuses when it is built."""
+"""Configurations that the model's attention refuses when it is built."""
 
 from types import SimpleNamespace
 

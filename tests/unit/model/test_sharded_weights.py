@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def look(changes: dict) -> dict:
-    """What one rank holds and computes, before and after its weights are set by hand."""
+    """Weights and results of one rank, before and after its weights are set by hand."""
     from megatron_croc.model.norm import Norm
     from megatron_croc.model.sharded_weights import fill_weights, iter_shards
     from megatron_croc.parallel.groups import start_distributed

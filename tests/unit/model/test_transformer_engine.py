@@ -1,4 +1,4 @@
-"""When Transformer Engine is used, and what is told it; its layers: tests/libraries."""
+"""Choice and settings of Transformer Engine; its layers: tests/libraries."""
 
 import pytest
 

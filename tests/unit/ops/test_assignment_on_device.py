@@ -1,4 +1,4 @@
-"""What matching asks of a GPU, on tensors that say they are on one."""
+"""Operations of matching on a GPU, with tensors that pretend to be on one."""
 
 import pytest
 import torch

@@ -66,7 +66,7 @@ def test_the_kernel_takes_the_steps_of_the_reference(interpreted):
 
 @pytest.mark.parametrize("num_warps", [1, 4, 8, 16])
 def test_it_compiles_for_hopper_and_stores_only_at_the_end(num_warps):
-    """What makes any number of warps safe: nothing is stored that is loaded later."""
+    """Any number of warps is safe, because no stored value is loaded later."""
     ptx = compiled(num_columns=2048, num_warps=num_warps)
     first_store = ptx.index("st.global")
     assert "ld.global" in ptx[:first_store]

@@ -1,4 +1,4 @@
-"""Which of torch's kernels FlexAttention is told to take."""
+"""Choice of the kernel of FlexAttention."""
 
 import pytest
 import torch

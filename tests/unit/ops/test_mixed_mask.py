@@ -162,7 +162,7 @@ def test_a_sample_without_a_name_is_numbered():
 
 
 def calls_visible(plan, num_rows, length):
-    """What a plan's two causal calls let each query see, and that no pair is in both."""
+    """Visible pairs of the two causal calls of a plan; no pair is in both."""
     counts = torch.zeros(num_rows, length, dtype=torch.int64)
     for call in (plan.causal, plan.flipped):
         if call is None:

@@ -1,4 +1,4 @@
-"""How many tokens are replaced, and that the draw is a function of its arguments alone."""
+"""Number of replaced tokens; the draw is a function of its arguments alone."""
 
 import random
 

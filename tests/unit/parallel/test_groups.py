@@ -1,4 +1,4 @@
-"""What a process is told before it computes."""
+"""Messages to a process before it computes."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_float32_products_are_float32_although_the_image_allows_tf32():
 
 @pytest.fixture
 def said(monkeypatch):
-    """What is logged, once each."""
+    """Logged lines, once each."""
     from megatron_croc import log
     from megatron_croc.parallel import megatron_versions
 

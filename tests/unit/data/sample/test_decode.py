@@ -3,8 +3,10 @@
 import builtins
 import inspect
 import io
+import struct
 import sys
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -103,6 +105,28 @@ def test_pixels_on_a_gpu_are_ordered_on_torchs_stream(monkeypatch):
 def test_dali_takes_a_stream():
     dali = pytest.importorskip("nvidia.dali")
     assert list(inspect.signature(dali.Pipeline.run).parameters)[1] == "cuda_stream"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+@pytest.mark.parametrize(
+    "note",
+    [
+        (b"iCCP", b"icc\0\0" + zlib.compress(b"junk" * 50)),
+        (b"sRGB", b"\x09"),
+        (b"sBIT", bytes(3)),
+        (b"tRNS", bytes(300)),
+        (b"gAMA", struct.pack(">I", 10_000)),
+    ],
+    ids=lambda note: note[0].decode(),
+)
+def test_libpng_prints_nothing_about_notes_in_a_png(dali, note, mode, capfd):
+    plain = encoded("PNG", mode)
+    kind, data = note
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    before_data = plain.index(b"IDAT") - 4
+    (pixels,) = dali.decode([plain[:before_data] + chunk + plain[before_data:]])
+    assert torch.equal(pixels, dali.decode([plain])[0])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_images(dali):
