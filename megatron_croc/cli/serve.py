@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CrocError
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="croc serve",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

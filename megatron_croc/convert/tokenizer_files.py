@@ -20,8 +20,8 @@ from typing import Any
 from megatron_croc.config.data import DataConfig, TemplateName, TokenizerType
 from megatron_croc.convert.chat_templates import ESCAPE, Words, chat_template
 from megatron_croc.convert.export_config import IMAGE_TOKEN
+from megatron_croc.convert.exported_tokenizer import normalizer_rules
 from megatron_croc.convert.sentencepiece_json import (
-    SPACE,
     first_prefix,
     read_model,
     sentencepiece_json,
@@ -219,7 +219,7 @@ def _adapt(content: dict[str, Any]) -> int:
     """Add IMAGE_TOKEN and the removal of ESCAPE; return the image token's id."""
     content |= {"truncation": None, "padding": None, "post_processor": None}
     remove = {"type": "Replace", "pattern": {"String": ESCAPE}, "content": ""}
-    rules = [rule for rule in _rules(content["normalizer"]) if rule != remove]
+    rules = [rule for rule in normalizer_rules(content["normalizer"]) if rule != remove]
     content["normalizer"] = {"type": "Sequence", "normalizers": [remove, *rules]}
     added = [token for token in content["added_tokens"] if token["content"] != IMAGE_TOKEN]
     for token in added:
@@ -231,12 +231,6 @@ def _adapt(content: dict[str, Any]) -> int:
         [*added, special_token(IMAGE_TOKEN, image_id)], key=lambda token: token["id"]
     )
     return image_id
-
-
-def _rules(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if normalizer is None:
-        return []
-    return normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
 
 
 def _all_ids(content: dict[str, Any]) -> dict[str, int]:
@@ -335,61 +329,3 @@ def _check_ids(text: str, training: Tokenizer) -> None:
                     "tokenizer.json than in training; export without --tokenizer and use "
                     "croc generate --tokenizer"
                 )
-
-
-def is_own_tokenizer(folder: Path) -> bool:
-    """Return True if a folder has a tokenizer.json that this program wrote; saving keeps it so."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return False
-    rules = _rules(read_json(path).get("normalizer"))
-    return any(rule.get("pattern") == {"String": ESCAPE} for rule in rules)
-
-
-def read_exported(folder: Path) -> Tokenizer:
-    """Load an export's tokenizer.json with training's interface.
-
-    Its settings of the prefix are found by trying: a folder saved again by transformers has lost
-    the flag `legacy`, but not the rules.
-
-    Raises:
-        DataError: no tokenizer there, or not a tokenizer.json.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{folder}: has no tokenizer; give one with --tokenizer")
-    try:
-        from tokenizers import Tokenizer as Backend
-    except ImportError as error:
-        raise DataError(f"{path}: transformers is needed: pip install -e '.[hf]'") from error
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library has no class for it
-        raise DataError(f"{path}: is not a tokenizer.json: {error}") from error
-    backend.no_padding()
-    backend.no_truncation()
-    config = read_json(folder / "tokenizer_config.json")
-    specials = {
-        token.content: id
-        for id, token in backend.get_added_tokens_decoder().items()
-        if token.special and token.content != IMAGE_TOKEN
-    }
-    first = next(iter(specials), "")
-    following = backend.encode(first + "a", add_special_tokens=False).tokens[1:]
-    for name in (BOS, EOS):
-        token = config.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if content in specials:
-            specials[name] = specials[content]
-    backend.encode_special_tokens = True
-    image = backend.token_to_id(IMAGE_TOKEN)
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return Tokenizer(
-        name=str(path),
-        size=size - 1 if image == size - 1 else size,
-        special_ids=specials,
-        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
-        adds_prefix=backend.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE),
-        legacy=any(token.startswith(SPACE) for token in following),
-    )

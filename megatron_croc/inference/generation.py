@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_croc.config.data import DataConfig, TemplateName
 from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
 from megatron_croc.convert.export_loader import load_export
+from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
 from megatron_croc.convert.tensor_files import read_json
-from megatron_croc.convert.tokenizer_files import is_own_tokenizer, read_exported
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
 from megatron_croc.data.sample.tokenization import (
@@ -311,7 +311,11 @@ def as_export(folder: Path, tokenizer: Path | None) -> Iterator[Path]:
 def _open_tokenizer(export: Path, data: DataConfig, given: Path | None) -> Tokenizer:
     """Open the given tokenizer, or the tokenizer of the export."""
     if given is None and is_own_tokenizer(export):
-        return read_exported(export)
+        written = read_exported(export)
+        model = export / "tokenizer.model"
+        if data.tokenizer_type != "SentencePieceTokenizer" or not model.is_file():
+            return written
+        return build_tokenizer(data.tokenizer_type, str(model), legacy=written.legacy)
     source = export if given is None else given
     if data.tokenizer_type == "SentencePieceTokenizer" and source.is_dir():
         source = source / "tokenizer.model"

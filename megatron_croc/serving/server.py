@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megatron_croc.convert.configs import read_conversation, read_export
 from megatron_croc.convert.export_config import PROJECTOR_ACTIVATION
+from megatron_croc.convert.exported_tokenizer import is_own_tokenizer
 from megatron_croc.convert.tensor_files import read_json
-from megatron_croc.convert.tokenizer_files import is_own_tokenizer
 from megatron_croc.errors import CheckpointError, ConfigError
 
 _PLUGIN_CHECK = (

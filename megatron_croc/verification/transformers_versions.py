@@ -24,8 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_croc.config.parser import CommandParser
-
 BOUND = 1e-5
 """Largest difference of a float32 logit: another version may order its sums otherwise."""
 
@@ -47,6 +45,9 @@ Observation = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; return 1 if the two differ or one of them fails."""
+    # Not above: the other interpreter runs this file without this package.
+    from megatron_croc.config.parser import CommandParser
+
     parser = CommandParser(
         prog="croc parity transformers",
         description=__doc__,
@@ -54,11 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("export", type=Path, metavar="EXPORT")
     parser.add_argument("--python", default=sys.executable, help="the other interpreter")
-    parser.add_argument("--observe", type=Path, help=argparse.SUPPRESS)  # run by each side
     arguments = parser.parse_args(argv)
-    if arguments.observe is not None:
-        arguments.observe.write_text(json.dumps(observe(arguments.export)))
-        return 0
     if not (arguments.export / "modeling_croc.py").is_file():
         print(f"error: {arguments.export}: is no export with its own code", file=sys.stderr)
         return 1
@@ -69,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
             try:
                 done = subprocess.run(
-                    [*command, "--observe", file.name],
+                    [*command, file.name],
                     capture_output=True,
                     text=True,
                     check=False,
@@ -125,8 +122,8 @@ def compare(here: Observation, there: Observation, *, training: list[list[int]] 
 def training_prompts(export: Path) -> list[list[int]] | None:
     """Return the ids that training gives CONVERSATIONS; None if the export has no tokenizer."""
     from megatron_croc.convert.configs import read_conversation, read_export
+    from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
     from megatron_croc.convert.tensor_files import read_json
-    from megatron_croc.convert.tokenizer_files import is_own_tokenizer, read_exported
     from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
     from megatron_croc.data.sample.tokenization import build_tokenizer, tokenize_prompt
 
@@ -239,5 +236,5 @@ def _answer(model: Any, export: Path, save: Path | None) -> tuple[list[list[int]
     return prompts, answers
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # run by each of the two interpreters
+    Path(sys.argv[2]).write_text(json.dumps(observe(Path(sys.argv[1]))))

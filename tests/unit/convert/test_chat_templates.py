@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 
 from megatron_croc.config.data import TemplateName
-from megatron_croc.convert.tokenizer_files import read_exported, write_tokenizer
+from megatron_croc.convert.exported_tokenizer import read_exported
+from megatron_croc.convert.tokenizer_files import write_tokenizer
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations
 from megatron_croc.data.sample.conversation import (
