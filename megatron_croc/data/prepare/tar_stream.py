@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_croc.data.store.storage import Storage, retry
+from megatron_croc.file_reading import whole_number
 
 PIECE_BYTES = 8 << 20
 """Bytes of one read."""
@@ -79,8 +80,8 @@ def tar_members(stream: "TarStream") -> Iterator[TarMember]:
         if stream.end_mark is not None:
             stream.num_joined, stream.end_mark = stream.num_joined + 1, None
         size, kind = _number(header[124:136]), header[156:157]
-        if "size" in pax and pax["size"].isdigit():
-            size = int(pax["size"])
+        if "size" in pax:
+            size = -1 if (stated := whole_number(pax["size"])) is None else stated
         if size < 0 or stream.position + size > stream.size:
             raise TarDamage(f"the member at byte {begin} is cut off")
         offset = stream.position
@@ -163,10 +164,7 @@ def _number(field_bytes: bytes) -> int:
     if field_bytes[0] & 0x80:
         return int.from_bytes(field_bytes[1:], "big") if field_bytes[0] == 0x80 else -1
     digits = field_bytes.strip(b" \0")
-    try:
-        return int(digits or b"0", 8)
-    except ValueError:
-        return -1
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else -1
 
 
 def _parse_pax(text: bytes) -> dict[str, str]:

@@ -5,7 +5,9 @@ import tarfile
 
 import pytest
 
+from megatron_croc.data.prepare.tar_scan import scan_tar
 from megatron_croc.data.records.fields import FieldRules
+from megatron_croc.data.store.storage import open_storage
 from tests.unit.data.prepare.test_inputs import (
     PICTURES,
     captions,
@@ -93,3 +95,23 @@ def test_rules_reach_members(tmp_path):
     rules = FieldRules.parse(["headline=caption"], ["mask.png"])
     report = make(tar, tmp_path / "out", rules=rules)
     assert (report.num_images, captions(tmp_path / "out")) == (1, ["x"])
+
+
+@pytest.mark.parametrize("size", ["\u0662", "-1", "1_0", "9" * 30, "many"])
+def test_a_size_of_a_pax_header_is_of_ascii_digits(tmp_path, size):
+    """Other digits, which Python's int takes too, would place the next member elsewhere."""
+    record = f"size={size}\n".encode()
+    text = str(len(record) + 3).encode() + b" " + record
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(text)
+    member = tarfile.TarInfo("a.txt")
+    member.size = 2
+    path = tmp_path / "a.tar"
+    path.write_bytes(
+        info.tobuf(tarfile.USTAR_FORMAT)
+        + text.ljust(512, b"\0")
+        + member.tobuf(tarfile.USTAR_FORMAT)
+        + b"hi".ljust(512, b"\0")
+        + bytes(1024)
+    )
+    assert "is cut off" in str(scan_tar(open_storage(path)).damage)
