@@ -101,8 +101,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; CheckpointError if missing or not an object."""
     try:
         return file_reading.read_json(path)
-    except (OSError, UnreadableError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except UnreadableError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _open_indexed(

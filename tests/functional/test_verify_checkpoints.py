@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from megatron_croc.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE, write_manifest
 from megatron_croc.checkpoint.state import LATEST_FILE, TrainState, iteration_folder
 from megatron_croc.cli.checkpoint import verify as main
 
@@ -30,6 +30,7 @@ def root(tmp_path: Path) -> Path:
         folder = iteration_folder(tmp_path, iteration)
         folder.mkdir()
         (folder / "__0_0.distcp").write_bytes(bytes(iteration))
+        (folder / INDEX_FILE).write_bytes(b"")
         state = TrainState(iteration=iteration, consumed_samples=8 * iteration, stage="finetune")
         state.save(folder)
         write_manifest(folder)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_croc.data.look.look import look_at
 from megatron_croc.data.store.manifest import count_samples
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes.command_line import parse_command, run_parser
@@ -27,7 +26,7 @@ DEFAULT_RECIPE = "croc_7b/finetune"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Look, write page and JSON, and print the main lines."""
-    parser = run_parser(prog="croc data check FOLDER ...", description=__doc__ or "")
+    parser = run_parser(prog="croc data check", description=__doc__ or "")
     parser.add_argument("--out", type=Path, default=Path("data_check"), metavar="FOLDER")
     parser.add_argument("--compare", type=Path, metavar="check.json", help="of an earlier look")
     parser.add_argument(
@@ -50,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--tokenizer-model is not given: tokens are counted with it")
     if options.max_samples < 0 or options.strangest < 0:
         raise ConfigError("--max-samples and --strangest must not be negative")
+    from megatron_croc.data.look.look import look_at  # torch: not before the settings are checked
+
     total = count_samples(run.data.data_path)
     number = min(total, options.max_samples) if options.max_samples else total
     with tqdm(total=number, unit="sample", disable=None) as progress:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_croc.config.data import TokenizerType
 from megatron_croc.config.parser import CommandParser
-from megatron_croc.data.prepare.lengths import TokenizerType, index_lengths
 from megatron_croc.data.sample.conversation import TEMPLATES
-from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.store.manifest import read_manifest
 from megatron_croc.data.truncation import TruncationCount
 from megatron_croc.errors import ConfigError
@@ -58,11 +57,15 @@ def tokenizer_type(arguments: argparse.Namespace) -> TokenizerType:
 
 def check_tokenizer(arguments: argparse.Namespace) -> None:
     """Load the tokenizer once, before hours of other work; DataError if it cannot be."""
+    from megatron_croc.data.sample.tokenization import build_tokenizer  # torch
+
     build_tokenizer(tokenizer_type(arguments), arguments.tokenizer_model)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
     """Write the lengths of one folder, with a progress bar."""
+    from megatron_croc.data.prepare.lengths import index_lengths  # torch
+
     run = None if arguments.recipe is None else get_recipe(arguments.recipe)
     visual = arguments.visual_tokens
     if visual is None:

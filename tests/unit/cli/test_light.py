@@ -85,7 +85,7 @@ def test_a_missing_file_is_not_called_damaged(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: No such file or directory$"):
         read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: not JSON \("):
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
         read_json(tmp_path / "config.json")
 
 

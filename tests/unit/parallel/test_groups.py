@@ -33,7 +33,9 @@ def said(monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(log, "_logged_once", set())
     monkeypatch.setattr(
-        megatron_versions.logger, "log", lambda _, message, *args: lines.append(message % args)
+        megatron_versions.logger,
+        "log",
+        lambda _, message, *args, **__: lines.append(message % args),
     )
     return lines
 

@@ -61,7 +61,7 @@ def test_the_folder_decides(tmp_path, files, expected):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer\.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read: not valid JSON"):
         decide_legacy(tmp_path)
 
 
