@@ -6,7 +6,7 @@
 #   Ctrl-C once     they end their step, save and leave; the status is 130
 #   Ctrl-C again    everything ends at once; the status is 130
 #   USR1, TERM      the announced end of a job: they end their step, save and leave
-# An error that no restart mends (a wrong setting, another run's folder) is written by a worker to
+# An error that a restart does not fix (a wrong setting, another run's folder) is written by a worker to
 # $CROC_ERROR_FILE: restarted workers leave at once, and the error stands in the last line.
 
 # shellcheck source=examples/launch/wait.sh

@@ -49,7 +49,7 @@ class Holder:
     """Host name."""
 
     namespace: str
-    """Where `pid` counts: the host since its last start, and the container in it."""
+    """Scope of `pid`: the host since its last start, and the container in it."""
 
     pid: int
     """Process id there."""

@@ -51,7 +51,7 @@ _NO_ACCESS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
 )
-"""Errors of files that the user can mend: missing, not permitted, no room."""
+"""Errors of files that the user can fix: missing, not permitted, no room."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.checkpoint.run_folder import refuse_other_run
+from megatron_croc.cli.errors import print_error
 from megatron_croc.config.checks import check_run
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CrocError
@@ -22,11 +23,11 @@ from megatron_croc.log import get_logger, log_on_rank_zero, rank, world_size
 from megatron_croc.recipes.command_line import parse_run
 
 ERROR_FILE = "CROC_ERROR_FILE"
-"""Variable of the launch scripts: file for the error that no restart mends."""
+"""Variable of the launch scripts: file for an error that a restart does not fix."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 1 after a fault the user can mend."""
+    """Run the command; return the exit status, 1 after an error that the user can fix."""
     if _failed_before():
         return 1
     try:
@@ -57,22 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: CrocError) -> int:
-    """Print an error that every rank has, once; the exit status."""
+    """Print an error that every rank has, once; return the exit status."""
     if (path := os.environ.get(ERROR_FILE)) and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(path).write_text(f"error: {error}\n", encoding="utf-8")
     if rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
     return 1
 
 
 def _failed_before() -> bool:
-    """Return True if torchrun restarts workers after an error that no restart mends."""
+    """Return True if torchrun restarts workers after an error that a restart does not fix."""
     path = os.environ.get(ERROR_FILE)
     return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
 
 
 def _checked_run(argv: Sequence[str] | None) -> RunConfig:
-    """The run, once everything that can be known beforehand is known to be right."""
+    """Parse the run and check all that can be checked before the model is built."""
     run = parse_run(argv, prog="croc train", description=__doc__ or "")
     check_run(run, world_size(), for_training=True)
     refuse_other_run(run)

@@ -19,6 +19,7 @@ from megatron_croc.config.data import DataConfig
 from megatron_croc.config.fp8 import fp8_gathered_unit
 from megatron_croc.config.model import CrocModelConfig, MaskType
 from megatron_croc.config.parallel import ParallelConfig
+from megatron_croc.config.run import RunConfig
 from megatron_croc.config.training import TrainingConfig
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.batch import Batch
@@ -211,3 +212,27 @@ class BatchBuilder:
                 self._transform, self._decoder_name, self._device
             )
         return self._per_thread.decoder
+
+
+def build_batch_builder(
+    run: RunConfig, folders: Sequence[str], *, pad_to_multiple_of: int | None = None
+) -> BatchBuilder:
+    """Open folders of shards and the tokenizer of a run.
+
+    Args:
+        run: the run.
+        folders: folders of shards.
+        pad_to_multiple_of: lengths of packs are padded to a multiple of it; None: as its layout
+            needs.
+
+    Raises:
+        DataError: data or tokenizer missing, damaged or unfit for the model.
+    """
+    return BatchBuilder(
+        data=run.data,
+        model=run.model,
+        reconstructs=run.reconstructs,
+        folders=folders,
+        seed=run.training.seed,
+        pad_to_multiple_of=pad_to_multiple_of or pack_multiple(run.parallel, run.training),
+    )

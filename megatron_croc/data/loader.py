@@ -22,7 +22,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.config.training import TrainingConfig
 from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
 from megatron_croc.data.batch import Batch
-from megatron_croc.data.batch_builder import BatchBuilder, pack_multiple
+from megatron_croc.data.batch_builder import BatchBuilder, build_batch_builder
 from megatron_croc.data.order.row_plan import (
     OrderState,
     RowPlan,
@@ -209,22 +209,6 @@ def build_train_plan(run: RunConfig) -> RowPlan:
         num_visual_tokens=run.model.vision_tower.num_visual_tokens,
         global_batch_size=run.training.global_batch_size,
         seed=run.training.seed,
-    )
-
-
-def build_batch_builder(run: RunConfig, folders: Sequence[str]) -> BatchBuilder:
-    """Open folders of shards and the tokenizer of a run.
-
-    Raises:
-        DataError: data or tokenizer missing, damaged or unfit for the model.
-    """
-    return BatchBuilder(
-        data=run.data,
-        model=run.model,
-        reconstructs=run.reconstructs,
-        folders=folders,
-        seed=run.training.seed,
-        pad_to_multiple_of=pack_multiple(run.parallel, run.training),
     )
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
-from megatron_croc.data.batch_builder import BatchBuilder
+from megatron_croc.data.batch_builder import BatchBuilder, build_batch_builder
 from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.data.sample.tokenization import Tokenizer, build_tokenizer
 from megatron_croc.data.store.shards import ShardedDataset
@@ -196,14 +196,7 @@ def view_samples(run: RunConfig, samples: Sequence[str]) -> list[View]:
         DataError: no such sample, or the data cannot be opened.
     """
     dataset = ShardedDataset(run.data.data_path, roots=run.data.data_roots)
-    builder = BatchBuilder(
-        data=run.data,
-        model=run.model,
-        reconstructs=run.reconstructs,
-        folders=run.data.data_path,
-        seed=run.training.seed,
-        pad_to_multiple_of=1,
-    )
+    builder = build_batch_builder(run, run.data.data_path, pad_to_multiple_of=1)
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model)
     views = []
     for sample in samples:

@@ -26,11 +26,16 @@ class _GatherForBoth(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shard: Tensor, tp: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.tp = tp
+        ctx.set_materialize_grads(False)  # without a reconstruction head one reader is missing
         gathered = tensor_parallel.gather_from_sequence_parallel_region(shard, group=tp)
         return gathered, gathered.view_as(gathered)
 
     @staticmethod
-    def backward(ctx, split: Tensor, whole: Tensor):  # type: ignore[override]
-        own = tensor_parallel.reduce_scatter_to_sequence_parallel_region(split, group=ctx.tp)
-        own = own + tensor_parallel.scatter_to_sequence_parallel_region(whole, group=ctx.tp)
+    def backward(ctx, split: Tensor | None, whole: Tensor | None):  # type: ignore[override]
+        own = None
+        if split is not None:
+            own = tensor_parallel.reduce_scatter_to_sequence_parallel_region(split, group=ctx.tp)
+        if whole is not None:
+            part = tensor_parallel.scatter_to_sequence_parallel_region(whole, group=ctx.tp)
+            own = part if own is None else own + part
         return own, None

@@ -88,14 +88,17 @@ class Facts:
 
 
 def collect(
-    run: RunConfig, dataset: ShardedDataset, tokenizer: Tokenizer, numbers: Sequence[int]
+    run: RunConfig,
+    dataset: ShardedDataset,
+    builder: BatchBuilder,
+    tokenizer: Tokenizer,
+    numbers: Sequence[int],
 ) -> Iterator[Facts]:
-    """Yield the facts of some samples of a run's data_path.
+    """Yield the facts of some samples of a run's data_path, which `dataset` and `builder` read.
 
     Raises:
         DataError: a shard is damaged, or the data does not fit the run.
     """
-    builder = open_builder(run)
     for begin in range(0, len(numbers), AT_ONCE):
         some = numbers[begin : begin + AT_ONCE]
         _, bad = builder.build([Slot(epoch=0, index=number) for number in some])
@@ -104,18 +107,6 @@ def collect(
             facts = _facts_of(run, dataset, tokenizer, number)
             facts.fault = faults.get(facts.sample_id, facts.fault)
             yield facts
-
-
-def open_builder(run: RunConfig) -> BatchBuilder:
-    """Open a builder that cuts and decodes samples as the run's training does."""
-    return BatchBuilder(
-        data=run.data,
-        model=run.model,
-        reconstructs=run.reconstructs,
-        folders=run.data.data_path,
-        seed=run.training.seed,
-        pad_to_multiple_of=1,
-    )
 
 
 def _facts_of(run: RunConfig, dataset: ShardedDataset, tokenizer: Tokenizer, number: int) -> Facts:

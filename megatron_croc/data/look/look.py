@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_croc.atomic_files import write_atomically
 from megatron_croc.config.run import RunConfig
+from megatron_croc.data.batch_builder import build_batch_builder
 from megatron_croc.data.look.compare import compare_surveys, read_survey
-from megatron_croc.data.look.facts import collect, open_builder
+from megatron_croc.data.look.facts import collect
 from megatron_croc.data.look.page import make_page
 from megatron_croc.data.look.strange import choose_strangest
 from megatron_croc.data.look.survey import choose_samples, make_survey
@@ -73,13 +74,15 @@ def look_at(
     before = None if compare is None else read_survey(compare)
     data = run.data
     manifests = [read_manifest(folder) for folder in data.data_path]
-    dataset = ShardedDataset(data.data_path)
+    dataset = ShardedDataset(data.data_path, roots=data.data_roots)
     if not len(dataset):
         raise DataError(f"{', '.join(data.data_path)}: no samples there")
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
     announce_tokenizer(tokenizer, data.conversation_template)
+    builder = build_batch_builder(run, data.data_path, pad_to_multiple_of=1)
+    numbers = choose_samples(len(dataset), max_samples)
     found = []
-    for facts in collect(run, dataset, tokenizer, choose_samples(len(dataset), max_samples)):
+    for facts in collect(run, dataset, builder, tokenizer, numbers):
         found.append(facts)
         progress(1)
     survey = make_survey(
@@ -92,7 +95,6 @@ def look_at(
     ]
     warnings = find_warnings(survey, max_bad_fraction=data.max_bad_fraction)
     changes = None if before is None else compare_surveys(before, survey)
-    builder = open_builder(run)
     shown = [(s, view_sample(builder, tokenizer, s.facts.number)) for s in strangest]
     page = make_page(survey, shown, warnings=warnings, changes=changes)
     out.mkdir(parents=True, exist_ok=True)

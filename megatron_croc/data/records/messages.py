@@ -78,7 +78,7 @@ class Turns:
     """Numbers of the record's images that the messages refer to, in order; may be empty."""
 
     notes: dict[str, str] = field(default_factory=dict)
-    """What was left out or decided, each with an example."""
+    """Parts that were left out, and decisions, each with an example."""
 
 
 def read_turns(fields: Mapping[str, Any]) -> Turns | None:

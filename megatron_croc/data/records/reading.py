@@ -62,7 +62,7 @@ class Reading:
     """File name, encoded bytes, or number of the tar's member, in the order of the marks."""
 
     notes: dict[str, str] = field(default_factory=dict)
-    """What was not read or had to be decided, each with an example."""
+    """Parts that were not read, and decisions, each with an example."""
 
 
 def parse_text(text: bytes, text_format: TextFormat) -> dict[str, Any]:

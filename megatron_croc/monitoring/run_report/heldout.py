@@ -9,7 +9,7 @@ import numpy as np
 from megatron_croc.config.model import MaskType
 from megatron_croc.config.run import RunConfig
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
-from megatron_croc.data.batch_builder import BatchBuilder
+from megatron_croc.data.batch_builder import BatchBuilder, build_batch_builder
 from megatron_croc.data.order.blend import read_blend
 from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.errors import DataError
@@ -76,14 +76,8 @@ def token_kinds(batch: Batch) -> np.ndarray:
 def _builder(run: RunConfig, mask_type: MaskType) -> BatchBuilder:
     run = copy.deepcopy(run)
     run.model.attention_mask_type = mask_type
-    return BatchBuilder(
-        data=run.data,
-        model=run.model,
-        reconstructs=run.reconstructs,
-        folders=read_blend(run.data.valid_data_path).folders,
-        seed=run.training.seed,
-        pad_to_multiple_of=ROW_MULTIPLE,
-    )
+    folders = read_blend(run.data.valid_data_path).folders
+    return build_batch_builder(run, folders, pad_to_multiple_of=ROW_MULTIPLE)
 
 
 def _telling_samples(builder: BatchBuilder) -> Sequence[int]:

@@ -11,7 +11,7 @@ InputFormat = Literal["json", "jsonl", "csv", "parquet", "webdataset"]
 
 
 class InputNote(NamedTuple):
-    """What the report says about an input as a whole."""
+    """Line of the report about an input as a whole."""
 
     text: str
     example: str

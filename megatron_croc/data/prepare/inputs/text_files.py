@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class JsonSlice:
 
     source: str
     first: int
-    records: list
+    records: Sequence[object]
     folder: Path | None = None
 
     def read(self) -> Iterator[InputRecord]:
@@ -34,7 +34,27 @@ class JsonSlice:
             yield InputRecord(number=number, source=self.source, record=record, folder=self.folder)
 
 
-class JsonInput:
+class _LoadedInput:
+    """Records of a file that is loaded completely."""
+
+    def __init__(self, path: Path, content: bytes, records: Sequence[object]) -> None:
+        """Args: path: the file; content: its bytes; records: in order."""
+        self._path, self._records = path, records
+        self.notes: list[InputNote] = []
+        self.num_records = len(records)
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    def slice(self, begin: int, end: int) -> JsonSlice:
+        """Return the records begin .. end - 1."""
+        return JsonSlice(
+            source=self._path.name,
+            first=begin,
+            records=self._records[begin:end],
+            folder=folder_of(self._path),
+        )
+
+
+class JsonInput(_LoadedInput):
     """A JSON list, loaded completely."""
 
     def __init__(self, path: Path) -> None:
@@ -54,19 +74,7 @@ class JsonInput:
                 f"input {path} must be a JSON list, got {type(records).__name__}"
                 f"{_lists_of(records)}"
             )
-        self._path, self._records = path, records
-        self.notes: list[InputNote] = []
-        self.num_records = len(records)
-        self.digest = hashlib.sha256(content).hexdigest()
-
-    def slice(self, begin: int, end: int) -> JsonSlice:
-        """Return the records begin .. end - 1."""
-        return JsonSlice(
-            source=self._path.name,
-            first=begin,
-            records=self._records[begin:end],
-            folder=folder_of(self._path),
-        )
+        super().__init__(path, content, records)
 
 
 def _lists_of(content: object) -> str:
@@ -77,7 +85,7 @@ def _lists_of(content: object) -> str:
     return f": it holds {', '.join(lists)}; write the list of records alone" if lists else ""
 
 
-class CsvInput:
+class CsvInput(_LoadedInput):
     """A CSV table with a line of names at its top, loaded completely."""
 
     def __init__(self, path: Path) -> None:
@@ -86,30 +94,18 @@ class CsvInput:
             content = path.read_bytes()
             csv.field_size_limit(1 << 30)
             reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-            self._records = [dict(row) for row in reader]
+            records = [dict(row) for row in reader]
         except OSError as error:
             raise DataError(f"input {path} cannot be read: {error.strerror}") from error
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"input {path} is no CSV in UTF-8: {first_line(error)}") from error
-        for number, row in enumerate(self._records):
+        for number, row in enumerate(records):
             if None in row:
                 raise DataError(
                     f"input {path}, record {number} has more values than there are names: put "
                     "texts with commas in quotes"
                 )
-        self._path = path
-        self.notes: list[InputNote] = []
-        self.num_records = len(self._records)
-        self.digest = hashlib.sha256(content).hexdigest()
-
-    def slice(self, begin: int, end: int) -> JsonSlice:
-        """Return the records begin .. end - 1."""
-        return JsonSlice(
-            source=self._path.name,
-            first=begin,
-            records=self._records[begin:end],
-            folder=folder_of(self._path),
-        )
+        super().__init__(path, content, records)
 
 
 def folder_of(path: Path) -> Path | None:
