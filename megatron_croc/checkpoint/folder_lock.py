@@ -20,11 +20,12 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_croc.atomic_files import make_directory
 from megatron_croc.errors import CheckpointError
+from megatron_croc.file_reading import UnreadableError, build, read_json
 from megatron_croc.log import get_logger
 
 logger = get_logger(__name__)
@@ -226,11 +227,9 @@ def _create(path: Path, holder: Holder) -> bool:
 def _read(path: Path) -> Holder | None:
     """Read a lock; None if it is missing or cannot be understood."""
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return build(Holder, read_json(path))
+    except (OSError, UnreadableError):
         return None
-    names = {field.name for field in fields(Holder)}
-    return Holder(**tree) if isinstance(tree, dict) and set(tree) == names else None
 
 
 def _age(path: Path) -> float | None:

@@ -8,7 +8,6 @@ A checkpoint of another run is never resumed from and never removed. Checkpoints
 before there were ids) belong to the run of their folder.
 """
 
-import json
 import logging
 import os
 import uuid
@@ -26,6 +25,7 @@ from megatron_croc.config.base import changes_from_tree, read_yaml, shown, to_tr
 from megatron_croc.config.checkpoint import CheckpointConfig
 from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import CheckpointError, ConfigError
+from megatron_croc.file_reading import UnreadableError, read_json
 from megatron_croc.log import get_logger
 
 logger = get_logger(__name__)
@@ -155,10 +155,9 @@ def checkpoint_run_id(checkpoint: Path) -> str:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read train_state.json as it is; empty if it cannot be read."""
     try:
-        tree = json.loads((checkpoint / STATE_FILE).read_bytes())
-    except (OSError, ValueError):
+        return read_json(checkpoint / STATE_FILE)
+    except (OSError, UnreadableError):
         return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def begin_run(

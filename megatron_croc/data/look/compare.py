@@ -1,12 +1,12 @@
 """Comparison of two surveys: what has changed in the data since an earlier look."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_croc.data.look.survey import FORMAT, VERSION
 from megatron_croc.errors import DataError, first_line
+from megatron_croc.file_reading import UnreadableError, read_json
 
 NOTICED = 0.01
 """Smallest change of a share that is told."""
@@ -34,10 +34,10 @@ def read_survey(path: Path) -> dict[str, Any]:
         DataError: it is missing, or no such file.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = read_json(path)
+    except (OSError, UnreadableError) as error:
         raise DataError(f"--compare {path} cannot be read: {first_line(error)}") from error
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if tree.get("format") != FORMAT:
         raise DataError(f"--compare {path} was not written by croc data check: give its check.json")
     if tree.get("version") != VERSION:
         raise DataError(

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,7 @@ from megatron_croc.atomic_files import write_atomically
 from megatron_croc.data.prepare.inputs import InputRecord
 from megatron_croc.data.store.shard_writer import shard_name
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import parse_json
 
 FOLDER = "made_from"
 _JOB = "job.made"
@@ -124,11 +126,14 @@ class Ledger:
         """
         path = self.folder / _JOB
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            job = parse_json(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise DataError(f"{path} is damaged: remove the folder and begin again") from error
+        except ValueError:
+            job = None
+        if not isinstance(job, dict) or not isinstance(job.get("identity"), dict):
+            raise DataError(f"{path} is damaged: remove the folder and begin again")
+        return job
 
     def write_job(self, made_from: MadeFrom) -> None:
         """Write the settings of a job."""
@@ -138,9 +143,10 @@ class Ledger:
     def read_result(self, shard: int) -> dict[str, Any] | None:
         """Read the stored result of a shard; None if it is not finished."""
         try:
-            return json.loads(self._result_path(shard).read_bytes())
+            result = parse_json(self._result_path(shard).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
+        return result if isinstance(result, dict) else None
 
     def write_result(self, shard: int, result: dict[str, Any], files: dict[str, Any]) -> None:
         """Write a shard's result, which marks it as finished, and the files it looked for."""
@@ -161,9 +167,11 @@ class Ledger:
     def read_files(self, shard: int) -> dict[str, FileState]:
         """Read the states of the files that a shard looked for."""
         try:
-            return json.loads(gzip.decompress(self._files_path(shard).read_bytes()))
-        except (OSError, EOFError, ValueError):
-            return {"": [0, 0]}  # lost: no file has this state, so the shard is made again
+            states = parse_json(gzip.decompress(self._files_path(shard).read_bytes()))
+        except (OSError, EOFError, ValueError, zlib.error):
+            states = None
+        # Lost: no file has this state, so the shard is made again.
+        return states if isinstance(states, dict) else {"": [0, 0]}
 
     def _result_path(self, shard: int) -> Path:
         return self.folder / f"{shard_name(shard)}.made"

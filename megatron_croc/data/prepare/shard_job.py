@@ -28,6 +28,7 @@ from megatron_croc.data.store.shard_writer import (
 )
 from megatron_croc.data.store.storage import is_remote, join_location
 from megatron_croc.errors import DataError
+from megatron_croc.file_reading import parse_json
 
 REPORT = "report.json"
 SKIPPED = "skipped.jsonl"
@@ -154,7 +155,7 @@ class ShardJob:
         if begun is None and self.is_complete:
             path = self.output / MANIFEST
             try:
-                begun = json.loads(path.read_text(encoding="utf-8"))
+                begun = parse_json(path.read_bytes())
             except ValueError as error:
                 raise DataError(f"{path} is damaged: remove the folder and begin again") from error
         same_paths = before is not None and before.get("inputs") == self._made_from.inputs
@@ -203,13 +204,16 @@ class ShardJob:
         done = self._ledger.read_result(shard)
         if done is None:
             return None
-        result = ShardResult(
-            info=ShardInfo(**done["info"]),
-            num_records=done["num_records"],
-            skipped=[Skipped(**entry) for entry in done["skipped"]],
-            notes=done.get("notes", {}),
-            records_sha256=done["records_sha256"],
-        )
+        try:
+            result = ShardResult(
+                info=ShardInfo(**done["info"]),
+                num_records=done["num_records"],
+                skipped=[Skipped(**entry) for entry in done["skipped"]],
+                notes=done.get("notes", {}),
+                records_sha256=done["records_sha256"],
+            )
+        except (KeyError, TypeError):  # damaged: the shard is made again
+            return None
         index = self.output / f"{shard_name(shard)}.idx.npy"
         tar = join_location(self.output, result.info.tar)
         return result if index.exists() and (is_remote(tar) or Path(tar).exists()) else None
@@ -276,9 +280,14 @@ class ShardJob:
             identity = self._made_from.identity | {"rules": self._made_from.rules}
             write_manifest(self.output, infos, **identity)
             self.is_complete = True
-        content = json.loads(report_path.read_text(encoding="utf-8"))
-        content["skipped"] = [Skipped(**entry) for entry in content["skipped"]]
-        return Report(**content)
+        try:
+            content = parse_json(report_path.read_bytes())
+            skipped = [Skipped(**entry) for entry in content["skipped"]]
+            return Report(**{**content, "skipped": skipped})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{report_path} is damaged: remove the folder and begin again"
+            ) from error
 
     def _collect(self, notes: Notes) -> tuple[Report, list[ShardInfo], list[Skipped]]:
         results = [result for s in range(self.num_shards) if (result := self._result(s))]

@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_croc.atomic_files import sync_directory, write_atomically
 from megatron_croc.data.records.reading import TextFormat
+from megatron_croc.file_reading import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT_NAME = "megatron_croc shards"
@@ -184,7 +185,7 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo], **extra: object) -
 
 def update_manifest(folder: Path, changed: Mapping[str, object]) -> None:
     """Set keys of a manifest; the shards stay as they are."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parse_json((folder / MANIFEST).read_bytes())
     if all(manifest.get(key) == value for key, value in changed.items()):
         return
     manifest |= changed
@@ -193,13 +194,13 @@ def update_manifest(folder: Path, changed: Mapping[str, object]) -> None:
 
 def lengths_files(folder: Path) -> list[str]:
     """Return the names of a folder's tables of sample lengths."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parse_json((folder / MANIFEST).read_bytes())
     return [entry["file"] for entry in manifest.get("lengths", ())]
 
 
 def add_lengths(folder: Path, info: LengthsInfo) -> None:
     """Add a table of lengths to the manifest, in place of one with the same name."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parse_json((folder / MANIFEST).read_bytes())
     others = [entry for entry in manifest.get("lengths", ()) if entry["file"] != info.file]
     shards = manifest.pop("shards")  # the longest entry stays last
     manifest |= {"lengths": [*others, asdict(info)], "shards": shards}

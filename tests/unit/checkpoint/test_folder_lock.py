@@ -171,3 +171,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"--save .*file/x cannot be written \(Not a dir"):
         FolderLock(tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"[]", b'{"pid": "x"}'])
+def test_an_unreadable_lock_is_taken_over_when_it_is_old(tmp_path: Path, content: bytes):
+    path = tmp_path / LOCK_FILE
+    path.write_bytes(content)
+    os.utime(path, (1.0, 1.0))
+    assert is_free(tmp_path)

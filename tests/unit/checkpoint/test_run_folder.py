@@ -12,6 +12,7 @@ from megatron_croc.checkpoint.run_folder import (
     begin_run,
     own_checkpoints,
     read_run_id,
+    read_state,
     refuse_other_run,
     resume_root,
 )
@@ -173,3 +174,9 @@ def test_checkpoints_of_another_run_are_never_removed(tmp_path: Path):
     checkpoint(run, 1, "aaaa")
     own = [checkpoint(run, iteration, "bbbb") for iteration in (2, 3, 4)]
     assert superfluous(own[-1], keep_last=1, keep_every=None) == own[:-1]
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"[]", b""])
+def test_a_state_that_cannot_be_read_has_no_id(tmp_path: Path, content: bytes):
+    (tmp_path / "train_state.json").write_bytes(content)
+    assert read_state(tmp_path) == {}

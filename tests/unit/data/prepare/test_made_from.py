@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.data.prepare import preprocess
+from megatron_croc.data.prepare import made_from, preprocess
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.store.manifest import verify_shards
@@ -157,3 +157,19 @@ def test_a_replaced_tar_is_indexed_again(source):
     note, number = index()
     assert number == 1 and "shard-000001.tar has changed" in note
     assert all(tar.exists() for tar in tars)
+
+
+@pytest.mark.parametrize("damage", [b"[" * 100_000, b"[]", b"{}", b"\xff", b""])
+def test_damaged_files_of_a_job_are_named_or_made_again(source, damage):
+    rerun(source)
+    folder = source / "out" / made_from.FOLDER
+    for path in (folder / "shard-000001.made", folder / "shard-000001.files.gz"):
+        (source / "out" / "manifest.json").unlink(missing_ok=True)
+        path.write_bytes(damage)
+        made, _, report = rerun(source)
+        assert made == [1] and report.num_samples == 6
+    assert is_fresh(source)
+    for path in (source / "out" / "report.json", folder / made_from._JOB):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match=f"{path.name} is damaged: remove the folder"):
+            rerun(source)
