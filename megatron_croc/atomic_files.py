@@ -93,7 +93,9 @@ def why_unwritable(folder: Path) -> str | None:
     """
     try:
         place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
+        # An empty file needs no room: a run may start on a full disk that it can clear itself.
+        with tempfile.NamedTemporaryFile(prefix=".writable-", dir=place):
+            pass
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -13,12 +13,14 @@ RENEWAL seconds by a thread. A lock that was left behind is taken over:
 A run whose lock was taken over ends at once, without writing anything more.
 """
 
+import errno
 import json
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,8 +137,12 @@ def _start_of(pid: int) -> int | None:
 class FolderLock:
     """Lock of one folder, and the thread that touches it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, make_room: Callable[[], object] | None = None) -> None:
         """Acquire the lock.
+
+        Args:
+            folder: folder of the run; created if missing.
+            make_room: called if the disk is full, with the folder held; deletes leftovers in it.
 
         Raises:
             CheckpointError: another run holds it, or the folder cannot be written.
@@ -145,7 +151,7 @@ class FolderLock:
         self.own = Holder.of_this_process()
         try:
             make_directory(folder)
-            self._acquire()
+            self._acquire(make_room)
         except OSError as error:
             raise CheckpointError(
                 f"--save {folder} cannot be written ({error.strerror}); choose another folder"
@@ -161,8 +167,8 @@ class FolderLock:
         if (holder := _read(self.path)) is not None and holder.token == self.own.token:
             self.path.unlink(missing_ok=True)
 
-    def _acquire(self) -> None:
-        while not _create(self.path, self.own):
+    def _acquire(self, make_room: Callable[[], object] | None) -> None:
+        while not _create(self.path, self.own, make_room):
             holder = _read(self.path)
             age = _age(self.path)
             if age is None:
@@ -211,17 +217,34 @@ def _refusal(path: Path, holder: Holder, here: Holder, age: float) -> str:
     return f"--save {path.parent} is in use by another run ({holder}): {way_out}"
 
 
-def _create(path: Path, holder: Holder) -> bool:
-    """Make the file exclusively; return False if it exists."""
+def _create(path: Path, holder: Holder, make_room: Callable[[], object] | None = None) -> bool:
+    """Make the file exclusively; return False if it exists.
+
+    An empty file holds the folder too, so on a full disk `make_room` may delete what is left there.
+    """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(holder)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        try:
+            _write(handle, holder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or make_room is None:
+                raise
+            make_room()
+            _write(handle, holder)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
     return True
+
+
+def _write(handle: int, holder: Holder) -> None:
+    os.pwrite(handle, (json.dumps(asdict(holder)) + "\n").encode(), 0)
+    os.fsync(handle)
 
 
 def _read(path: Path) -> Holder | None:
@@ -238,10 +261,7 @@ def _age(path: Path) -> float | None:
     try:
         with open(path, "rb") as file:  # NFS looks at the server when a file is opened
             touched = os.fstat(file.fileno()).st_mtime
-        with open(probe, "wb") as file:
-            file.write(b".")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(probe, "wb") as file:  # empty: a full disk has room for a name
             return os.fstat(file.fileno()).st_mtime - touched
     except FileNotFoundError:
         return None

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_croc.checkpoint.folder_lock import FolderLock
+from megatron_croc.checkpoint.publishing import sweep
 from megatron_croc.checkpoint.run_folder import refuse_other_run, resume_root
 from megatron_croc.config.run import RunConfig
 from megatron_croc.parallel.rank_zero import on_rank_zero
@@ -19,11 +20,12 @@ def open_run_folder(run: RunConfig) -> Iterator[str | None]:
     Raises:
         CheckpointError: another run holds the folder, it is another run's, or it cannot be written.
     """
-    save, locks = run.checkpoint.save, list[FolderLock]()
+    locks: list[FolderLock] = []
 
     def enter() -> str | None:
-        if save is not None:
-            locks.append(FolderLock(Path(save)))
+        if run.checkpoint.save is not None:
+            folder = Path(run.checkpoint.save)
+            locks.append(FolderLock(folder, make_room=lambda: sweep(folder)))
         refuse_other_run(run)
         return resume_root(run.checkpoint)
 

@@ -1,5 +1,6 @@
 """One run at a time in a folder, however the last one ended."""
 
+import errno
 import json
 import os
 import subprocess
@@ -179,3 +180,20 @@ def test_an_unreadable_lock_is_taken_over_when_it_is_old(tmp_path: Path, content
     path.write_bytes(content)
     os.utime(path, (1.0, 1.0))
     assert is_free(tmp_path)
+
+
+def test_a_full_disk_is_cleared_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, held = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        if not held:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(folder_lock.os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        FolderLock(tmp_path)
+    assert not list(tmp_path.iterdir())  # the next start is not refused
+    lock = FolderLock(tmp_path, make_room=lambda: held.append((tmp_path / LOCK_FILE).exists()))
+    assert held == [True] and not is_free(tmp_path)
+    lock.release()
