@@ -82,6 +82,8 @@ def _checked_run(argv: Sequence[str] | None) -> RunConfig:
         get_logger(__name__), logging.INFO, "settings checked, importing torch and megatron-core"
     )
     from megatron_croc.data.loader import check_data
+    from megatron_croc.planning.this_device import refuse_too_large
 
+    refuse_too_large(run, world_size())
     check_data(run)
     return run

@@ -109,7 +109,6 @@ def vision_tower_config(
         layernorm_epsilon=model.vision_norm_epsilon,
         activation_func=_VISION_ACTIVATIONS[model.vision_activation],
         add_bias_linear=True,
-        add_qkv_bias=True,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,

@@ -1,7 +1,5 @@
 """Memory of this machine, compared with what the run needs."""
 
-import os
-
 import torch
 
 from megatron_croc.cli.doctor.finding import Finding
@@ -9,7 +7,8 @@ from megatron_croc.config.checks import find_faults
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import world_size
 from megatron_croc.parallel.device import has_cuda
-from megatron_croc.planning.fit import HOST_RESERVED, Device, expected_fit, way_out
+from megatron_croc.planning.fit import expected_fit, way_out
+from megatron_croc.planning.this_device import this_device
 from megatron_croc.planning.workload import Workload
 
 
@@ -48,15 +47,3 @@ def _processes(run: RunConfig) -> int:
     given = max(world_size(), here)
     copy = max(1, run.parallel.model_parallel_size)
     return -(-given // copy) * copy
-
-
-def this_device(processes: int) -> Device:
-    """Memory of the smallest visible GPU; without one, this machine's RAM over its processes."""
-    if has_cuda():
-        found = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        smallest = min(found, key=lambda gpu: gpu.total_memory)
-        return Device(name=smallest.name, memory=float(smallest.total_memory), per_node=len(found))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = "the CPU" if here == 1 else f"the CPU, its memory over {here} processes"
-    return Device(name=name, memory=memory / here, reserved=HOST_RESERVED)

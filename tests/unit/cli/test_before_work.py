@@ -88,3 +88,25 @@ def test_check_tells_of_folders_and_inputs_for_training(tmp_path: Path, capsys):
     error = capsys.readouterr().err
     for told in ("save=/proc/nowhere: cannot be written", "log_dir=/proc/elsewhere", "data_path"):
         assert told in error
+
+
+def test_a_model_larger_than_the_machine_is_told_before_it_is_built(tmp_path, monkeypatch, capsys):
+    """7e9 parameters of croc_7b, 18 bytes each, do not fit into eight processes of a laptop."""
+    from megatron_croc.planning import this_device
+    from megatron_croc.planning.fit import Device
+
+    def laptop(processes: int) -> Device:
+        return Device(name="the CPU", memory=16 * 2**30 / processes)
+
+    monkeypatch.setattr(this_device, "this_device", laptop)
+    (tmp_path / "tokenizer.model").touch()
+    (tmp_path / "data").mkdir()
+    words = ["train", "--recipe", "croc_7b/pretrain_croc", "--data-path", str(tmp_path / "data")]
+    words += ["--tokenizer-model", str(tmp_path / "tokenizer.model"), "--save", str(tmp_path / "s")]
+    words += ["--tensor-model-parallel-size", "1", "--no-sequence-parallel"]
+    assert main(words) == 1
+    *_, error = capsys.readouterr().err.strip().splitlines()
+    # 6.7e9 parameters of the language model alone, 18 bytes each.
+    assert "need 11" in error and "GiB in one process, and the CPU has 16.0 GiB" in error, error
+    assert "no GPU is in sight" in error
+    assert not (tmp_path / "s").exists()

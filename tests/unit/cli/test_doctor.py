@@ -10,6 +10,7 @@ from megatron_croc.cli import check
 from megatron_croc.cli.doctor import accelerators, environment, installed, machine, memory
 from megatron_croc.cli.doctor.command import main
 from megatron_croc.errors import ConfigError
+from megatron_croc.planning import this_device
 from megatron_croc.recipes import get_recipe
 from tests.support.distributed import run_distributed
 
@@ -83,13 +84,14 @@ def use_gpus(monkeypatch, *gibibytes: float) -> None:
     """Let the memory check see GPUs of these sizes."""
     gpus = [SimpleNamespace(name="Test GPU", total_memory=int(n * 2**30)) for n in gibibytes]
     monkeypatch.setattr(memory, "has_cuda", lambda: True)
+    monkeypatch.setattr(this_device, "has_cuda", lambda: True)
     monkeypatch.setattr(memory.torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(memory.torch.cuda, "get_device_properties", lambda n: gpus[n])
 
 
 def test_a_run_is_compared_with_the_ram_of_a_cpu(capsys, monkeypatch):
     ram = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 * 2**18}
-    monkeypatch.setattr(memory.os, "sysconf", ram.__getitem__)
+    monkeypatch.setattr(this_device.os, "sysconf", ram.__getitem__)
     words = ["--recipe", "tiny/pretrain_croc", "--world-size"]
     status, line = memory_line(capsys, *words, "1")
     assert status == 0 and " fits on the CPU: needs 1.0 of 4.0 GiB" in line
