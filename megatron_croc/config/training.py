@@ -23,6 +23,11 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of all random draws."""
 
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, so that a run that is resumed at its own
+    layout equals one without a break on GPUs too. Slower; an operation without such a kernel is an
+    error. On a CPU a run is repeatable without it."""
+
     bf16: bool = True
     """bfloat16 parameters and activations with fp32 main weights; False: fp32 throughout."""
 
