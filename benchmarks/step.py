@@ -50,7 +50,6 @@ from megatron_croc.training.reporting.reporting import peak_flops
 TEXT_BEFORE, TEXT_AFTER = 35, 300
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """Something that changes the speed of a step, not its result."""
@@ -235,7 +234,8 @@ def main() -> None:
     sizes = (1, 2, 4, 8) if options.sweep else options.micro_batch_sizes
     ways = ("none", "full") if options.sweep else ("full" if options.recompute else "none",)
     settings = [
-        Setting(micro_batch_size=size, recompute=way) for size, way in itertools.product(sizes, ways)
+        Setting(micro_batch_size=size, recompute=way)
+        for size, way in itertools.product(sizes, ways)
     ]
     run = configure(options)
     pg_collection = start_distributed(run.parallel, seed=run.training.seed)

@@ -1,8 +1,9 @@
 """Check and measure on this machine what the project claims, within a time box.
 
     croc prove --minutes 25 --out runs/prove            # on a GPU, from a checkout
-    croc prove --out runs/prove --cards benchmarks/cards      # and write the cards
-    croc prove --small --minutes 4                      # the same list at sizes for a CPU
+    croc prove --cards benchmarks/cards          # and write the cards
+    croc prove --cards-only --cards benchmarks/cards    # from results that came back
+    croc prove --small                                  # the same list at sizes for a CPU
     croc prove --list
     croc prove --only attention --only step_croc_7b
 
@@ -38,16 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--minutes {options.minutes}: a number of minutes above 0 is needed")
     if options.cards is not None and options.small:
         raise ConfigError("--cards with --small: cards quote a GPU, leave one of the two out")
+    if options.cards_only and options.cards is None:
+        raise ConfigError("--cards-only: name their folder with --cards")
+    if options.cards_only:
+        return _write_cards(options.out, options.cards)
     checkout = _find_checkout(options.checkout)
     peer = options.peer.resolve() if options.peer is not None else None
     if peer is not None and not peer.is_dir():
         raise ConfigError(f"--peer {options.peer}: no such folder")
 
-    from megatron_croc.verification.prove.card import write_cards
     from megatron_croc.verification.prove.machine import look
     from megatron_croc.verification.prove.runner import Job, run_stages
     from megatron_croc.verification.prove.stage import Place
-    from megatron_croc.verification.prove.stages import REAL_RECIPES
 
     machine = look()
     print(f"{machine.title}; Python {machine.python}, torch {machine.versions.get('torch')}")
@@ -74,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     results = run_stages(stages, job, again=options.again)
     if options.cards is not None:
-        for file in write_cards(options.cards, ("tiny", *REAL_RECIPES), STAGES, results):
-            print(f"wrote {file}")
+        _write_cards(out, options.cards)
     failed = [result.stage for result in results if result.status in ("failed", "timed out")]
     passed = sum(result.status == "passed" for result in results)
     print(f"{passed} of {len(results)} passed" + (f"; not: {', '.join(failed)}" if failed else ""))
@@ -94,10 +96,26 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="run also what has passed here")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU: a dry run")
     parser.add_argument("--cards", type=Path, metavar="DIR", help="write the cards of the recipes")
+    parser.add_argument(
+        "--cards-only", action="store_true", help="from the results in --out; nothing is run"
+    )
     parser.add_argument("--peer", type=Path, metavar="DIR", help="folder of the released code")
     parser.add_argument("--checkout", type=Path, default=Path(), help="the repository (default: .)")
     parser.add_argument("--list", action="store_true", help="the stages, and exit")
     return parser
+
+
+def _write_cards(results: Path, folder: Path) -> int:
+    """Write the cards from results in a folder, whichever machine they are of."""
+    from megatron_croc.verification.prove.card import write_cards
+    from megatron_croc.verification.prove.result import read_result
+    from megatron_croc.verification.prove.stages import REAL_RECIPES, STAGES
+
+    found = [read_result(results / f"{stage.name}.json") for stage in STAGES]
+    measured = [result for result in found if result is not None and not result.is_small]
+    for file in write_cards(folder, ("tiny", *REAL_RECIPES), STAGES, measured):
+        print(f"wrote {file}")
+    return 0
 
 
 def _find_checkout(folder: Path) -> Path:
