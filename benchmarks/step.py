@@ -7,9 +7,9 @@ of Croc's shape (35 tokens, an image, 300 tokens), the masks taken in turn so th
 alike. --sweep tries micro-batches of 1, 2, 4 and 8 samples with and without recomputing whole
 layers; a setting that does not fit has its reason in place of figures. A 7B model with its
 optimizer's state is 18 bytes a parameter, about 120 GB: it is meant for one GPU of 141 GB, and
---num-layers takes less of the language model. MFU counts the useful operations of
-megatron_croc/planning/flops.py. On a CPU the tiny recipe runs and its times say nothing about a GPU.
-Not run on a GPU so far.
+--num-layers takes less of the language model. MFU counts the useful operations, those of
+megatron_croc/planning/flops.py. On a CPU the tiny recipe runs, and its times say nothing about a
+GPU. Not run on a GPU so far.
 """
 
 import argparse

@@ -24,8 +24,8 @@ class TrainingConfig:
     """Seed of all random draws."""
 
     deterministic: bool = False
-    """Use only operations that give the same bits each time, so that a run that is resumed at its own
-    layout equals one without a break on GPUs too. Slower; an operation without such a kernel is an
+    """Use only operations that give the same bits each time: on GPUs too, a run that is resumed at
+    its own layout then equals one without a break. Slower; an operation without such a kernel is an
     error. On a CPU a run is repeatable without it."""
 
     bf16: bool = True

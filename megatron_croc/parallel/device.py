@@ -85,9 +85,10 @@ def forbid_tf32() -> None:
 def require_determinism() -> None:
     """Let every operation of this process give the same bits each time, or fail.
 
-    torch chooses deterministic kernels (and raises where it has none), Transformer Engine and cuBLAS
-    read variables of the environment, and NCCL keeps one algorithm, so that sums over ranks have one
-    order. A variable that is set already stays. To be called before the first matrix product.
+    torch chooses deterministic kernels (and raises where it has none), Transformer Engine and
+    cuBLAS read variables of the environment, and NCCL keeps one algorithm, so that sums over ranks
+    have one order. A variable that is set already stays. To be called before the first matrix
+    product.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")

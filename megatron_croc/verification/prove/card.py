@@ -1,7 +1,7 @@
 """Cards: one page for each recipe, written from the results of `croc prove` alone.
 
-A card of an earlier run is replaced as a whole, so that every figure in it is of one machine and one
-commit. What was not run stands in it as `not measured`.
+A card of an earlier run is replaced as a whole, so that its figures belong together. Each has its
+machine and commit. What was not run stands in it as `not measured`.
 """
 
 from collections.abc import Sequence

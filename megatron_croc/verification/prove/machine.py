@@ -1,7 +1,7 @@
 """Devices and versions of this machine.
 
-Run as a module it prints them as JSON: the process that holds the list stays free of CUDA, so that it
-takes no memory of the GPU from what it starts.
+Run as a module it prints them as JSON: the process that holds the list stays free of CUDA, so that
+it takes no memory of the GPU from what it starts.
 """
 
 import json

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,10 +137,8 @@ def _run(command: Command, log: Path, end: float, *, cwd: Path) -> tuple[Status,
 
 def _kill_group(process: subprocess.Popen) -> None:
     """End what is left of a command: itself, and workers that have outlived it."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,8 +1,8 @@
 """The list: what is shown on a GPU, most telling first, in boxes of 25 minutes together.
 
-Every stage exists in two sizes: for a GPU, and small, for a dry run on a CPU that keeps the list itself
-in order. Kernels, speed and memory are measured by scripts of benchmarks/, correctness by `croc` and
-by tests.
+Every stage exists in two sizes: for a GPU, and small, for a dry run on a CPU that keeps the list
+itself in order. Kernels, speed and memory are measured by scripts of benchmarks/, correctness by
+`croc` and by tests.
 """
 
 from collections.abc import Sequence

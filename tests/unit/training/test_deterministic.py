@@ -1,5 +1,4 @@
-"""`deterministic`: the switches are set before the first product, and no stage has an operation without
-a deterministic kernel on this device."""
+"""`deterministic`: its switches are set, and every operation of a stage has a deterministic form."""
 
 import os
 
