@@ -1,4 +1,4 @@
-"""`deterministic`: its switches are set, and every operation of a stage has a deterministic form."""
+"""`deterministic`: its switches are set, and each operation of a stage has a deterministic form."""
 
 import os
 
