@@ -1,24 +1,30 @@
-"""Cost of mixed attention in a whole training step: `visual` and `prefix` against `causal`.
+"""A whole training step on one device: speed, MFU, memory, parts; masks and settings side by side.
 
-    python benchmarks/step.py [--recipe croc_7b/pretrain_croc] [--out benchmarks/results]
+    python benchmarks/step.py [--recipe croc_7b/pretrain_croc] [--sweep] [--out benchmarks/results]
 
-One process, one GPU, one model with fresh weights: forward, backward and update on made-up samples
+One process, one GPU, one model with random weights: forward, backward and update on made-up samples
 of Croc's shape (35 tokens, an image, 300 tokens), the masks taken in turn so that drift hits all
-alike. A 7B model with its optimizer's state is 18 bytes a parameter, about 120 GB; with
---recompute it is meant for one GPU of 141 GB, and --num-layers takes less of the language model.
-On a CPU the tiny recipe runs and its times say nothing about a GPU. Not run on a GPU so far.
+alike. --sweep tries micro-batches of 1, 2, 4 and 8 samples with and without recomputing whole
+layers; a setting that does not fit has its reason in place of figures. A 7B model with its
+optimizer's state is 18 bytes a parameter, about 120 GB: it is meant for one GPU of 141 GB, and
+--num-layers takes less of the language model. MFU counts the useful operations, those of
+megatron_croc/planning/flops.py. On a CPU the tiny recipe runs, and its times say nothing about a
+GPU. Not run on a GPU so far.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from megatron.core.utils import get_model_config
 
 from megatron_croc.config.model import AttentionBackend, MaskType
 from megatron_croc.config.run import RunConfig
@@ -26,17 +32,35 @@ from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.sample.collate import ReadySample, expand_sample
 from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.data.synthetic import make_batch
+from megatron_croc.errors import first_line
 from megatron_croc.parallel.device import (
     device_name,
     has_cuda,
     max_memory_allocated,
+    reset_peak_memory,
     synchronize,
 )
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
+from megatron_croc.parallel.stopwatch import MegatronTimers, drop_stopwatch, start_stopwatch
+from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.recipes import get_recipe
 from megatron_croc.training.build import TrainingState, build_training_state
+from megatron_croc.training.reporting.reporting import peak_flops
 
 TEXT_BEFORE, TEXT_AFTER = 35, 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Something that changes the speed of a step, not its result."""
+
+    micro_batch_size: int
+    recompute: Literal["none", "full"]
+
+    def __str__(self) -> str:
+        """Name of the setting in the table."""
+        layers = ", layers recomputed" if self.recompute == "full" else ""
+        return f"micro-batch {self.micro_batch_size}{layers}"
 
 
 def configure(options: argparse.Namespace) -> RunConfig:
@@ -44,16 +68,21 @@ def configure(options: argparse.Namespace) -> RunConfig:
     run = get_recipe(options.recipe)
     run.parallel.tensor_model_parallel_size = 1
     run.parallel.sequence_parallel = False
-    run.training.micro_batch_size = options.micro_batch_size
-    run.training.global_batch_size = options.micro_batch_size * options.micro_batches
     run.model.attention_backend = options.attention_backend
     if options.num_layers is not None:
         run.model.language_model.num_layers = options.num_layers
-    if options.recompute:
-        run.training.recompute_granularity = "full"
-        run.training.recompute_method = "uniform"
-        run.training.recompute_num_layers = 1
     return run
+
+
+def choose(run: RunConfig, training: TrainingState, setting: Setting, batches: int) -> None:
+    """Switch the built model to a setting; its layers read these fields in every forward pass."""
+    run.training.micro_batch_size = setting.micro_batch_size
+    run.training.global_batch_size = setting.micro_batch_size * batches
+    is_full = setting.recompute == "full"
+    config = get_model_config(training.chunks[0])
+    config.recompute_granularity = "full" if is_full else None
+    config.recompute_method = "uniform" if is_full else None
+    config.recompute_num_layers = 1 if is_full else None
 
 
 def make_sample(run: RunConfig, number: int) -> ReadySample:
@@ -87,72 +116,151 @@ def make_step(run: RunConfig, mask_type: MaskType) -> list[Batch]:
     ]
 
 
-def measure(training: TrainingState, steps: dict[str, list[Batch]], repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a step under each mask, and the last loss."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def work_of(batches: list[Batch]) -> Work:
+    """Size of a step."""
+    work = Work(num_tokens=0, num_pairs=0, num_labels=0, num_images=0)
+    for batch in batches:
+        work += Work.from_lengths(
+            batch.mixed_mask.cu_seqlens.diff().tolist(),
+            num_labels=batch.num_label_tokens,
+            num_images=batch.num_images,
+            span_lengths=batch.mixed_mask.spans.diff(dim=1).flatten().tolist(),
+        )
+    return work
+
+
+def measure(
+    training: TrainingState, steps: dict[MaskType, list[Batch]], repeats: int
+) -> dict[MaskType, tuple[float, dict[str, float]]]:
+    """Median seconds of a step under each mask, and the mean seconds of its parts."""
+    times: dict[MaskType, list[float]] = {name: [] for name in steps}
+    parts: dict[MaskType, list[dict[str, float]]] = {name: [] for name in steps}
+    watch = start_stopwatch()
+    get_model_config(training.chunks[0]).timers = MegatronTimers(watch, is_pipelined=False)
     for repeat in range(repeats + 2):  # two to warm up
         for name, batches in steps.items():
             synchronize()
+            watch.read()
             started = time.perf_counter()
             training.train_step.train(batches, training.optimizer, training.scheduler)
             synchronize()
             if repeat >= 2:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return {
-        name: {"milliseconds": statistics.median(found), "fastest": min(found)}
-        for name, found in times.items()
-    }
+                times[name].append(time.perf_counter() - started)
+                parts[name].append(watch.read())
+    drop_stopwatch()
+    return {name: (statistics.median(found), _mean(parts[name])) for name, found in times.items()}
 
 
-def main() -> None:
-    """Run the steps, print the table, keep it when asked."""
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    names = sorted({name for row in rows for name in row})
+    return {name: statistics.fmean(row.get(name, 0.0) for row in rows) for name in names}
+
+
+def rows_of(
+    run: RunConfig, training: TrainingState, setting: Setting, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row for each mask, or one with the reason why the setting does not run."""
+    choose(run, training, setting, options.micro_batches)
+    reset_peak_memory()
+    try:
+        steps = {mask: make_step(run, mask) for mask in options.masks}
+        results = measure(training, steps, options.repeats)
+    except torch.OutOfMemoryError as error:
+        return [{"setting": str(setting), "reason": first_line(error)}]
+    peak, flops_per_second = max_memory_allocated() / 2**30, peak_flops(device_name())
+    rows = []
+    for mask, (seconds, parts) in results.items():
+        run.model.attention_mask_type = mask
+        work = work_of(steps[mask])
+        rate = sum(count_flops(run, work).values()) / seconds
+        rows.append(
+            {
+                "setting": str(setting),
+                "mask": mask,
+                "seconds": seconds,
+                "over": seconds / results[options.masks[0]][0] - 1,
+                "tokens_per_second": work.num_tokens / seconds,
+                "samples_per_second": run.training.global_batch_size / seconds,
+                "tflops": rate / 1e12,
+                "mfu": rate / flops_per_second if flops_per_second else None,
+                "peak_gib": peak or None,  # of all masks together; None on a CPU
+                "parts": parts,
+            }
+        )
+    return rows
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "reason" in row:
+        return f"{row['setting']:<34} {row['reason'][:90]}"
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+    return (
+        f"{row['setting']:<34} {row['mask']:<8} {row['seconds'] * 1e3:9.1f} {row['over']:+8.1%} "
+        f"{row['tokens_per_second']:10.0f} {row['samples_per_second']:10.2f} {mfu:>7} {peak:>7}"
+    )
+
+
+HEADER = (
+    f"{'setting':<34} {'mask':<8} {'ms':>9} {'over':>8} {'tokens/s':>10} {'samples/s':>10} "
+    f"{'MFU':>7} {'GiB':>7}"
+)
+
+
+def parse() -> argparse.Namespace:
+    """Read the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     recipe = "croc_7b/pretrain_croc" if has_cuda() else "tiny/pretrain_croc"
     parser.add_argument("--recipe", default=recipe)
-    parser.add_argument("--masks", nargs="+", choices=get_args(MaskType), default=None)
-    parser.add_argument("--micro-batch-size", type=int, default=2, help="samples of a packed row")
+    masks = ["causal", "visual", "prefix"]
+    parser.add_argument("--masks", nargs="+", choices=get_args(MaskType), default=masks)
+    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[2], metavar="SAMPLES")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--num-layers", type=int, help="of the language model; default: all")
     parser.add_argument("--recompute", action="store_true", help="whole layers, in the backward")
+    parser.add_argument("--sweep", action="store_true", help="1 to 8 samples, both ways")
     parser.add_argument("--attention-backend", choices=get_args(AttentionBackend), default="auto")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, help="folder for step.json")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Run the steps, print the table, keep it when asked."""
+    options = parse()
+    sizes = (1, 2, 4, 8) if options.sweep else options.micro_batch_sizes
+    ways = ("none", "full") if options.sweep else ("full" if options.recompute else "none",)
+    settings = [
+        Setting(micro_batch_size=size, recompute=way)
+        for size, way in itertools.product(sizes, ways)
+    ]
     run = configure(options)
-    masks: list[MaskType] = options.masks or ["causal", "visual", "prefix"]
     pg_collection = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg_collection, train_iters=1000)
-    steps = {mask_type: make_step(run, mask_type) for mask_type in masks}
-    tokens = sum(batch.mixed_mask.bounds[-1] for batch in steps[masks[0]])
-    results = measure(training, steps, options.repeats)
-    peak = max_memory_allocated() / 2**30 if has_cuda() else None
+    rows: list[dict[str, Any]] = []
+    print(HEADER)
+    for setting in settings:
+        for row in rows_of(run, training, setting, options):
+            rows.append(row)
+            print(to_line(row), flush=True)
+        if options.out is not None:  # what is measured stays if a later setting ends the process
+            write(options, rows)
     stop_distributed()
 
-    floor = results[masks[0]]["milliseconds"]
-    print(f"{'mask':<8} {'ms':>10} {'tokens/s':>10} {'over ' + masks[0]:>12}")
-    for mask_type, row in results.items():
-        row["tokens_per_second"] = tokens / row["milliseconds"] * 1e3
-        row["relative"] = row["milliseconds"] / floor
-        print(
-            f"{mask_type:<8} {row['milliseconds']:10.1f} {row['tokens_per_second']:10.0f} "
-            f"{row['relative'] - 1:+12.1%}"
-        )
-    if peak is not None:
-        print(f"peak memory {peak:.1f} GiB")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        result = {
-            "hardware": device_name() if has_cuda() else f"cpu, {platform.machine()}",
-            "torch": torch.__version__,
-            "options": {name: str(value) for name, value in vars(options).items() if name != "out"},
-            "tokens": tokens,
-            "peak_gib": peak,
-            "masks": results,
-        }
-        (options.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write step.json."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "hardware": device_name() if has_cuda() else f"cpu, {platform.machine()}",
+        "torch": torch.__version__,
+        "options": {name: str(value) for name, value in vars(options).items() if name != "out"},
+        "rows": rows,
+    }
+    (options.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

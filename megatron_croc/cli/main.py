@@ -38,6 +38,7 @@ COMMANDS = {
     "parity layouts": ("parity:layouts", "parallel layouts against one process"),
     "parity runs": ("parity:runs", "two training logs, step by step"),
     "parity transformers": ("parity:transformers", "an export under two versions of transformers"),
+    "prove": ("prove:main", "all claims about a GPU, checked and measured in 25 minutes"),
     "checkpoint verify": ("checkpoint:verify", "which checkpoints are whole"),
     "chaos": ("chaos:main", "faults of every kind, and whether training survives them"),
     "scaling": ("scaling:main", "a grid of runs: price, launch, fit, report"),

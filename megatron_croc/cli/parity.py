@@ -2,7 +2,7 @@
 
 Against recorded runs of the published implementations, in fp32, through the real training step:
 
-    croc parity golden FOLDER/CASE [--tp 2] [--pp 2] [--sequence-parallel]
+    croc parity golden FOLDER/CASE ... [--tp 2] [--pp 2] [--sequence-parallel]
 
 FOLDER holds CASE.safetensors and CASE.json (inputs, outputs, gradients) and the weights they were
 recorded with: state.safetensors, or state_X.safetensors for cases whose name begins with X_.
@@ -39,7 +39,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def golden(words: Sequence[str]) -> int:
     """Compare with a recorded reference run."""
     parser = _parser("croc parity golden")
-    parser.add_argument("case", type=Path, help="FOLDER/CASE, with or without an ending")
+    parser.add_argument(
+        "cases", type=Path, nargs="+", metavar="CASE", help="FOLDER/CASE, with or without an ending"
+    )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
     parser.add_argument("--sequence-parallel", action="store_true", help="with --tp")
@@ -54,12 +56,15 @@ def golden(words: Sequence[str]) -> int:
         return subprocess.run(launcher, env=environment, check=False).returncode
     from megatron_croc.verification.golden.run import run_golden
 
-    return run_golden(
-        options.case,
-        tp=options.tp,
-        pp=options.pp,
-        sequence_parallel=options.sequence_parallel,
-        bound=options.bound,
+    return max(
+        run_golden(
+            case,
+            tp=options.tp,
+            pp=options.pp,
+            sequence_parallel=options.sequence_parallel,
+            bound=options.bound,
+        )
+        for case in options.cases
     )
 
 

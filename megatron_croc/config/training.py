@@ -23,6 +23,11 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of all random draws."""
 
+    deterministic: bool = False
+    """Use only operations that give the same bits each time: on GPUs too, a run that is resumed at
+    its own layout then equals one without a break. Slower; an operation without such a kernel is an
+    error. On a CPU a run is repeatable without it."""
+
     bf16: bool = True
     """bfloat16 parameters and activations with fp32 main weights; False: fp32 throughout."""
 

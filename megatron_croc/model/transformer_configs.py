@@ -34,6 +34,7 @@ def _common(parallel: ParallelConfig, training: TrainingConfig) -> dict:
     return {
         "params_dtype": dtype,
         "bf16": training.bf16,
+        "deterministic_mode": training.deterministic,
         "pipeline_dtype": dtype,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "attention_dropout": 0.0,

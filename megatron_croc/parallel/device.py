@@ -82,6 +82,21 @@ def forbid_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def require_determinism() -> None:
+    """Let every operation of this process give the same bits each time, or fail.
+
+    torch chooses deterministic kernels (and raises where it has none), Transformer Engine and
+    cuBLAS read variables of the environment, and NCCL keeps one algorithm, so that sums over ranks
+    have one order. A variable that is set already stays. To be called before the first matrix
+    product.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def set_local_device(local_rank: int) -> None:
     """Select the GPU of this process; nothing on a CPU."""
     if has_cuda():
@@ -116,8 +131,15 @@ def describe_cuda() -> str:
 
 
 def max_memory_allocated() -> int:
-    """Return the peak of device memory in bytes since the start; 0 on a CPU."""
+    """Return the peak of device memory in bytes since the start or the reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if has_cuda() else 0
+
+
+def reset_peak_memory() -> None:
+    """Give unused memory back to the device, and count its peak from here."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def moment() -> Any:

@@ -24,7 +24,7 @@ from megatron_croc.model.initialization import initialize_weights
 from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
-from megatron_croc.parallel.device import current_device
+from megatron_croc.parallel.device import current_device, require_determinism
 from megatron_croc.parallel.target_channel import TargetChannel
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
 from megatron_croc.training.reporting.reporting import Reporter
@@ -51,6 +51,8 @@ class TrainingState:
 
 def build_model(run: RunConfig, pg_collection: ProcessGroupCollection) -> list[CrocModel]:
     """Build this rank's model chunks with initial weights and frozen parts, not wrapped in DDP."""
+    if run.training.deterministic:
+        require_determinism()
     config = language_model_config(
         run.model.language_model, parallel=run.parallel, training=run.training
     )

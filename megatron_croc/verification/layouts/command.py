@@ -29,6 +29,11 @@ def run_command(words: Sequence[str]) -> int:
         "--plant",
         help="a fault of megatron_croc.verification.layouts.faults to plant in the layouts",
     )
+    parser.add_argument(
+        "--reference-on-cpu",
+        action="store_true",
+        help="compute the one process on the CPU, whatever the layouts run on",
+    )
     parser.add_argument("--worker", help="set by this tool: the layout of this process")
     parser.add_argument("--worker-folder", type=Path, help="set by this tool")
     options, run = parse_command(parser, words)
@@ -48,7 +53,14 @@ def run_command(words: Sequence[str]) -> int:
     dtype = "bf16" if run.training.bf16 else "fp32"
     if options.self_test:
         return _self_test(words, dtype=dtype, out=options.out)
-    return compare_layouts(chosen, words, dtype=dtype, out=options.out, fault=options.plant)
+    return compare_layouts(
+        chosen,
+        words,
+        dtype=dtype,
+        out=options.out,
+        fault=options.plant,
+        reference_on_cpu=options.reference_on_cpu,
+    )
 
 
 def _parse_layouts(words: str) -> list[Layout]:

@@ -21,8 +21,16 @@ ONE = Layout(name="one")
 """The single process everything is compared with."""
 
 
-def launch(layout: Layout, arguments: Sequence[str], *, fault: str | None = None) -> Observation:
+def launch(
+    layout: Layout, arguments: Sequence[str], *, fault: str | None = None, on_cpu: bool = False
+) -> Observation:
     """Start a worker on every process of the layout and assemble the results.
+
+    Args:
+        layout: the layout.
+        arguments: those of the command.
+        fault: one to plant in the workers.
+        on_cpu: hide the GPUs from the workers.
 
     Raises:
         CrocError: a worker failed; its output has been printed.
@@ -34,6 +42,7 @@ def launch(layout: Layout, arguments: Sequence[str], *, fault: str | None = None
         command += ["--worker", layout.name, "--worker-folder", folder]
         command += ["--plant", fault] if fault else []
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
         done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
         if done.returncode:
             print(done.stdout[-3000:], done.stderr[-6000:], sep="\n", file=sys.stderr)
@@ -53,11 +62,12 @@ def compare_layouts(
     dtype: str,
     out: Path,
     fault: str | None = None,
+    reference_on_cpu: bool = False,
 ) -> int:
     """Compare every layout with one process, write JSON and a picture; 1 when any differs."""
     bounds = BOUNDS[dtype]
     out.mkdir(parents=True, exist_ok=True)
-    reference = launch(ONE, arguments)
+    reference = launch(ONE, arguments, on_cpu=reference_on_cpu)
     differences: list[Difference] = []
     costs: list[dict] = [_cost(ONE, reference)]
     print(HEAD)

@@ -6,8 +6,12 @@ import torch
 from megatron_croc.parallel.device import synchronize
 from megatron_croc.parallel.stopwatch import Stopwatch
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
-@pytest.mark.gpu
+
 def test_work_counts_where_it_was_queued():
     factor = torch.randn(4096, 4096, device="cuda")
     factor @ factor
