@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
-from megatron_croc.model.parameters import stage_parameters, trained_parts
-from megatron_croc.planning.flops import count_flops
+from megatron_croc.costs.flops import count_flops
+from megatron_croc.model.parameters import stage_parameters
 from megatron_croc.planning.gpus import Gpu
 from megatron_croc.planning.workload import Workload
 

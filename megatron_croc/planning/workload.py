@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.costs.flops import Work
 from megatron_croc.errors import ConfigError, DataError
-from megatron_croc.planning.flops import Work
 from megatron_croc.planning.memory import Pack
 
 SCANNED = 512

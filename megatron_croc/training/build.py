@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from megatron_croc.checkpoint.sharded import load_checkpoint, load_weights
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.base import to_tree
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, log_on_rank_zero
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.freezing import freeze
 from megatron_croc.model.initialization import initialize_weights
-from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device

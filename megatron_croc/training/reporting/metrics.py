@@ -13,14 +13,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
+from megatron_croc.costs.flops import Work, count_flops
 from megatron_croc.data.batch import Batch
-from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
 from megatron_croc.parallel.collectives import all_reduce
 from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
-from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.training.optimizer import part_of_group
 
 
@@ -47,7 +47,7 @@ class StepMetrics:
     """Number of samples."""
 
     flops: float
-    """Useful operations, see planning.flops."""
+    """Useful operations, see costs.flops."""
 
     num_cut_samples: int = 0
     """Samples longer than seq_length."""

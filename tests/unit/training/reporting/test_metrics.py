@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_croc.planning.flops import Work, count_flops
+from megatron_croc.costs.flops import Work, count_flops
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import make_batch, make_sample, tiny_run
 
