@@ -1,4 +1,5 @@
-"""Measure every sample of finished dataset folders, for --packing and --group-by-modality-length.
+"""Measure every sample of finished dataset folders, for --packing, --group-by-modality-length
+and --balance-replicas.
 
     croc data lengths data/captions data/chat --tokenizer-model tokenizer.model
 
