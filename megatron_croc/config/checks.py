@@ -138,8 +138,8 @@ def _order_faults(run: RunConfig) -> Iterator[str]:
     if replicas is not None and (replicas < 1 or batch % replicas):
         yield (
             f"balance_replicas={replicas}: must be a positive divisor of "
-            f"global_batch_size={batch}, which is composed of groups of as many packs; set it to the number of data-parallel "
-            "replicas, or to none"
+            f"global_batch_size={batch}, which is composed of groups of as many packs; set it to "
+            "the number of data-parallel replicas, or to none"
         )
     if data.packing_buffer_size < 1:
         yield f"packing_buffer_size={data.packing_buffer_size}: must be positive"

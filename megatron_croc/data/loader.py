@@ -265,8 +265,8 @@ def build_train_loader(
         log_on_rank_zero(
             logger,
             logging.WARNING,
-            f"balance_replicas={replicas}: steps are composed for at most {replicas} replicas, this "
-            f"run has {dp_size}, and they will wait for each other more; a new run should set "
+            f"balance_replicas={replicas}: steps are composed for at most {replicas} replicas; the "
+            f"{dp_size} of this run will wait for each other more. A new run should set "
             f"balance_replicas to {dp_size}",
         )
     return _build_loader(run, build_train_plan(run), state, dp_rank, dp_size)

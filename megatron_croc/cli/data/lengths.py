@@ -1,5 +1,4 @@
-"""Measure every sample of finished dataset folders, for --packing, --group-by-modality-length
-and --balance-replicas.
+"""Measure every sample of finished dataset folders, for packing, grouping and balancing.
 
     croc data lengths data/captions data/chat --tokenizer-model tokenizer.model
 
