@@ -141,4 +141,5 @@ def deal_micro_batches(
 
 def imbalance(costs: np.ndarray) -> float:
     """Excess of the largest over the mean: what the others wait for, as a share of their work."""
-    return float(np.max(costs) / np.mean(costs)) - 1.0
+    mean = float(np.mean(costs))
+    return float(np.max(costs)) / mean - 1.0 if mean > 0 else 0.0

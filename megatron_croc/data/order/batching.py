@@ -13,7 +13,7 @@ from megatron_croc.config.data import DataConfig
 from megatron_croc.costs.samples import SampleCost
 from megatron_croc.data.order.balance import compose_steps
 from megatron_croc.data.order.blend import Blend
-from megatron_croc.data.order.grouping import group_by_modality_length
+from megatron_croc.data.order.grouping import GROUPED_WINDOW, group_by_modality_length
 from megatron_croc.data.order.packing import pack
 from megatron_croc.data.order.permutation import ARRANGE, BALANCE, Permutation
 from megatron_croc.data.sample.tokenization import build_tokenizer
@@ -21,10 +21,6 @@ from megatron_croc.data.store.sample_lengths import SampleLengths
 
 SEPARATE_WINDOW = 1024
 """Samples of a window without packing or grouping; does not change the order."""
-
-GROUPED_WINDOW = 64
-"""Optimizer steps of a window when samples are grouped or balanced; at most one mixes
-modalities."""
 
 Packs = Sequence[Sequence[int]] | np.ndarray
 TokensOf = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
