@@ -14,8 +14,8 @@ from megatron_croc.data.order.balance import (
     deal_micro_batches,
     imbalance,
 )
+from megatron_croc.data.synthetic import llava_like
 from megatron_croc.recipes import get_recipe
-from tests.support.lengths import llava_like
 
 
 def composed(costs, *, size, replicas, begin=0, kinds=None, seed=1):
