@@ -7,7 +7,8 @@
 Lengths are made up in the shape of LLaVA-1.5's (data/synthetic.py::llava_like). The measurement
 trains the tiny model on such samples, a fourth as long. Its times are CPU seconds of each process's
 main thread in forward and backward pass, so that neither waiting for others nor a machine that has
-fewer cores than replicas enters. Steps of both kinds alternate. Imbalance is max / mean - 1 over the replicas of a step.
+fewer cores than replicas enters. Steps of both kinds alternate. Imbalance is max / mean - 1 over the
+replicas of a step.
 """
 
 import argparse
@@ -182,8 +183,8 @@ def work(folder: Path) -> None:
         (folder / "balance_ranks.json").write_text(json.dumps(gathered))
 
 
-def measure(training, batches) -> Iterator[tuple[float, float]]:
-    """Operations and CPU seconds (median of some passes) of this rank in each step."""
+def measure(training, batches) -> tuple[float, float]:
+    """Operations and CPU seconds (median of some passes) of this rank in one step."""
     from megatron_croc.costs.flops import count_flops
 
     training_config = training.train_step.run.training
