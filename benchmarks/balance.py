@@ -7,8 +7,8 @@
 Lengths are made up in the shape of LLaVA-1.5's (data/synthetic.py::llava_like). The measurement
 trains the tiny model on such samples, a fourth as long. Its times are CPU seconds of each process's
 main thread in forward and backward pass, so that neither waiting for others nor a machine that has
-fewer cores than replicas enters. Steps of both kinds alternate. Imbalance is max / mean - 1 over the
-replicas of a step.
+fewer cores than replicas enters. Steps of both kinds alternate. Imbalance is max / mean - 1 over
+the replicas of a step.
 """
 
 import argparse
@@ -217,7 +217,7 @@ def report(ranks: list[dict[str, list]], out: Path) -> None:
         rate = numbers[:, :, 0].sum() / numbers[:, :, 1].max(axis=0).sum() / REPLICAS
         result[name] |= {"gflops_per_second": rate / 1e9, "operations_seconds": numbers.tolist()}
         print(f"          {rate / 1e9:.2f} GFLOP/s a replica, by the slowest of each step")
-    (out / "balance.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "balance.json").write_text(json.dumps(result) + "\n")
 
 
 def main() -> None:
