@@ -146,4 +146,5 @@ def test_the_step_shared_by_two_windows_is_balanced():
     tail = first[composed(first, size=256, replicas=64)[-77:]]
     head = second[composed(second, size=256, replicas=64, begin=77)[: 256 - 77]]
     shared = np.concatenate([tail, head])
+    assert np.abs(shared / np.median(first) - 1).max() < 0.1
     assert imbalance(shared[deal(shared, 64)].sum(axis=1)) < 0.03
