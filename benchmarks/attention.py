@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_croc.costs.flops import visible_pairs
 from megatron_croc.errors import first_line
 from megatron_croc.ops.attention import attend
 from megatron_croc.ops.attention.backends import choose_backend
@@ -42,7 +43,6 @@ from megatron_croc.ops.attention.position_ops import choose_position_ops
 from megatron_croc.ops.attention.torch_position_ops import TORCH_POSITION_OPS
 from megatron_croc.ops.mixed_mask import MixedMask
 from megatron_croc.parallel.device import current_device, device_name, has_cuda, synchronize
-from megatron_croc.planning.flops import visible_pairs
 
 TEXT_BEFORE, TEXT_AFTER, IMAGE = 35, 300, 576
 """Tokens of a Croc sample: before its image, after it, and the image's."""

@@ -36,6 +36,7 @@ SHARDS, PER_SHARD = 12_000, 100_000
 SAMPLE_BYTES = 100_000
 POSITION = 10**9
 GLOBAL_BATCH_SIZE = 1024
+KINDS = ("separate", "grouped", "packed", "balanced")
 
 
 def make_folder(folder: Path) -> None:
@@ -96,7 +97,9 @@ def make_folder(folder: Path) -> None:
 def resume(folder: Path, kind: str) -> dict[str, float]:
     """In this process: from a state at POSITION to a planned and located global batch."""
     started = time.perf_counter()
-    from megatron_croc.data.order.batching import grouped, packed, separate
+    from megatron_croc.costs.samples import SampleCost
+    from megatron_croc.data.order.balance import deal
+    from megatron_croc.data.order.batching import balanced, grouped, packed, separate
     from megatron_croc.data.order.blend import read_blend
     from megatron_croc.data.order.row_plan import OrderState, RowPlan, RowStream
     from megatron_croc.data.store.sample_lengths import look_up
@@ -110,11 +113,27 @@ def resume(folder: Path, kind: str) -> dict[str, float]:
     def tokens_of(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return look_up(table, index)[:, 0] + 200 + index % 700, np.ones_like(index)
 
+    cost = SampleCost(
+        per_token=1.0,
+        per_pair=4e-5,
+        per_label=0.02,
+        per_image=11.0,
+        num_visual_tokens=576,
+        has_spans=False,
+    )
     arrangement = {
         "separate": separate,
         "grouped": lambda: grouped(tokens_of, global_batch_size=GLOBAL_BATCH_SIZE, seed=1),
         "packed": lambda: packed(
             tokens_of, packing_length=8192, packing_buffer_size=4096, measured="", seed=1
+        ),
+        "balanced": lambda: balanced(
+            separate(),
+            tokens_of,
+            cost=cost,
+            replicas=64,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            seed=1,
         ),
     }[kind]()
     plan = RowPlan(read_blend([str(folder)]), arrangement, seed=1)
@@ -138,7 +157,12 @@ def resume(folder: Path, kind: str) -> dict[str, float]:
     done = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.process_time()
-    taken = sum(len(row) for row in stream.take(8 * GLOBAL_BATCH_SIZE))
+    taken = 0
+    for _ in range(8):
+        rows = stream.take(GLOBAL_BATCH_SIZE)
+        taken += sum(len(row) for row in rows)
+        if rows[0][0].cost is not None:
+            deal(np.array([row[0].cost for row in rows]), 64)
     pace = (time.process_time() - begun) / taken
     return {
         "import_seconds": imported - started,
@@ -157,14 +181,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="made when missing")
-    parser.add_argument("--kind", choices=["separate", "grouped", "packed"], help="only this one")
+    parser.add_argument("--kind", choices=KINDS, help="only this one")
     arguments = parser.parse_args()
     if not arguments.folder.exists():
         make_folder(arguments.folder)
     if arguments.kind:
         print(json.dumps(resume(arguments.folder, arguments.kind)))
         return
-    for kind in ("separate", "grouped", "packed"):
+    for kind in KINDS:
         command = [sys.executable, __file__, "--folder", str(arguments.folder), "--kind", kind]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         print(kind)

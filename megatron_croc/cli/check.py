@@ -20,17 +20,12 @@ from megatron_croc.cli.errors import reports_errors
 from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.config.base import raise_faults, shown, to_tree, to_yaml
 from megatron_croc.config.checks import find_faults, find_warnings
+from megatron_croc.config.parts import PARTS, Part, trained_parts
 from megatron_croc.config.run import RunConfig
+from megatron_croc.costs.flops import Work, count_flops
 from megatron_croc.errors import DataError
-from megatron_croc.model.parameters import (
-    PARTS,
-    Part,
-    count_parameters,
-    stage_parameters,
-    trained_parts,
-)
+from megatron_croc.model.parameters import count_parameters, stage_parameters
 from megatron_croc.planning.fit import GIB, Fit, expected_fit, gpu_memory, way_out, worst_fit
-from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.planning.gpus import GPUS, get_gpu
 from megatron_croc.planning.workload import Workload
 from megatron_croc.recipes.command_line import parse_command, run_parser

@@ -29,7 +29,7 @@ COMMANDS = {
     "serve": ("serve:main", "a model behind OpenAI's interface, with vLLM"),
     "data preprocess": ("data.preprocess:main", "images and texts to shards for training"),
     "data index": ("data.preprocess:index_main", "WebDataset tars for training, left in place"),
-    "data lengths": ("data.lengths:main", "sample lengths, for packing and grouping"),
+    "data lengths": ("data.lengths:main", "sample lengths, for packing, grouping, balancing"),
     "data check": ("data.check:main", "a look at the data before training, as a page"),
     "data inspect": ("data.inspect:main", "samples as the model will see them"),
     "data tokenizer": ("data.tokenizer:main", "a small tokenizer from your texts, for trials"),

@@ -121,7 +121,7 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
 
 
 def _order_faults(run: RunConfig) -> Iterator[str]:
-    """Find faults of packing and grouping."""
+    """Find faults of packing, grouping and balancing."""
     data = run.data
     if data.packing and data.group_by_modality_length:
         yield (
@@ -133,6 +133,13 @@ def _order_faults(run: RunConfig) -> Iterator[str]:
             f"packing_length={data.packing_length}: a sample may have seq_length="
             f"{data.seq_length} tokens and is never cut to fit a pack; raise packing_length or "
             "lower seq_length"
+        )
+    replicas, batch = data.balance_replicas, run.training.global_batch_size
+    if replicas is not None and (replicas < 1 or batch % replicas):
+        yield (
+            f"balance_replicas={replicas}: must be a positive divisor of "
+            f"global_batch_size={batch}, which is composed of groups of as many packs; set it to "
+            "the number of data-parallel replicas, or to none"
         )
     if data.packing_buffer_size < 1:
         yield f"packing_buffer_size={data.packing_buffer_size}: must be positive"

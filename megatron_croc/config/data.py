@@ -52,6 +52,12 @@ class DataConfig:
     """Build each global batch from samples with images or from samples without, longest first, as
     in the released code. Needs sample lengths in the shards (croc data lengths)."""
 
+    balance_replicas: int | None = None
+    """Compose steps by predicted cost, such that this many data-parallel replicas (or fewer) finish
+    together, and deal them to the replicas of the run; divides global_batch_size. A run may go on
+    with another number of replicas. None: off. Needs sample lengths in the shards (croc data
+    lengths)."""
+
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """pad: expand to a square with the mean colour. square: resize the short side and crop."""
 

@@ -1,14 +1,16 @@
 """Micro-batches of one data-parallel rank, built ahead of training by a few threads.
 
     global batch      the next GBS packs of the plan (each of one sample, or of several)
-      micro-batch m     | MBS packs of rank 0 | MBS packs of rank 1 | ...
+      micro-batch m     | MBS packs of rank 0 | MBS packs of rank 1 | ...  in order, or by cost
                               |
     packs --thread pool (bounded, in order)--> Batch, one pack --> next(loader)
 
 The plan and its state alone determine the packs of a global batch. The number of ranks and threads
-only determines which rank and thread builds each part.
+only determines which rank and thread builds each part. Balanced plans give a cost to each pack, by
+which every rank deals them alike.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +19,19 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from megatron_croc.config.data import DataConfig
 from megatron_croc.config.run import RunConfig
 from megatron_croc.config.training import TrainingConfig
+from megatron_croc.costs.samples import SampleCost
 from megatron_croc.data.bad_samples import BadSampleBudget, BadSampleError
 from megatron_croc.data.batch import Batch
 from megatron_croc.data.batch_builder import BatchBuilder, build_batch_builder
+from megatron_croc.data.order.balance import deal_micro_batches
 from megatron_croc.data.order.row_plan import (
     OrderState,
+    Pack,
     RowPlan,
     RowStream,
     Slot,
@@ -34,10 +41,12 @@ from megatron_croc.data.order.row_plan import (
 from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.sample.tokenizer_check import announce_tokenizer
 from megatron_croc.errors import ConfigError, DataError
-from megatron_croc.log import rank
+from megatron_croc.log import get_logger, log_on_rank_zero, rank
 
 STALL_SECONDS = 600.0
 """Longest wait for one micro-batch; then the file system is taken to hang."""
+
+logger = get_logger(__name__)
 
 Built = tuple[Batch, list[BadSampleError]]
 
@@ -132,13 +141,30 @@ class MicroBatchLoader(Iterator[Batch]):
     def _next_job(self) -> _Job:
         """Return this rank's next micro-batch; plan another global batch when none is left."""
         if not self._planned:
+            step = self._stream.num_packs // self._global
             packs = self._stream.take(self._global)
-            firsts = range(self._dp_rank * self._micro, self._global, self._micro * self._dp_size)
-            for first in firsts:
-                slots = list(chain.from_iterable(packs[first : first + self._micro]))
-                state_after = self._stream.state if first == firsts[-1] else None
+            own = self._own_packs(packs, step)
+            for number, members in enumerate(own, start=1):
+                slots = list(chain.from_iterable(packs[i] for i in members))
+                state_after = self._stream.state if number == len(own) else None
                 self._planned.append(_Job(slots=slots, state_after=state_after))
         return self._planned.popleft()
+
+    def _own_packs(self, packs: list[Pack], step: int) -> np.ndarray:
+        """Numbers of this rank's packs in a global batch, int64 [micro-batches, MBS].
+
+        Every rank computes the shares of all of them from the same costs; nothing is exchanged.
+        """
+        if packs[0][0].cost is None:
+            return np.arange(self._global).reshape(-1, self._dp_size, self._micro)[:, self._dp_rank]
+        costs = [sum(slot.cost or 0.0 for slot in pack) for pack in packs]
+        return deal_micro_batches(
+            np.array(costs),
+            dp_rank=self._dp_rank,
+            dp_size=self._dp_size,
+            micro_batch_size=self._micro,
+            turn=step,
+        )
 
     def __next__(self) -> Batch:
         """Return the next micro-batch.
@@ -202,13 +228,15 @@ def build_train_plan(run: RunConfig) -> RowPlan:
     """Plan the packs of a run's training.
 
     Raises:
-        DataError: data is missing, or lacks the sample lengths that packing and grouping need.
+        DataError: data is missing, or lacks the sample lengths that packing, grouping and balancing
+            need.
     """
     return build_row_plan(
         run.data,
         num_visual_tokens=run.model.vision_tower.num_visual_tokens,
         global_batch_size=run.training.global_batch_size,
         seed=run.training.seed,
+        cost=SampleCost.build(run) if run.data.balance_replicas else None,
     )
 
 
@@ -232,6 +260,15 @@ def build_train_loader(
     run: RunConfig, *, dp_rank: int, dp_size: int, state: OrderState | None
 ) -> MicroBatchLoader:
     """Open the training stream of one data-parallel rank, at the position of `state`."""
+    replicas = run.data.balance_replicas
+    if replicas is not None and dp_size > replicas:
+        log_on_rank_zero(
+            logger,
+            logging.WARNING,
+            f"balance_replicas={replicas}: steps are composed for at most {replicas} replicas; the "
+            f"{dp_size} of this run will wait for each other more. A new run should set "
+            f"balance_replicas to {dp_size}",
+        )
     return _build_loader(run, build_train_plan(run), state, dp_rank, dp_size)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from torch import nn
 
-from megatron_croc.model.parameters import PARTS, Part
+from megatron_croc.config.parts import PARTS, Part
 
 
 def freeze(chunk: nn.Module, *, trained: Set[Part]) -> None:

@@ -4,9 +4,7 @@
 Vision tower, projector and language model are tensor-parallel; pool and head are not.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from megatron_croc.config.model import (
     CrocModelConfig,
@@ -15,10 +13,7 @@ from megatron_croc.config.model import (
     VisionTowerConfig,
 )
 from megatron_croc.config.parallel import ParallelConfig
-from megatron_croc.config.training import TrainingConfig
-
-Part = Literal["vision_tower", "projector", "prompt_pool", "language_model", "reconstruction_head"]
-PARTS: tuple[Part, ...] = get_args(Part)
+from megatron_croc.config.parts import PARTS, Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,15 +144,3 @@ def count_parameters(model: CrocModelConfig) -> dict[Part, int]:
     """Parameters of each part of the published model: no vocabulary padding, no copies."""
     (parts,) = stage_parameters(model, ParallelConfig(), reconstructs=True)
     return {part: parts[part].total for part in PARTS}
-
-
-def trained_parts(training: TrainingConfig, *, reconstructs: bool) -> frozenset[Part]:
-    """Parts of the model whose weights are trained."""
-    trained: Mapping[Part, bool] = {
-        "vision_tower": not training.freeze_ViT,
-        "projector": not training.freeze_projector,
-        "prompt_pool": reconstructs,
-        "language_model": not training.freeze_LM,
-        "reconstruction_head": reconstructs,
-    }
-    return frozenset(part for part, is_trained in trained.items() if is_trained)

@@ -63,7 +63,10 @@ class Stopwatch:
         self._thread = threading.get_ident()
         self._open: list[tuple[str, bool, record_function]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._changes = [(self._label(), now())]
+        self._lap: defaultdict[str, float] = defaultdict(float)
+        self._laps: list[dict[str, float]] = []
+        # (region from now on, moment, True at the end of a lap)
+        self._changes = [(self._label(), now(), False)]
 
     def start(self, name: str, *, whole: bool = False) -> None:
         """Enter a region; if `whole`, time of the regions inside it counts for it."""
@@ -87,10 +90,19 @@ class Stopwatch:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each region since the last call; waits for the device."""
-        self._changes.append((self._label(), self._now()))
+        self._changes.append((self._label(), self._now(), False))
         self._add_up(len(self._changes) - 1)
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
+
+    def end_lap(self) -> None:
+        """End a lap, such as one step; does not wait for the device."""
+        self._changes.append((self._label(), self._now(), True))
+
+    def take_laps(self) -> list[dict[str, float]]:
+        """Return the seconds of each region in the laps that the last `read` found ended."""
+        laps, self._laps = self._laps, []
+        return laps
 
     def _label(self) -> str:
         names = [name for name, _, _ in self._open]
@@ -101,14 +113,19 @@ class Stopwatch:
         label = self._label()
         if label == self._changes[-1][0]:
             return
-        self._changes.append((label, self._now()))
+        self._changes.append((label, self._now(), False))
         if len(self._changes) > _MAX_CHANGES:
             self._add_up(_MAX_CHANGES // 2)
 
     def _add_up(self, count: int) -> None:
         """Convert the oldest `count` changes to seconds."""
-        for (label, begin), (_, end) in pairwise(self._changes[: count + 1]):
-            self._seconds[label] += self._between(begin, end)
+        for (label, begin, _), (_, end, is_lap) in pairwise(self._changes[: count + 1]):
+            seconds = self._between(begin, end)
+            self._seconds[label] += seconds
+            self._lap[label] += seconds
+            if is_lap:
+                self._laps.append(dict(self._lap))
+                self._lap.clear()
         del self._changes[:count]
 
 

@@ -10,9 +10,9 @@ tests/distributed/test_memory_estimate.py holds it against what is really alloca
 import math
 from dataclasses import dataclass
 
+from megatron_croc.config.parts import trained_parts as find_trained_parts
 from megatron_croc.config.run import RunConfig
 from megatron_croc.model.parameters import Parameters, padded_vocab_size, stage_parameters
-from megatron_croc.model.parameters import trained_parts as find_trained_parts
 
 _MAIN_AND_MOMENTS = 12  # bytes: a float32 copy of each bf16 weight, and Adam's two moments
 _MOMENTS = 8  # bytes: float32 weights are their own main copy

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
-from megatron_croc.model.parameters import stage_parameters, trained_parts
-from megatron_croc.planning.flops import count_flops
+from megatron_croc.costs.flops import count_flops
+from megatron_croc.model.parameters import stage_parameters
 from megatron_croc.planning.gpus import Gpu
+from megatron_croc.planning.replicas import balanced_imbalance
 from megatron_croc.planning.workload import Workload
 
 MATCHING_SECONDS = 0.01
@@ -120,9 +122,11 @@ def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload)
     pipeline = count * (stages[slow] + hop)
     bubble = (stages.sum() - stages[slow] + (pp - 1) * hop) / (vpp or 1)
     data = _data_traffic(run, world_size, gpu, backward=2 / 3 * useful[slow])
-    deviation = float(np.std(workload.lengths)) / workload.mean
     imbalance = 0.0
-    if dp > 1:
+    if dp > 1 and run.data.balance_replicas is not None:
+        imbalance = balanced_imbalance(run, workload, dp) * pipeline
+    elif dp > 1:
+        deviation = float(np.std(workload.lengths)) / workload.mean
         imbalance = deviation * math.sqrt(2 * math.log(dp) / (count * micro)) * pipeline
     return StepTime(
         compute=count * float(useful[slow]),

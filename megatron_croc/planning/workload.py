@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.costs.flops import Work
 from megatron_croc.errors import ConfigError, DataError
-from megatron_croc.planning.flops import Work
 from megatron_croc.planning.memory import Pack
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCANNED = 512
 """Number of samples that are read from a dataset, spread evenly over it."""
@@ -39,6 +43,14 @@ class Workload:
     def mean(self) -> float:
         """Mean tokens of a sample."""
         return fmean(self.lengths)
+
+    def draw(self, number: int) -> "np.ndarray":
+        """Lengths of `number` samples, ascending, float64; tails reach up to `peak_tokens`."""
+        import numpy as np  # slow to import: only where samples are drawn
+
+        places = (np.arange(number) + 0.5) / number
+        share = (np.arange(len(self.lengths)) + 0.5) / len(self.lengths)
+        return np.interp(places, [*share, 1.0], [*self.lengths, self.peak_tokens])
 
     def work(self, run: RunConfig, samples: float) -> Work:
         """Average work of `samples` such samples."""

@@ -26,10 +26,11 @@ from megatron_croc.config.base import (
     read_yaml,
 )
 from megatron_croc.config.checks import find_faults
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
 from megatron_croc.config.settings import set_setting, settings_of
 from megatron_croc.errors import ConfigError
-from megatron_croc.model.parameters import count_parameters, trained_parts
+from megatron_croc.model.parameters import count_parameters
 from megatron_croc.recipes import get_recipe
 
 _KEYS = ("recipe", "world_size", "gpu", "settings", "sizes", "samples", "axes", "seeds")

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from megatron_croc.checkpoint.sharded import load_checkpoint, load_weights
 from megatron_croc.checkpoint.state import TrainState
 from megatron_croc.config.base import to_tree
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
 from megatron_croc.log import get_logger, log_on_rank_zero
 from megatron_croc.model.croc_model import CrocModel
 from megatron_croc.model.freezing import freeze
 from megatron_croc.model.initialization import initialize_weights
-from megatron_croc.model.parameters import trained_parts
 from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device, require_determinism
 from megatron_croc.parallel.target_channel import TargetChannel
+from megatron_croc.training.groups_of_one import skip_groups_of_one
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
 from megatron_croc.training.reporting.reporting import Reporter
 from megatron_croc.training.reporting.time_split import TimeSplit
@@ -83,6 +84,7 @@ def wrap_model(
     run: RunConfig, models: list[CrocModel], pg_collection: ProcessGroupCollection
 ) -> list[nn.Module]:
     """Wrap every chunk in DistributedDataParallel, and set the schedule's gradient hooks."""
+    skip_groups_of_one()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=run.optimizer.overlap_grad_reduce,

@@ -9,8 +9,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from megatron_croc.config.parts import PARTS
 from megatron_croc.config.training import OptimizerConfig
-from megatron_croc.model.parameters import PARTS
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.training.distributed_adam import adopt_adam
 from megatron_croc.training.grad_norm import adopt_norm

@@ -1,4 +1,4 @@
-"""Measure every sample of finished dataset folders, for --packing and --group-by-modality-length.
+"""Measure every sample of finished dataset folders, for packing, grouping and balancing.
 
     croc data lengths data/captions data/chat --tokenizer-model tokenizer.model
 

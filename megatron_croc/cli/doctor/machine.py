@@ -144,7 +144,8 @@ def look_at_disk(folder: Path, size: int = 256 * _MIB) -> Finding:
 
 def look_at_checkpoint_size(run: RunConfig, folder: Path) -> Finding:
     """Compare the size of a checkpoint of `run` with the free space of the disk."""
-    from megatron_croc.model.parameters import count_parameters, trained_parts
+    from megatron_croc.config.parts import trained_parts
+    from megatron_croc.model.parameters import count_parameters
 
     counts = count_parameters(run.model)
     trained = trained_parts(run.training, reconstructs=run.reconstructs)

@@ -10,6 +10,10 @@ import numpy as np
 
 from megatron_croc.data.order.permutation import Permutation
 
+GROUPED_WINDOW = 64
+"""Optimizer steps of a window when samples are grouped or balanced; at most one mixes
+modalities."""
+
 
 def group_by_modality_length(
     lengths: np.ndarray,

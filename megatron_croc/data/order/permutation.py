@@ -11,9 +11,9 @@ element takes the same time, and none depends on earlier ones.
 
 import numpy as np
 
-SHUFFLE, ARRANGE = 0, 1
+SHUFFLE, ARRANGE, BALANCE = 0, 1, 2
 """First word of every key, for independent random numbers: SHUFFLE for the order of a source in an
-epoch, ARRANGE for the order of packs in a window."""
+epoch, ARRANGE for the order of packs in a window, BALANCE for its steps."""
 
 _ROUNDS = 10
 """Rounds of the network; the shuffle tests pass with 6 or more, for ranges as small as 3."""

@@ -5,10 +5,12 @@
     separate:  one sample per pack, in this order                            |
     grouped:   one sample per pack, whole steps of one modality  <-----------+
     packed:    as many samples per pack as fit
+      each of them, balanced: in steps that replicas can share evenly
 
 A window is a number of consecutive samples of the blend. An epoch is cut into windows, so every
 sample is in exactly one pack of each epoch. Begin and content of a window depend on the counts
-alone, not on ranks, micro-batches or workers. A checkpoint stores the counts (OrderState).
+alone, not on ranks, micro-batches or workers. A checkpoint stores the counts (OrderState). Balanced
+packs also depend on the number of packs before the window: steps begin at its multiples.
 """
 
 import math
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_croc.config.data import DataConfig
+from megatron_croc.costs.samples import SampleCost
 from megatron_croc.data.order.batching import Arrangement, Packs, build_arrangement, separate
 from megatron_croc.data.order.blend import Blend, read_blend
 from megatron_croc.data.order.permutation import SHUFFLE, Permutation
@@ -26,8 +29,8 @@ from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 
 _SAME_AGAIN = (
-    "Resume with the same data_path, blend, seed, packing and grouping, or start a new run with "
-    "--pretrained-checkpoint"
+    "Resume with the same data_path, blend, seed, packing, grouping and balancing, or start a new "
+    "run with --pretrained-checkpoint"
 )
 """Way out of a checkpoint of another order or of other samples."""
 
@@ -45,6 +48,9 @@ class Slot(NamedTuple):
 
     planned_tokens: int | None = None
     """Tokens of the sample that the pack was planned with; None without packing."""
+
+    cost: float | None = None
+    """Predicted operations of the sample; None without balancing."""
 
 
 Pack = tuple[Slot, ...]
@@ -71,6 +77,9 @@ class OrderState:
 
     rows_taken: int = 0
     """Number of packs used of the current window."""
+
+    packs_before: int = 0
+    """Number of packs of all windows before the current one."""
 
     digests: tuple[str, ...] = ()
     """Digest of the samples of each source; empty in states of versions that did not keep it."""
@@ -109,6 +118,9 @@ class Window:
     planned_tokens: np.ndarray | None
     """int64 [n]; None without packing."""
 
+    costs: np.ndarray | None
+    """float64 [n], predicted operations; None without balancing."""
+
     packs: Packs
     """Indices of the samples of each pack in the arrays above."""
 
@@ -119,6 +131,7 @@ class Window:
                 int(self.epoch[i]),
                 int(self.index[i]),
                 None if self.planned_tokens is None else int(self.planned_tokens[i]),
+                None if self.costs is None else float(self.costs[i]),
             )
             for i in self.packs[number]
         )
@@ -196,8 +209,8 @@ class RowPlan:
                 f"tokenizer or template, or lengths measured anew. {_SAME_AGAIN}"
             )
 
-    def window(self, counts: Sequence[int]) -> Window:
-        """Compute the window that begins after `counts` samples of each source."""
+    def window(self, counts: Sequence[int], packs_before: int) -> Window:
+        """Compute the window that begins after `counts` samples of each source, and some packs."""
         begin = sum(counts)
         length = self.blend.epoch_length
         place = begin % length
@@ -215,8 +228,17 @@ class RowPlan:
                     key = (SHUFFLE, self._seed, number, int(one))
                     places[passes == one] = Permutation(size, key)(places[passes == one])
             index[here] = places + self._bases[number]
-        packs, tokens = self.arrangement.arrange(index, begin)
-        return Window(source=source, epoch=epoch, index=index, planned_tokens=tokens, packs=packs)
+        if self.arrangement.one_sample_per_pack:
+            packs_before = begin  # also in states of versions that did not count packs
+        packs, tokens, costs = self.arrangement.arrange(index, begin, packs_before)
+        return Window(
+            source=source,
+            epoch=epoch,
+            index=index,
+            planned_tokens=tokens,
+            costs=costs,
+            packs=packs,
+        )
 
     def num_packs(self, num_samples: int) -> int:
         """Count the packs of the whole windows among the first `num_samples` samples of the run."""
@@ -225,7 +247,7 @@ class RowPlan:
         counts = np.zeros(len(self._sizes), dtype=np.int64)
         num_packs = 0
         while True:
-            window = self.window(counts.tolist())
+            window = self.window(counts.tolist(), num_packs)
             counts += np.bincount(window.source, minlength=counts.size)
             if counts.sum() > num_samples:
                 return num_packs
@@ -246,12 +268,18 @@ class RowStream:
             plan.check_state(state)
         self.state = state or plan.start()
         self._consumed = np.array(self.state.consumed)
+        self._packs_before = self.state.packs_before
         self._enter(self.state.window_start, self.state.rows_taken)
 
     def _enter(self, window_start: Sequence[int], rows_taken: int) -> None:
         self._window_start = tuple(window_start)
-        self._window = self._plan.window(self._window_start)
+        self._window = self._plan.window(self._window_start, self._packs_before)
         self._rows_taken = rows_taken
+
+    @property
+    def num_packs(self) -> int:
+        """Number of packs taken since the start of the run."""
+        return self._packs_before + self._rows_taken
 
     def take(self, number: int) -> list[Pack]:
         """Return the next `number` packs and set `state` to the position after them."""
@@ -260,6 +288,7 @@ class RowStream:
             window = self._window
             if self._rows_taken == len(window.packs):
                 drawn = np.bincount(window.source, minlength=self._consumed.size)
+                self._packs_before += len(window.packs)
                 self._enter((np.array(self._window_start) + drawn).tolist(), 0)
                 continue
             current = self._rows_taken
@@ -271,23 +300,31 @@ class RowStream:
             consumed=tuple(self._consumed.tolist()),
             window_start=self._window_start,
             rows_taken=self._rows_taken,
+            packs_before=self._packs_before,
         )
         return packs
 
 
 def build_row_plan(
-    data: DataConfig, *, num_visual_tokens: int, global_batch_size: int, seed: int
+    data: DataConfig,
+    *,
+    num_visual_tokens: int,
+    global_batch_size: int,
+    seed: int,
+    cost: SampleCost | None = None,
 ) -> RowPlan:
-    """Plan the packs of training: shuffled, and packed or grouped as the settings ask.
+    """Plan the packs of training: shuffled, and packed, grouped or balanced as the settings ask.
 
     Args:
-        data: data_path, packing, grouping, tokenizer and template.
+        data: data_path, packing, grouping, balancing, tokenizer and template.
         num_visual_tokens: N, visual tokens per image.
         global_batch_size: packs of one optimizer step.
         seed: of the run.
+        cost: predicted operations of a sample; needed for balancing only.
 
     Raises:
-        DataError: data is missing, or lacks the sample lengths that packing and grouping need.
+        DataError: data is missing, or lacks the sample lengths that packing, grouping and balancing
+            need.
     """
     blend = read_blend(data.data_path)
     arrangement = build_arrangement(
@@ -296,6 +333,7 @@ def build_row_plan(
         num_visual_tokens=num_visual_tokens,
         global_batch_size=global_batch_size,
         seed=seed,
+        cost=cost,
     )
     return RowPlan(blend, arrangement, seed=seed)
 

@@ -81,8 +81,8 @@ def _open_table(
         made = [f"{i.tokenizer_model} with {i.conversation_template}" for i in manifest.lengths]
         raise DataError(
             f"data_path {folder} has no sample lengths for tokenizer {name} with template "
-            f"{template} (it has {'; '.join(made) or 'none at all'}), and packing and grouping "
-            f"need them; {again}"
+            f"{template} (it has {'; '.join(made) or 'none at all'}), and packing, grouping "
+            f"and balancing need them; {again}"
         )
     path = join_location(folder, info.file)
     try:

@@ -35,6 +35,8 @@ _WIDE = {
     "samples_per_second": "{:.1f} samples/s",
     "tokens_per_second": "{} tokens/s",
     "packing_fill": "packs filled {:.1%}",
+    "imbalance_predicted": "replicas apart {:.1%}",
+    "imbalance_seen": "seen {:.1%}",
     "mfu": "MFU {:.1%}",
     "data_wait_share": "waited {:.0%}",
     "lr": "lr {}",

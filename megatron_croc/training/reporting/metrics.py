@@ -3,24 +3,27 @@
 first stage: tokens, images, samples, operations; matching: distance, time, uses of pool tokens
 last stage:  text and reconstruction loss
              --> StepSums --> one all-reduce, one read of the device --> StepMetrics on every rank
+operations of each replica travel in it too, each in a place of its own
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
+from megatron_croc.costs.flops import Work, count_flops
 from megatron_croc.data.batch import Batch
-from megatron_croc.model.parameters import trained_parts
+from megatron_croc.data.order.balance import imbalance
 from megatron_croc.model.prompt_pool import MatchingSample, Replacement
 from megatron_croc.parallel.collectives import all_reduce
 from megatron_croc.parallel.device import current_device, to_device
 from megatron_croc.parallel.stopwatch import region
-from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.training.optimizer import part_of_group
 
 
@@ -47,7 +50,10 @@ class StepMetrics:
     """Number of samples."""
 
     flops: float
-    """Useful operations, see planning.flops."""
+    """Useful operations, see costs.flops."""
+
+    imbalance_predicted: float | None = None
+    """Operations of the busiest replica above the mean, as a share; None for one replica."""
 
     num_cut_samples: int = 0
     """Samples longer than seq_length."""
@@ -254,10 +260,13 @@ class StepTotals:
 
         One all-reduce, and one read of the device.
         """
-        vector = self._own_sums().pack()
+        dp_size, own = self.pg.dp.size(), self._own_sums()
+        by_replica = [0.0] * dp_size
+        by_replica[self.pg.dp.rank()] = own.flops
+        vector = torch.cat([to_device(torch.tensor(by_replica, dtype=torch.float64)), own.pack()])
         all_reduce(vector)
-        sums = StepSums.unpack(vector.tolist())
-        dp_size = self.pg.dp.size()
+        values = vector.tolist()
+        by_replica, sums = values[:dp_size], StepSums.unpack(values[dp_size:])
         has_matching = sums.num_replaced > 0
         text, reconstruction = float(sums.text_loss), float(sums.reconstruction_loss)
         weight = self.run.model.reconstruction.reconstruction_loss_weight
@@ -272,6 +281,7 @@ class StepTotals:
             num_labels=int(sums.num_labels),
             num_labels_lost=int(sums.num_labels_lost),
             flops=sums.flops,
+            imbalance_predicted=imbalance(np.array(by_replica)) if dp_size > 1 else None,
             matched_distance=float(sums.distance) / sums.num_replaced if has_matching else None,
             matching_seconds=sums.matching_seconds / dp_size if has_matching else None,
             matching_hidden_seconds=(

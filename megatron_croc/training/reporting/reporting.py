@@ -125,6 +125,8 @@ class Reporter:
         self.interval.append(replace(metrics, matching_sample=None))  # some MB a step
         self.waited += waited
         self._count(metrics)
+        if self.times is not None:
+            self.times.end_step()
         if iteration % self.config.log_interval and iteration != self.train_iters:
             return
         now = self.clock()
@@ -181,6 +183,7 @@ class Reporter:
             "train_iters": self.train_iters,
             "tflops_per_device": total["flops"] / elapsed / self.world_size / 1e12,
             "data_wait_share": self.waited / elapsed,
+            "imbalance_predicted": _mean(steps, "imbalance_predicted"),
             **{f"lr/{part}": rate for part, rate in last.learning_rates.items()},
         }
         if self.positions_per_step is not None:

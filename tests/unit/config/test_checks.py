@@ -20,6 +20,8 @@ def tiny(words: str, stage: str = "pretrain_croc") -> RunConfig:
 # One impossible setting each, on a run that is fine without it; the fault names all of `says`.
 IMPOSSIBLE = [
     ("--tensor-model-parallel-size 4", 4, "num_query_groups=2"),
+    ("--balance-replicas 5", 1, "balance_replicas=5: must be a positive divisor of"),
+    ("--balance-replicas 0", 1, "balance_replicas=0"),
     ("--tensor-model-parallel-size 8", 8, "num_attention_heads=4"),
     ("--tensor-model-parallel-size 2 --ffn-hidden-size 255", 2, "ffn_hidden_size=255"),
     (

@@ -321,6 +321,37 @@ def test_packed_rows_hold_whole_samples_up_to_the_capacity(dataset, make_run):
     assert max(batch.num_images for batch in packs) > 2
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_balanced_steps_are_the_same_at_any_layout_and_resume_anywhere(
+    dataset, make_run, caplog, packing
+):
+    """Samples, tokens, replaced sets and pixels: on one replica, on four, and from the middle."""
+    run = make_run(measured(dataset, make_run), micro_batch_size=1, global_batch_size=4)
+    run.data.packing = packing
+    drawn = global_batches(run, 3)
+    run.data.balance_replicas = 2
+    reference = global_batches(run, 3)
+    assert reference != drawn
+    assert global_batches(run, 3, dp_size=2) == reference
+    assert global_batches(run, 2, dp_size=2, skip=4) == reference[1:]
+    assert "steps are composed for at most" not in caplog.text
+    assert global_batches(run, 3, dp_size=4) == reference
+    assert "balance_replicas=2: steps are composed for at most 2 replicas; the 4" in caplog.text
+    if not packing:  # replicas of a step do about the same work
+        ranks = [read_batches(run, 2, dp_rank=rank, dp_size=2) for rank in range(2)]
+        tokens = [sum(int(b.mixed_mask.cu_seqlens[-1]) for b in batches) for batches in ranks]
+        assert max(tokens) / min(tokens) < 1.2
+
+
+def test_balancing_needs_lengths(dataset, make_run):
+    run = make_run(dataset)
+    run.data.balance_replicas = 2
+    with pytest.raises(
+        DataError, match=r"no sample lengths .* balancing need them; run: croc data"
+    ):
+        build_train_plan(run)
+
+
 def test_wrong_lengths_are_noticed(dataset, make_run):
     run = make_run(measured(dataset, make_run))
     run.data.packing = True

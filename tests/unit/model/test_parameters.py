@@ -1,12 +1,11 @@
 import pytest
 
+from megatron_croc.config.parts import PARTS, trained_parts
 from megatron_croc.model.parameters import (
-    PARTS,
     Parameters,
     count_parameters,
     padded_vocab_size,
     stage_parameters,
-    trained_parts,
 )
 from megatron_croc.recipes import get_recipe
 

@@ -45,6 +45,32 @@ def test_a_moment_counts_for_the_innermost_region_only(watch: Stopwatch, clock: 
     assert watch.read() == {"other": 1.0}  # only what came since
 
 
+def test_laps_cut_the_time_into_steps(watch: Stopwatch, clock: Clock):
+    """Laps are returned after the next read; time after the last one belongs to the next."""
+    for seconds in (2.0, 3.0):
+        watch.start("forward")
+        clock.time += seconds
+        watch.stop("forward")
+        clock.time += 1.0
+        watch.end_lap()
+    watch.start("validation")
+    clock.time += 5.0
+    watch.stop("validation")
+    assert watch.read() == {"other": 2.0, "forward": 5.0, "validation": 5.0}
+    assert (
+        watch.take_laps()
+        == [
+            {"other": 1.0, "forward": 2.0},
+            {"other": 1.0, "forward": 3.0},
+        ]
+        and not watch.take_laps()
+    )
+    clock.time += 1.0
+    watch.end_lap()
+    watch.read()
+    assert watch.take_laps() == [{"other": 1.0, "validation": 5.0}]
+
+
 def test_a_region_that_is_open_is_cut_by_a_read(watch: Stopwatch, clock: Clock):
     watch.start("backward")
     clock.time = 2.0

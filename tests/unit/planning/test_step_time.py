@@ -177,6 +177,36 @@ def test_imbalance_of_replicas(run: RunConfig):
     assert estimate_step(run, 1, GPU, load).imbalance == 0
 
 
+def test_imbalance_of_balanced_replicas(run: RunConfig):
+    # Half of the samples have 500 tokens, half 1500: a step for eight takes groups of eight alike.
+    run.training.global_batch_size = 32
+    load = Workload(lengths=(500.0,) * 50 + (1500.0,) * 50, images=0.0, peak_tokens=1500)
+    drawn = estimate_step(run, 8, GPU, load)
+    run.data.balance_replicas = 8
+    step = estimate_step(run, 8, GPU, load)
+    assert step.imbalance < 0.005 * step.compute < 0.02 * drawn.imbalance
+    assert estimate_step(run, 1, GPU, load).imbalance == 0
+    # One sample on each replica, composed for fewer: groups of 8 of either length are in a step.
+    step = estimate_step(run, 32, GPU, load)
+    long, short = cost_of(1500), cost_of(500)
+    assert step.imbalance == pytest.approx((2 * long / (long + short) - 1) * step.compute, rel=0.02)
+
+
+def cost_of(tokens: int) -> float:
+    """Operations of a sample, up to a factor."""
+    layer = 2 * tokens * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * tokens * (tokens + 1) * 4096
+    return 32 * layer + 2 * tokens * 4096 * 32000
+
+
+def test_packs_are_balanced_as_packs(run: RunConfig):
+    run.data.packing, run.data.packing_length, run.data.balance_replicas = True, 2048, 8
+    run.training.global_batch_size = 32
+    lengths = tuple(float(n) for n in range(100, 2000, 19))
+    load = Workload(lengths=lengths, images=0.0, peak_tokens=2048)
+    step = estimate_step(run, 8, GPU, load)
+    assert 0 < step.imbalance < 0.02 * step.compute
+
+
 def test_matching_takes_ten_milliseconds_an_image(run: RunConfig):
     run = get_recipe("croc_7b/pretrain_croc")
     run.parallel.tensor_model_parallel_size, run.parallel.sequence_parallel = 2, False

@@ -220,7 +220,7 @@ def test_windows_and_seeds_have_an_order_of_their_own(kind):
             "packed": lambda: packed(
                 tokens_of, packing_length=CAPACITY, packing_buffer_size=96, measured="", seed=seed
             ),
-        }[kind]().arrange(np.arange(96), number)[0]
+        }[kind]().arrange(np.arange(96), number, number)[0]
         return tuple(tuple(int(i) for i in row) for row in arranged)
 
     drawn = [rows_of(seed, number) for seed in (1, 2) for number in (0, 96)]

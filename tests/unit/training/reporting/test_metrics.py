@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_croc.planning.flops import Work, count_flops
+from megatron_croc.costs.flops import Work, count_flops
 from tests.support.distributed import run_distributed
 from tests.support.synthetic import make_batch, make_sample, tiny_run
 
@@ -54,6 +54,19 @@ def reduce_known_numbers(changes: dict) -> dict:
     }
 
 
+def flops_of(run, samples) -> float:
+    """Operations of samples of which every second has an image."""
+    num_images = len(samples) // 2
+    spans = [run.model.vision_tower.num_visual_tokens] * num_images
+    work = Work.from_lengths(
+        [len(sample.input_ids) for sample in samples],
+        num_labels=sum(int((sample.labels[1:] >= 0).sum()) for sample in samples),
+        num_images=num_images,
+        span_lengths=spans if run.model.attention_mask_type == "visual" else (),
+    )
+    return sum(count_flops(run, work).values())
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("world_size", "changes", "dp_size"),
@@ -70,14 +83,7 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
     run = tiny_run()
     samples = [make_sample(run, n, n % 2).tokens for n in range(4 * dp_size)]
     lengths = [len(sample.input_ids) for sample in samples]
-    spans = [run.model.vision_tower.num_visual_tokens] * (2 * dp_size)
-    work = Work.from_lengths(
-        lengths,
-        num_labels=sum(int((sample.labels[1:] >= 0).sum()) for sample in samples),
-        num_images=2 * dp_size,
-        span_lengths=spans if run.model.attention_mask_type == "visual" else (),
-    )
-    flops = sum(count_flops(run, work).values())
+    flops = flops_of(run, samples)
     text = {1: 3.0, 2: 33.0}[dp_size]
     for result in run_distributed(reduce_known_numbers, world_size, changes):
         assert result["text_loss"] == pytest.approx(text)
@@ -97,6 +103,13 @@ def test_every_number_is_counted_once(world_size, changes, dp_size):
         assert result["grad_norm"] == 1.5
         assert result["microbatches"] == 2 * dp_size
         assert result["flops"] == pytest.approx(flops, rel=1e-12)
+        if dp_size == 1:
+            assert result["imbalance_predicted"] is None
+        else:  # each replica's own four samples
+            halves = [flops_of(run, samples[:4]), flops_of(run, samples[4:])]
+            apart = max(halves) / (sum(halves) / 2) - 1
+            assert apart > 0.001
+            assert result["imbalance_predicted"] == pytest.approx(apart, rel=1e-9)
 
 
 def test_sums_keep_their_names_in_the_packed_vector():

@@ -88,3 +88,19 @@ def test_columns_are_means_and_maxima_over_ranks():
     # Neither checkpoint nor validation is part of a step; waiting is no work.
     assert ranks[0] == RankTimes(step=16.0 / 5, compute=14.0 / 5, data_wait=1.0 / 5)
     assert ranks[1] == RankTimes(step=19.0 / 5, compute=10.0 / 5, data_wait=0.0)
+    assert "imbalance_seen" not in row  # one replica
+
+
+def test_imbalance_is_compared_step_by_step_inside_each_stage():
+    """Two replicas of two stages: the slow one changes, which their sums would hide."""
+    from megatron_croc.parallel.stopwatch import REGIONS
+    from megatron_croc.training.reporting.time_split import IntervalTimes
+
+    seconds = [[3.0, 1.0], [2.0, 2.0], [1.0, 3.0], [2.0, 2.0]]
+    interval = IntervalTimes(
+        ranks=[{**dict.fromkeys(REGIONS, 0.0), "forward": 4.0}] * 4,
+        num_steps=2,
+        step_compute=seconds,
+        stages=[0, 1, 0, 1],
+    )
+    assert interval.row()["imbalance_seen"] == pytest.approx(3 / 2 - 1)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.planning.flops import Work, count_flops, matching_flops, visible_pairs
+from megatron_croc.costs.flops import Work, count_flops, matching_flops, visible_pairs
 from megatron_croc.recipes import get_recipe
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_croc.config.model import ReconstructionConfig, VisionTowerConfig
+from megatron_croc.config.parts import Part, trained_parts
 from megatron_croc.config.run import RunConfig
-from megatron_croc.model.parameters import Part, trained_parts
 
 Flops = dict[str, float]
 """Operations of each part, and of `matching`."""

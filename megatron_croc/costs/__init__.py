@@ -1,0 +1,1 @@
+"""Operations that samples cost in training, computed from the settings alone."""
