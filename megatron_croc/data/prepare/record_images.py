@@ -69,7 +69,7 @@ class RecordImages:
 
     def _read_named(self, image: str) -> bytes:
         name, image_folder, files = self.name, self.folder, self.files
-        if re.match(r"[a-z0-9]+://", image):
+        if "://" in image and re.match(r"[a-z0-9]+://", image):
             raise BadSampleError(
                 name,
                 "missing_image",
