@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A long run with everything on: memory, open files and threads of all its processes, and step time.
+"""A long run with everything on: memory, files and threads of all its processes, and step time.
 
     python benchmarks/soak.py                              # 2,000 steps on two ranks, then the ways
     python benchmarks/soak.py --steps 200 --rounds 1 --out /tmp/soak     # a quick look

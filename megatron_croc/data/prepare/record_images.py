@@ -84,7 +84,7 @@ class RecordImages:
         place = PurePosixPath(image)
         if place.is_absolute() and place.is_relative_to(image_folder.absolute()):
             place = place.relative_to(image_folder.absolute())
-        if place.is_absolute() or ".." in place.parts:
+        if place.is_absolute() or (".." in image and ".." in place.parts):
             raise BadSampleError(
                 name, "missing_image", f"image {image:.120} lies outside the image folder"
             )

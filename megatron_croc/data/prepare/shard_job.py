@@ -12,7 +12,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,7 @@ def add_notes(notes: Notes, *more: Mapping[str, list]) -> Notes:
 def _make(make: Callable[..., ShardResult], output: Path, shard: int, task: tuple) -> ShardResult:
     """Make one shard and store its result; runs in a worker process."""
     result = make(output, shard, *task)
-    stored = asdict(result)
-    Ledger(output).write_result(shard, stored, stored.pop("files"))
+    stored = asdict(replace(result, files={}))  # asdict copies, and the files are many
+    del stored["files"]
+    Ledger(output).write_result(shard, stored, result.files)
     return result

@@ -44,6 +44,7 @@ CAPTION_KEYS = (
 )  # fmt: skip
 """Fields of a caption, in order of precedence; those before `txt` also before a tar's .txt."""
 
+_ASKED = frozenset(question for question, _ in PAIR_KEYS)
 _ROLE_KEYS = ("from", "role", "speaker", "author")
 _TEXT_KEYS = ("value", "content", "text", "message")
 _MESSAGE_KEYS = frozenset(
@@ -99,7 +100,7 @@ def read_turns(fields: Mapping[str, Any]) -> Turns | None:
     for key in CONVERSATION_KEYS:
         if key in lower and (turns := _read_list(lower[key], fields[lower[key]])) is not None:
             return turns
-    for question, answer in PAIR_KEYS:
+    for question, answer in () if _ASKED.isdisjoint(lower) else PAIR_KEYS:
         if question in lower and answer in lower:
             return _read_pair(fields, lower, question, answer)
     for key in CAPTION_KEYS:
