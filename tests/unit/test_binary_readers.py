@@ -20,6 +20,7 @@ from megatron_croc.checkpoint.safe_reading import read_index
 from megatron_croc.convert.checkpoint_reader import CheckpointReader
 from megatron_croc.data.demo.dataset import train_tokenizer
 from megatron_croc.data.prepare.inputs.tars import TarInput
+from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.tar_index import index_tar
 from megatron_croc.data.prepare.tar_scan import scan_tar
 from megatron_croc.data.sample.legacy import decide_legacy
@@ -156,6 +157,26 @@ def fuzz_tars(folder: Path, examples: int) -> None:
 
 def test_headers_of_tars(tmp_path: Path):
     fuzz_tars(tmp_path, 12)
+
+
+def test_names_of_members_stay_on_one_line(tmp_path: Path):
+    """Reasons and notes quote names, which may hold ends of lines and commands to a terminal."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "0.txt", "0.a\nb\x1b[31m", "1.c\n\u2028d", "\n.e"):
+            member, data = tarfile.TarInfo(name), jpeg(1) if name == "0.jpg" else b"a"
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "out").mkdir()
+    job = Preprocessor(
+        input_path=tmp_path / "a.tar", image_folder=None, output=tmp_path / "out",
+        samples_per_shard=9,
+    )  # fmt: skip
+    list(job.make_shards(1))
+    lines = list(job.finish().lines())
+    assert len(lines) == 5, lines
+    assert all(line.isprintable() for line in lines), lines
+    assert any("only 1.c\\n\\u2028d: store" in line for line in lines)
+    assert any("member .a\\nb\\x1b[31m is not read" in line for line in lines)
 
 
 # Indexes of checkpoints

@@ -27,7 +27,7 @@ from megatron_croc.data.store.shard_writer import (
     write_manifest,
 )
 from megatron_croc.data.store.storage import is_remote, join_location
-from megatron_croc.errors import DataError
+from megatron_croc.errors import DataError, one_line
 from megatron_croc.file_reading import parse_json
 
 REPORT = "report.json"
@@ -99,7 +99,7 @@ class Report:
                 yield f"    record {entry.record}: {entry.reason}"
         for text, (count, example) in self.notes.items():
             where = f" ({count} records)" if count else ""
-            yield f"  {text}{where}{f', first: {example}' if example else ''}"
+            yield one_line(f"  {text}{where}{f', first: {example}' if example else ''}")
 
 
 class ShardJob:
