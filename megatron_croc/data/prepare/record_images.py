@@ -12,7 +12,7 @@ from typing import Literal
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.made_from import SourceFiles
 from megatron_croc.data.records.fields import IMAGE_SUFFIXES, suffix_of
-from megatron_croc.data.sample.image_transform import ImageError, check_shape, read_header
+from megatron_croc.data.sample.image_header import ImageError, check_shape, read_header
 from megatron_croc.errors import DataError, first_line
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
