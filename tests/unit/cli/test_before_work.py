@@ -85,7 +85,7 @@ def test_preprocessing_tells_it_before_the_first_shard(tmp_path: Path, capsys, m
         "data demo --num-images 100000 --out /proc/nowhere",
         "data tokenizer --input /nothing.json --output /proc/nowhere/tokenizer.model",
         "data check /nothing --tokenizer-model /nothing --out /proc/nowhere",
-        "data inspect --recipe tiny/finetune --data-path /nothing --tokenizer-model /nothing --out /proc/nowhere",
+        "data inspect --recipe tiny/finetune --data-path /nothing --out /proc/nowhere",
         "data preprocess --input /nothing.json --output /proc/nowhere",
         "convert import --from-hf /proc --save /proc/nowhere",
         "convert export --load /nothing --to /proc/nowhere/export",
