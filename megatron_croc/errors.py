@@ -40,6 +40,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """Escape the control characters of a text, ends of lines and tabs too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def first_line(error: BaseException) -> str:
     """First line of an error's message; the name of its type if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -9,6 +9,7 @@ with torch's restricted unpickler. megatron's reader and planner are replaced fo
 
 import io
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_croc.checkpoint.manifest import INDEX_FILE
@@ -87,6 +93,19 @@ def read_index(folder: Path) -> Metadata:
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     if not isinstance(index, Metadata):
         raise CheckpointError(f"{path}: damaged: holds a {type(index).__name__}")
+    try:
+        _check_places(index, path)
+        _check_tensors(index, path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # parts of any kind, or lacking
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+    return index
+
+
+def _check_places(index: Metadata, path: Path) -> None:
+    """Refuse files outside the folder, and bytes that a file does not have."""
+    folder = path.parent
     sizes: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         name = place.relative_path if isinstance(place, _StorageInfo) else None
@@ -103,7 +122,32 @@ def read_index(folder: Path) -> Metadata:
                 f"{path}: damaged: names bytes {place.offset!r:.40} + {place.length!r:.40} of "
                 f"{name}, which has {sizes[name]}"
             )
-    return index
+
+
+def _check_tensors(index: Metadata, path: Path) -> None:
+    """Refuse shapes that are none, and pieces that lie outside of their tensor."""
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata) and isinstance(key, str):
+            continue
+        is_tensor = isinstance(entry, TensorStorageMetadata) and isinstance(key, str)
+        if not is_tensor or not isinstance(entry.properties.dtype, torch.dtype):
+            raise CheckpointError(f"{path}: damaged: {key!r:.80} is no tensor of a known type")
+        shape = _lengths(entry.size)
+        for chunk in entry.chunks:
+            begins, sizes = _lengths(chunk.offsets), _lengths(chunk.sizes)
+            ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+            if any(end > size for end, size in zip(ends, shape, strict=True)):
+                raise CheckpointError(
+                    f"{path}: damaged: a piece of {key!r:.80} ends at {ends}, its shape is {shape}"
+                )
+
+
+def _lengths(numbers: Collection[object]) -> list[int]:
+    """Return lengths; ValueError: one is negative or no whole number."""
+    lengths = [n for n in numbers if type(n) is int and 0 <= n < 2**63]
+    if len(lengths) != len(numbers):
+        raise ValueError(f"{numbers!r:.80} are no lengths")
+    return lengths
 
 
 def tensor_files(index: Metadata) -> set[str]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import CheckpointError
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    refuse_unwritable("--save", arguments.save)
     from megatron_croc.convert.importing import import_huggingface
 
     report = import_huggingface(
@@ -104,6 +106,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    refuse_unwritable("--to", arguments.to.parent)
     import torch
 
     from megatron_croc.convert.exporting import export_huggingface

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.scaling.grid import Grid, read_grid
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     options = parse_arguments(argv)
     grid = read_grid(options.grid, options.out, data=options.data)
+    refuse_unwritable("--out", options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command in ("plan", "all"):
         plan(grid, options.out)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_croc.best_effort import BestEffort
-from megatron_croc.errors import DataError
+from megatron_croc.errors import DataError, one_line
 from megatron_croc.log import get_logger
 
 BadKind = Literal[
@@ -52,9 +52,9 @@ class BadSampleError(DataError):
 
     def __init__(self, sample_id: str, kind: BadKind, reason: str) -> None:
         """Args: sample_id: name of the sample. kind: key of its count. reason: the fault."""
-        # A reason may quote text of the sample; half a surrogate pair cannot be written to a log.
-        reason = reason.encode("utf-8", "backslashreplace").decode()
-        super().__init__(f"sample {sample_id}: {reason}")
+        # A reason may quote names and text of the sample: ends of lines, half surrogate pairs.
+        reason = one_line(reason)
+        super().__init__(f"sample {one_line(sample_id)}: {reason}")
         self.sample_id = sample_id
         self.kind: BadKind = kind
         self.reason = reason

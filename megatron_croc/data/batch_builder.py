@@ -33,7 +33,8 @@ from megatron_croc.data.sample.collate import (
     placeholder_sample,
 )
 from megatron_croc.data.sample.decode import DecoderName, ImageDecoder, resolve_decoder
-from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
+from megatron_croc.data.sample.image_header import ImageError
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.data.sample.tokenization import (
     TokenizedSample,
     build_tokenizer,

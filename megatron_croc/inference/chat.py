@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_croc.data.sample.conversation import IMAGE_MARK
-from megatron_croc.data.sample.image_transform import ImageError
+from megatron_croc.data.sample.image_header import ImageError
 from megatron_croc.data.sample.tokenization import Tokenizer
 from megatron_croc.errors import DataError
 from megatron_croc.inference.generation import Answer, Generator, Sampling

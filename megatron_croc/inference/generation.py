@@ -24,7 +24,8 @@ from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
 from megatron_croc.convert.tensor_files import read_json
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
-from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
+from megatron_croc.data.sample.image_header import ImageError
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.data.sample.tokenization import (
     Tokenizer,
     build_tokenizer,

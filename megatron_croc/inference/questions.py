@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.sample.conversation import IMAGE_MARK, check_conversation
-from megatron_croc.data.sample.image_transform import ImageError, read_header
+from megatron_croc.data.sample.image_header import ImageError, read_header
 from megatron_croc.errors import DataError
 from megatron_croc.file_reading import UnreadableError, parse_json
 

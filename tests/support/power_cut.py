@@ -8,7 +8,8 @@
 Rules of a disk (POSIX, as ext4, XFS and NFS may do it):
 
 - The content of a file is on disk once the file was synced. Before, it may be absent (zero bytes),
-  torn (half of it), whole, or what was synced before. What is appended leaves what was synced.
+  torn (half of it), whole, or what was synced before. What is appended leaves what was synced, and
+  what is overwritten in its place is old or new, sector by sector.
 - A name (made, moved, removed) is on disk once its folder was synced. Before, each change of a
   name may or may not have happened, whatever happened to the others; one change is never halved.
 """
@@ -24,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+SECTOR = 512
+"""Bytes that a disk writes whole or not at all."""
 
 MAX_CHANGES = 7
 """Most unsynced changes of names whose every subset is tried; of more, those that leave out one, or
@@ -43,6 +47,9 @@ class Node:
 
     synced: bytes | None = None
     """Bytes on disk; None: never synced."""
+
+    is_cut: bool = True
+    """True if the file was emptied or made after its last sync."""
 
     names: dict[str, "Node"] = field(default_factory=dict)
     """Entries of a folder, as programs see them."""
@@ -107,6 +114,11 @@ class Recorder:
         with self._alone():
             self._before(f"promise {what}")
             self.marks.append((len(self.operations), what))
+
+    def look(self, what: str) -> None:
+        """Take in what was written by calls that have no event (os.write)."""
+        with self._alone():
+            self._before(what)
 
     def promised(self, state: State) -> list[Any]:
         """Everything that was promised before the moment of a state."""
@@ -179,6 +191,8 @@ class Recorder:
         folder, name = place
         if name not in folder.names:
             self._change((folder, name, Node(is_folder=False)))
+        elif flags & os.O_TRUNC:
+            folder.names[name].is_cut = True
 
     def _mkdir(self, args: tuple[Any, ...]) -> None:
         path, _, handle = (*args, -1)[:3]
@@ -217,6 +231,7 @@ class Recorder:
             self.pending = [change for change in self.pending if change not in synced]
         else:
             node.synced = node.content = Path(path).read_bytes()
+            node.is_cut = False
 
     # Where things are.
 
@@ -257,7 +272,7 @@ class Recorder:
 
     def _settle(self, node: Node) -> None:
         """Everything that is there at the start is on disk."""
-        node.on_disk, node.synced = dict(node.names), node.content
+        node.on_disk, node.synced, node.is_cut = dict(node.names), node.content, False
         for child in node.names.values():
             self._settle(child)
 
@@ -360,12 +375,16 @@ def _read(
             yield path, None
             yield from _read(child, entries, fate, f"{path}/")
             continue
-        content, synced = child.content, child.synced or b""
-        kept = len(synced) if content.startswith(synced) else 0  # what was appended to
-        content = {
-            "whole": content,
-            "torn": content[: (kept + len(content)) // 2],
-            "empty": content[:kept],
-            "old": synced,
-        }[fate.get(id(child), "old")]
-        yield path, content
+        yield path, _content_after(child, fate.get(id(child), "old"))
+
+
+def _content_after(file: Node, fate: str) -> bytes:
+    """Content of a file after a power cut."""
+    content, synced = file.content, file.synced or b""
+    if fate in ("whole", "old"):
+        return content if fate == "whole" else synced
+    if not content.startswith(synced) and not file.is_cut:  # overwritten in its place
+        sectors = len(content) // 2 // SECTOR if fate == "torn" else 0
+        return content[: sectors * SECTOR] + synced[sectors * SECTOR :]
+    kept = len(synced) if content.startswith(synced) else 0  # what was appended to
+    return content[: (kept + len(content)) // 2 if fate == "torn" else kept]

@@ -1,6 +1,7 @@
 """Files beside checkpoints after a power cut at any moment: metrics, shards, exports."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,14 @@ from megatron_croc.data.store.shard_writer import (
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError
 from megatron_croc.training.reporting.metrics_log import drop_undone_steps
+from megatron_croc.training.safety.heartbeat import (
+    beat_file,
+    close_heartbeat,
+    enter,
+    open_heartbeat,
+    read_heartbeats,
+    share_heartbeat,
+)
 from tests.support.power_cut import Recorder, State
 
 
@@ -138,6 +147,46 @@ def test_an_export_is_complete_or_not_there(disk: Path, tmp_path: Path):
         assert found.is_dir() or not recorder.promised(state), state.last
         if found.is_dir():
             assert {name: (found / name).read_bytes() for name in files} == files
+
+
+def test_heartbeats(disk: Path, tmp_path: Path):
+    """A heartbeat is one that was written, or none; one that was shared is not lost."""
+    folder, written = disk / "heartbeats", set()
+    with Recorder(disk) as recorder:
+        for first in (1, 11):  # the second run finds the files of the first, and empties them
+            recorder.mark(None)
+            open_heartbeat(folder)
+            for iteration in range(first, first + 5):
+                written.add(beat_file(folder, 0).read_bytes().strip())
+                enter("forward", iteration=iteration, micro_batch=iteration % 3)
+                written.add(beat_file(folder, 0).read_bytes().strip())
+                recorder.look(f"heartbeat {iteration}")
+                if iteration % 5 in (2, 4):
+                    share_heartbeat()
+                    recorder.mark(iteration)
+            close_heartbeat()
+    num_lost = 0
+    for state, top in after(recorder, tmp_path, 15):
+        beats = read_heartbeats(top / "heartbeats", 1)
+        promised = [None, *recorder.promised(state)][-1]
+        if beats:
+            assert beat_file(top / "heartbeats", 0).read_bytes().strip() in written
+        if promised is not None:
+            assert beats and beats[0].iteration >= promised, state.last
+        num_lost += not beats
+        open_heartbeat(top / "heartbeats")  # the next run starts on every state
+        close_heartbeat()
+    assert num_lost
+
+
+def test_the_harness_overwrites_by_sectors(disk: Path):
+    (disk / "a").write_bytes(b"o" * 1536)
+    with Recorder(disk) as recorder:
+        file = os.open(disk / "a", os.O_WRONLY)
+        os.pwrite(file, b"n" * 1536, 0)
+        os.close(file)
+    contents = {state.tree["a"] for state in recorder.states()}
+    assert contents == {b"o" * 1536, b"n" * 1536, b"n" * 512 + b"o" * 1024}
 
 
 def test_the_harness_finds_what_is_not_flushed(disk: Path, tmp_path: Path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.data.store.manifest import count_samples
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes.command_line import parse_command, run_parser
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--tokenizer-model is not given: tokens are counted with it")
     if options.max_samples < 0 or options.strangest < 0:
         raise ConfigError("--max-samples and --strangest must not be negative")
+    refuse_unwritable("--out", options.out)
     from megatron_croc.data.look.look import look_at  # torch: not before the settings are checked
 
     total = count_samples(run.data.data_path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.demo.dataset import train_tokenizer, write_annotations, write_images
 
@@ -36,6 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Images, then annotations, then the tokenizer."""
     arguments = parse_arguments(argv)
+    refuse_unwritable("--out", arguments.out)
     print(f"drawing {arguments.num_images} images", file=sys.stderr, flush=True)
     images = write_images(
         arguments.out / "images",

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.recipes.command_line import parse_command, run_parser
 
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, run = parse_command(parser, argv)
     from megatron_croc.data.sample_view import as_text, view_samples, write_page
 
+    if options.out is not None:
+        refuse_unwritable("--out", options.out)
     views = view_samples(run, options.samples)
     for view in views:
         print(as_text(view, colour=sys.stdout.isatty() and not options.plain))

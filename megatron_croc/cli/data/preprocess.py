@@ -21,15 +21,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_croc.atomic_files import why_unwritable
 from megatron_croc.cli.data.lengths import add_tokenizer_arguments, check_tokenizer, measure
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.inputs import FORMATS
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.shard_job import Report
 from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.records.fields import FieldRules
-from megatron_croc.errors import ConfigError, DataError
+from megatron_croc.errors import ConfigError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -115,10 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             "--recipe and --seq-length ask what a cut would remove: give --tokenizer-model too"
         )
-    if (reason := why_unwritable(arguments.output)) is not None:
-        raise DataError(
-            f"--output {arguments.output}: cannot be written ({reason}); name another folder"
-        )
+    refuse_unwritable("--output", arguments.output)
     if arguments.tokenizer_model is not None:
         check_tokenizer(arguments)  # not only after all shards
     report = index(arguments) if arguments.index else make(arguments)

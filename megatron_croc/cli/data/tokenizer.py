@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_croc.atomic_files import write_atomically
+from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.data.prepare.inputs import FORMATS, open_input
 from megatron_croc.data.records.reading import texts_of
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = arguments.output
     if output.exists():  # trained weights may depend on it
         raise ConfigError(f"--output {output}: exists already; remove it or name another")
+    refuse_unwritable("--output", output.parent)
     try:
         model = train_sentencepiece(read_texts(arguments), arguments.vocab_size)
     except DataError as error:

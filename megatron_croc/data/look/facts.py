@@ -17,7 +17,7 @@ from megatron_croc.data.batch_builder import BatchBuilder
 from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.data.sample.collate import measure_extent
 from megatron_croc.data.sample.conversation import IMAGE_MARK
-from megatron_croc.data.sample.image_transform import ImageError, read_header
+from megatron_croc.data.sample.image_header import ImageError, read_header
 from megatron_croc.data.sample.tokenization import Tokenizer, tokenize_conversation
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.data.truncation import Extent

@@ -47,11 +47,13 @@ class SourceFiles:
     def read(self, path: Path) -> bytes:
         """Read a file, and note its state before. Raises OSError and ValueError as open does."""
         self.note(path)
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
 
     def note(self, path: Path) -> None:
         """Note the state of a file, also of one that is not there."""
-        self.states[os.fspath(path.absolute())] = _state_of(path)
+        name = os.path.join(os.getcwd(), path)
+        self.states[name] = _state_of(name)
 
 
 def _state_of(path: str | Path) -> FileState:
@@ -102,12 +104,15 @@ def digest_records(records: Iterable[InputRecord]) -> str:
 
 def update_digest(digest: Any, found: InputRecord) -> None:
     """Add one record to a digest of hashlib."""
-    content = [getattr(found, field.name) for field in fields(found)]
-    digest.update(json.dumps(content, default=_as_json).encode())
+    digest.update(_ENCODER.encode([getattr(found, name) for name in _RECORD_FIELDS]).encode())
 
 
 def _as_json(value: object) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+_ENCODER = json.JSONEncoder(default=_as_json)
+_RECORD_FIELDS = [field.name for field in fields(InputRecord)]
 
 
 class Ledger:

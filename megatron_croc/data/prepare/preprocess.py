@@ -223,13 +223,15 @@ def _read_record(
     if not isinstance(record, dict):
         raise BadSampleError(name, "record", f"must be a JSON object, got {record!r:.60}")
     check_split(record, options.splits, name)
-    ignored = options.rules.ignore
-    members = [one for one in found.members if not _is_ignored_member(one[0], ignored)]
+    members, others = found.members, found.other_members
+    if ignored := options.rules.ignore:
+        members = [one for one in members if not _is_ignored_member(one[0], ignored)]
+        others = [one for one in others if not _is_ignored_member(one, ignored)]
     reading = read_record(
         record,
         name,
         members=[member for member, _ in members],
-        other_members=[m for m in found.other_members if not _is_ignored_member(m, ignored)],
+        other_members=others,
         rules=options.rules,
     )
     notes = dict(reading.notes)

@@ -12,7 +12,7 @@ from typing import Literal
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.prepare.made_from import SourceFiles
 from megatron_croc.data.records.fields import IMAGE_SUFFIXES, suffix_of
-from megatron_croc.data.sample.image_transform import ImageError, check_shape, read_header
+from megatron_croc.data.sample.image_header import ImageError, check_shape, read_header
 from megatron_croc.errors import DataError, first_line
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
@@ -69,7 +69,7 @@ class RecordImages:
 
     def _read_named(self, image: str) -> bytes:
         name, image_folder, files = self.name, self.folder, self.files
-        if re.match(r"[a-z0-9]+://", image):
+        if "://" in image and re.match(r"[a-z0-9]+://", image):
             raise BadSampleError(
                 name,
                 "missing_image",
@@ -84,7 +84,7 @@ class RecordImages:
         place = PurePosixPath(image)
         if place.is_absolute() and place.is_relative_to(image_folder.absolute()):
             place = place.relative_to(image_folder.absolute())
-        if place.is_absolute() or ".." in place.parts:
+        if place.is_absolute() or (".." in image and ".." in place.parts):
             raise BadSampleError(
                 name, "missing_image", f"image {image:.120} lies outside the image folder"
             )

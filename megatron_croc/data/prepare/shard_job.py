@@ -12,7 +12,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron_croc.data.store.shard_writer import (
     write_manifest,
 )
 from megatron_croc.data.store.storage import is_remote, join_location
-from megatron_croc.errors import DataError
+from megatron_croc.errors import DataError, one_line
 from megatron_croc.file_reading import parse_json
 
 REPORT = "report.json"
@@ -99,7 +99,7 @@ class Report:
                 yield f"    record {entry.record}: {entry.reason}"
         for text, (count, example) in self.notes.items():
             where = f" ({count} records)" if count else ""
-            yield f"  {text}{where}{f', first: {example}' if example else ''}"
+            yield one_line(f"  {text}{where}{f', first: {example}' if example else ''}")
 
 
 class ShardJob:
@@ -323,6 +323,7 @@ def add_notes(notes: Notes, *more: Mapping[str, list]) -> Notes:
 def _make(make: Callable[..., ShardResult], output: Path, shard: int, task: tuple) -> ShardResult:
     """Make one shard and store its result; runs in a worker process."""
     result = make(output, shard, *task)
-    stored = asdict(result)
-    Ledger(output).write_result(shard, stored, stored.pop("files"))
+    stored = asdict(replace(result, files={}))  # asdict copies, and the files are many
+    del stored["files"]
+    Ledger(output).write_result(shard, stored, result.files)
     return result

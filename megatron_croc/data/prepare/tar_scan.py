@@ -107,8 +107,8 @@ def _add(
     stream: TarStream,
     keeps_texts: bool,
 ) -> None:
-    path = PurePosixPath(member.name)
-    stem, _, suffix = path.name.partition(".")
+    folder, name = _parts_of(member.name)
+    stem, _, suffix = name.partition(".")
     suffix = suffix.lower()
     last = suffix.rpartition(".")[2]
     is_image = last in IMAGE_SUFFIXES and stem != ""  # a hidden 0.jpg of macOS is no image
@@ -120,7 +120,7 @@ def _add(
             name = f"{member.name!r:.80} is an image without key and suffix: name it key.suffix"
             samples.append(TarSample(key=member.name, fault=("record", name)))
         return
-    key = str(path.with_name(stem))
+    key = folder + stem
     if not samples or samples[-1].key != key:
         samples.append(TarSample(key=key))
         if key in seen:
@@ -130,7 +130,7 @@ def _add(
             )
         seen.add(key)
     sample = samples[-1]
-    if path.is_absolute() or ".." in path.parts:
+    if folder.startswith("/") or ".." in folder.split("/"):
         sample.fault = sample.fault or (
             "unsafe_member",
             f"name {member.name!r:.80} leaves its folder",
@@ -142,8 +142,8 @@ def _add(
             "(tar --dereference --hard-dereference)",
         )
     place = (member.offset, member.size)
-    taken = [PurePosixPath(name).name.partition(".")[2].lower() for name in sample.image_names]
-    if suffix in (*taken, *sample.texts):
+    taken = (_parts_of(name)[1].partition(".")[2].lower() for name in sample.image_names)
+    if suffix in sample.texts or suffix in taken:
         sample.fault = sample.fault or ("duplicate_key", f"{member.name!r:.80} is there twice")
     elif last in _TEXTS:
         sample.texts[suffix] = place
@@ -155,6 +155,18 @@ def _add(
         sample.images.append((member.name, place))
     else:
         sample.others.append(member.name)
+
+
+def _parts_of(name: str) -> tuple[str, str]:
+    """Split a member's name into its folder, with a / at its end if there is one, and the rest.
+
+    The same as pathlib does it, "./a//b.jpg" being "a/b.jpg", at a tenth of its cost.
+    """
+    if name[:1] in ("/", ".") or "//" in name or "/." in name:
+        path = PurePosixPath(name)
+        return str(path)[: len(str(path)) - len(path.name)], path.name
+    cut = name.rfind("/") + 1
+    return name[:cut], name[cut:]
 
 
 def _is_no_sample(sample: TarSample) -> bool:

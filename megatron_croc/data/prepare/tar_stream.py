@@ -163,8 +163,11 @@ def _number(field_bytes: bytes) -> int:
     """Parse an octal number, or base 256 if the first bit is set; -1 if invalid."""
     if field_bytes[0] & 0x80:
         return int.from_bytes(field_bytes[1:], "big") if field_bytes[0] == 0x80 else -1
-    digits = field_bytes.strip(b" \0")
-    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else -1
+    digits = field_bytes.strip(b" \0") or b"0"
+    try:
+        return int(digits, 8) if digits.isdigit() else -1  # int() alone takes signs and _
+    except ValueError:
+        return -1
 
 
 def _parse_pax(text: bytes) -> dict[str, str]:

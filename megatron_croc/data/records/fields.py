@@ -7,6 +7,7 @@
 Names are compared in lower case and word by word: "imageFile" is (image, file).
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,9 @@ IGNORED_NAMES = _names(
 )
 """Whole names that are ignored on purpose."""
 
+_NAMES_KEPT = 4096
+"""Names whose words are kept: the fields of a dataset are few, and each stands in every record."""
+
 _ADDRESS_WORDS = _names("url urls uri link links src href")
 _SIZE_WORDS = _names("width height")
 
@@ -112,6 +116,7 @@ _MAGIC = (
     b"\0\0\0\x0cjP  ",
     b"\xff\x4f\xff\x51",
 )
+_IMAGE_OR_MEDIA_SUFFIXES = IMAGE_SUFFIXES | MEDIA_SUFFIXES
 _SMALLEST_BMP = 26
 _MAX_DEPTH = 6
 """Depth of a nested value to which images are looked for."""
@@ -141,10 +146,11 @@ class FieldRules:
 
     def apply(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a record that hold something, under their names in this schema."""
+        rename, ignore = self.rename, self.ignore
         return {
-            self.rename.get(name, name): value
+            rename.get(name, name): value
             for name, value in record.items()
-            if name not in self.ignore and not is_empty(value)
+            if name not in ignore and not is_empty(value)
         }
 
     @property
@@ -155,24 +161,27 @@ class FieldRules:
         return {"rename": dict(sorted(self.rename.items())), "ignore": sorted(self.ignore)}
 
 
-def words_of(name: str) -> list[str]:
+@functools.lru_cache(_NAMES_KEPT)
+def words_of(name: str) -> tuple[str, ...]:
     """Split a name into its words: "imageFile_2" -> image, file."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return re.findall(r"[a-z]+", spaced.lower())
+    return tuple(re.findall(r"[a-z]+", spaced.lower()))
 
 
 def suffix_of(name: str) -> str:
     """Return the last suffix of a file name or web address, in lower case and without the dot."""
     last = re.split(r"[?#]", name)[0] if "://" in name else name
-    return re.split(r"[/\\]", last)[-1].rpartition(".")[2].lower() if "." in last else ""
+    if "." not in last:
+        return ""
+    return last[max(last.rfind("/"), last.rfind("\\")) + 1 :].rpartition(".")[2].lower()
 
 
 def is_empty(value: object) -> bool:
     """Return True for a value that holds nothing: null, NaN, "", and lists or structs of these."""
+    if isinstance(value, str):
+        return not value or value.isspace()
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    if isinstance(value, str):
-        return not value.strip()
     if isinstance(value, bytes):
         return not value
     if isinstance(value, list | tuple):
@@ -182,11 +191,13 @@ def is_empty(value: object) -> bool:
     return False
 
 
+@functools.lru_cache(_NAMES_KEPT)
 def is_file_name_field(name: str) -> bool:
     """Return True for `file_name`, `*_file_name` and their plurals, as in an image folder."""
     return bool(re.fullmatch(r"(.*_)?file_?names?", name.lower()))
 
 
+@functools.lru_cache(_NAMES_KEPT)
 def names_image(name: str) -> bool:
     """Return True if a field of this name holds images, and is not only about them."""
     if is_file_name_field(name):
@@ -219,6 +230,7 @@ def names_media(name: str, value: object) -> bool:
     return isinstance(value, str) and _is_name(value) and suffix_of(value) in MEDIA_SUFFIXES
 
 
+@functools.lru_cache(_NAMES_KEPT)
 def is_ignored(name: str) -> bool:
     """Return True for a field that is ignored on purpose."""
     words = words_of(name)
@@ -252,7 +264,7 @@ def holds_image(value: object, depth: int = 0) -> bool:
 def holds_image_name(value: object, depth: int = 0) -> bool:
     """Return True if a value is, or contains, the file name or address of an image or a video."""
     if isinstance(value, str):
-        return _is_name(value) and suffix_of(value) in IMAGE_SUFFIXES | MEDIA_SUFFIXES
+        return _is_name(value) and suffix_of(value) in _IMAGE_OR_MEDIA_SUFFIXES
     if depth > _MAX_DEPTH:
         return False
     if isinstance(value, dict):

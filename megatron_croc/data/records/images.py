@@ -151,10 +151,10 @@ def order_members(members: Sequence[str], names: Sequence[str]) -> tuple[list[in
                 f"({', '.join(members)!s:.80}): {missing!r:.60} is not among them",
             )
         # Names of the original files, as many as members.
-    numbers = _numbered([PurePosixPath(member).name.partition(".")[2] for member in members])
     order = list(range(len(members)))
     if len(members) < 2:
         return order, {}
+    numbers = _numbered([PurePosixPath(member).name.partition(".")[2] for member in members])
     if numbers is not None:
         order.sort(key=list(numbers.values()).__getitem__)
         return order, {"images in the order of the numbers in their names": ""}

@@ -290,7 +290,6 @@ def _refuse_unread(
 
     The web address, width or height beside a caption is that of its image.
     """
-    known = {PurePosixPath(name).name for name in names}
     for name, value in unread.items():
         if names_media(name, value):
             raise RecordFault(
@@ -301,6 +300,7 @@ def _refuse_unread(
         if images:
             if is_ignored(name) or not holds_image_name(value) or not names:
                 continue
+            known = {PurePosixPath(one).name for one in names}
             if isinstance(value, str) and PurePosixPath(value).name in known:
                 continue
             reason = "names an image that is not read"

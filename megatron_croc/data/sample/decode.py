@@ -18,12 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_croc.data.sample.image_transform import (
-    ImageError,
-    ImageHeader,
-    ImageTransform,
-    read_header,
-)
+from megatron_croc.data.sample.image_header import ImageError, ImageHeader, read_header
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.errors import DataError
 from megatron_croc.log import get_logger
 from megatron_croc.parallel.device import has_cuda

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_croc.errors import DataError
-from megatron_croc.file_reading import UnreadableError, read_json
+from megatron_croc.file_reading import UnreadableError, read_json, whole_number
 
 
 class Legacy(NamedTuple):
@@ -50,8 +50,7 @@ def decide_legacy(folder: Path) -> Legacy:
 
 
 def _major(config: dict[str, Any]) -> int:
-    major = str(config.get("transformers_version", "")).partition(".")[0]
-    return int(major) if major.isdigit() else 0
+    return whole_number(str(config.get("transformers_version", "")).partition(".")[0]) or 0
 
 
 def _puts_space_everywhere(tokenizer: dict[str, Any]) -> bool | None:
@@ -64,7 +63,7 @@ def _puts_space_everywhere(tokenizer: dict[str, Any]) -> bool | None:
             scheme = step.get("prepend_scheme") or (
                 "always" if step.get("add_prefix_space", True) else "never"
             )
-            return {"always": True, "first": False}.get(scheme)
+            return {"always": True, "first": False}.get(str(scheme))
     return None
 
 

@@ -11,7 +11,7 @@ without. The released code uses both; legacy.py decides it from the files of a c
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from megatron_croc.data.sample.conversation import (
     render_prompt,
 )
 from megatron_croc.data.sample.legacy import Legacy, decide_legacy
-from megatron_croc.errors import DataError
+from megatron_croc.errors import DataError, first_line
 from megatron_croc.ops.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 Follows = Literal["start", "special", "text"]
@@ -157,22 +157,26 @@ def _build_sentencepiece(path: Path, legacy: Legacy) -> Tokenizer:
         )
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"tokenizer_model {path} is not a SentencePiece model: {error}") from error
-    special_ids = {
-        model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)
-    }
-    special_ids |= {name: i for name, i in ((BOS, model.bos_id()), (EOS, model.eos_id())) if i >= 0}
-    return Tokenizer(
-        name=str(path),
-        size=model.get_piece_size(),
-        special_ids=special_ids,
-        encode=model.encode,
-        decode=model.decode,
-        adds_prefix=model.encode("a", out_type=str)[0].startswith("\u2581"),
-        legacy=legacy.value,
-        legacy_reason=legacy.reason,
-    )
+        special_ids = {
+            model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)
+        }
+        named = ((BOS, model.bos_id()), (EOS, model.eos_id()))
+        special_ids |= {name: i for name, i in named if i >= 0}
+        return Tokenizer(
+            name=str(path),
+            size=model.get_piece_size(),
+            special_ids=special_ids,
+            encode=model.encode,
+            decode=model.decode,
+            adds_prefix=model.encode("a", out_type=str)[0].startswith("\u2581"),
+            legacy=legacy.value,
+            legacy_reason=legacy.reason,
+        )
+    except Exception as error:  # a damaged model raises almost anything
+        raise DataError(
+            f"tokenizer_model {path} is not a SentencePiece model: {first_line(error)}; get the "
+            "file again"
+        ) from error
 
 
 def _build_hf(path: Path, legacy: Legacy) -> Tokenizer:
@@ -182,31 +186,31 @@ def _build_hf(path: Path, legacy: Legacy) -> Tokenizer:
         wrapper = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-        backend = wrapper.backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
+        # The backend object: the transformers wrapper changes its state at every call.
+        backend: Any = wrapper.backend_tokenizer
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        added = backend.get_added_tokens_decoder()
+        special_ids = {token.content: i for i, token in added.items() if token.special}
+        named = ((BOS, wrapper.bos_token_id), (EOS, wrapper.eos_token_id))
+        special_ids |= {name: i for name, i in named if i is not None}
+        first = backend.encode("a", add_special_tokens=False).tokens[:1]
+        return Tokenizer(
+            name=str(path),
+            size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+            special_ids=special_ids,
+            encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+            decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
+            adds_prefix=bool(first) and first[0].startswith("\u2581"),
+            legacy=legacy.value,
+            legacy_reason=legacy.reason,
+        )
+    except Exception as error:  # a damaged folder raises almost anything
         raise DataError(
             f"tokenizer_model {path} is not a Hugging Face tokenizer folder with a "
-            f"tokenizer.json: {error}"
+            f"tokenizer.json: {first_line(error)}"
         ) from error
-    # The backend object: the transformers wrapper changes its state at every call.
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
-    special_ids = {
-        token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special
-    }
-    named = ((BOS, wrapper.bos_token_id), (EOS, wrapper.eos_token_id))
-    special_ids |= {name: i for name, i in named if i is not None}
-    return Tokenizer(
-        name=str(path),
-        size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
-        special_ids=special_ids,
-        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
-        adds_prefix=backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"),
-        legacy=legacy.value,
-        legacy_reason=legacy.reason,
-    )
 
 
 def check_tokenizer(tokenizer: Tokenizer, template: TemplateName, vocab_size: int) -> None:

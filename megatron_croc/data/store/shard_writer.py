@@ -22,14 +22,12 @@ import numpy as np
 
 from megatron_croc.atomic_files import sync_directory, write_atomically
 from megatron_croc.data.records.reading import TextFormat
+from megatron_croc.errors import DataError
 from megatron_croc.file_reading import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT_NAME = "megatron_croc shards"
 FORMAT_VERSION = 2
-
-TAR_HEADER_BYTES = 512
-"""Bytes from a member's header to its data (one block, as names are short)."""
 
 
 def shard_name(shard: int) -> str:
@@ -95,8 +93,8 @@ class ShardWriter:
         self._shard = shard
         self._tar_path = folder / f"{shard_name(shard)}.tar"
         self._temporary = folder / f".{shard_name(shard)}.tar.tmp"
-        # Closed by __exit__.
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by __exit__
+        self._digest, self._offset = hashlib.sha256(), 0
         self._rows: list[tuple[int, int, int]] = []
         self._num_samples = 0
         self._num_text_only = 0
@@ -118,11 +116,15 @@ class ShardWriter:
         self._num_text_only += not images
 
     def _add_member(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)  # mtime, uid, gid are 0 and mode 0644 by default
-        member.size = len(data)
-        offset = self._tar.offset + TAR_HEADER_BYTES
-        self._tar.addfile(member, io.BytesIO(data))
-        self._rows.append((self._num_samples, offset, len(data)))
+        self._write(_header(name, len(data)))
+        self._rows.append((self._num_samples, self._offset, len(data)))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._offset += len(data)
 
     def __enter__(self) -> "ShardWriter":
         """Return the writer."""
@@ -130,12 +132,14 @@ class ShardWriter:
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Finish the shard; after an error, remove the temporary file."""
-        self._tar.close()
-        if error_type is not None:
-            self._temporary.unlink()
-            return
-        with open(self._temporary, "rb") as file:
-            os.fsync(file.fileno())
+        with self._file:
+            if error_type is not None:
+                self._temporary.unlink()
+                return
+            self._write(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
+            self._write(bytes(-self._offset % tarfile.RECORDSIZE))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         index_path = write_index(self._folder, self._shard, self._rows)
         os.replace(self._temporary, self._tar_path)
         sync_directory(self._folder)
@@ -146,11 +150,31 @@ class ShardWriter:
             num_samples=self._num_samples,
             num_images=len(self._rows) - self._num_samples,
             num_text_only=self._num_text_only,
-            tar_bytes=self._tar_path.stat().st_size,
-            tar_sha256=sha256_of(self._tar_path),
+            tar_bytes=self._offset,
+            tar_sha256=self._digest.hexdigest(),
             idx_bytes=index_path.stat().st_size,
             idx_sha256=sha256_of(index_path),
         )
+
+
+_BLANK_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of time 0 and mode 0644
+_BLANK_SUM = sum(_BLANK_HEADER[:148]) + 8 * ord(" ") + sum(_BLANK_HEADER[156:])
+_SIZE_DIGITS = 11
+
+
+def _header(name: str, size: int) -> bytes:
+    """Return a member's header as tarfile writes it, at a tenth of its cost.
+
+    Raises:
+        DataError: a member of 8 GiB or more, whose size has no place in a header.
+    """
+    label, digits = name.encode(), b"%011o" % size
+    if len(digits) > _SIZE_DIGITS:
+        raise DataError(f"member {name} has {size} bytes: a tar holds less than 8 GiB of each")
+    assert len(label) <= 100, name
+    checksum = b"%06o" % (_BLANK_SUM + sum(label) + sum(digits) - _SIZE_DIGITS * ord("0"))
+    parts = (label, _BLANK_HEADER[len(label) : 124], digits, _BLANK_HEADER[135:148], checksum)
+    return b"".join((*parts, _BLANK_HEADER[154:]))
 
 
 def write_index(folder: Path, shard: int, rows: Sequence[tuple[int, int, int]]) -> Path:

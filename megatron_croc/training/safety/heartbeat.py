@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_croc.atomic_files import sync_directory
 from megatron_croc.best_effort import BestEffort
 from megatron_croc.errors import printable
 from megatron_croc.file_reading import UnreadableError, build, read_json
@@ -162,12 +163,15 @@ def own_beat() -> Beat:
 
 
 def share_heartbeat() -> None:
-    """Flush the file to disk, so that other hosts of a shared file system see it."""
+    """Flush the file to disk: other hosts of a shared file system see it, and it outlives a power
+    cut."""
     if _file is None:
         _open_file()  # there may be room again
-    if _file is not None:
+    if _file is not None and _folder is not None:
         with _sharing:
             os.fsync(_file)
+            sync_directory(_folder)
+            sync_directory(_folder.parent)
 
 
 def beat_file(folder: Path, number: int) -> Path:

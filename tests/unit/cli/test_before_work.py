@@ -79,6 +79,25 @@ def test_preprocessing_tells_it_before_the_first_shard(tmp_path: Path, capsys, m
     assert os.listdir(tmp_path) == ["records.json"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data demo --num-images 100000 --out /proc/nowhere",
+        "data tokenizer --input /nothing.json --output /proc/nowhere/tokenizer.model",
+        "data check /nothing --tokenizer-model /nothing --out /proc/nowhere",
+        "data inspect --recipe tiny/finetune --data-path /nothing --out /proc/nowhere",
+        "data preprocess --input /nothing.json --output /proc/nowhere",
+        "convert import --from-hf /proc --save /proc/nowhere",
+        "convert export --load /nothing --to /proc/nowhere/export",
+    ],
+)
+def test_an_unwritable_output_is_told_before_the_input_is_read(words: str, capsys):
+    assert main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert "/proc/nowhere: cannot be written" in error
+    assert error.startswith("error: --") and error.count("\n") == 1
+
+
 def test_check_tells_of_folders_and_inputs_for_training(tmp_path: Path, capsys):
     words = ["check", "--recipe=tiny/finetune", "--world-size=1", "--save=/proc/nowhere"]
     words.append("--log-dir=/proc/elsewhere")

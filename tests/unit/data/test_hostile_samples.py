@@ -20,7 +20,8 @@ from megatron_croc.data.order.row_plan import Slot
 from megatron_croc.data.prepare.preprocess import Preprocessor
 from megatron_croc.data.prepare.tar_index import TarIndexer
 from megatron_croc.data.sample.decode import ImageDecoder
-from megatron_croc.data.sample.image_transform import ImageError, ImageTransform
+from megatron_croc.data.sample.image_header import ImageError
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError
 from tests.unit.data.small_samples import conversation, jpeg

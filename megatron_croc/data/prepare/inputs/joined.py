@@ -20,7 +20,7 @@ class JoinedSlice:
         """Yield the records, numbered through."""
         for before, part in self.parts:
             for found in part.read():
-                yield replace(found, number=before + found.number)
+                yield replace(found, number=before + found.number) if before else found
 
 
 class JoinedInput:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from megatron_croc.data.records.fields import FieldRules
-from megatron_croc.data.sample.image_transform import ImageTransform, read_header
+from megatron_croc.data.sample.image_header import read_header
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.errors import DataError
 from tests.unit.data.prepare.test_inputs import (
     PICTURES,

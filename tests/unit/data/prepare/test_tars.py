@@ -1,11 +1,15 @@
 """Tars are read and indexed alike: which members make a sample, and which are told."""
 
 import io
+import itertools
+import re
 import tarfile
+from pathlib import PurePosixPath
 
 import pytest
 
-from megatron_croc.data.prepare.tar_scan import scan_tar
+from megatron_croc.data.prepare.tar_scan import _parts_of, scan_tar
+from megatron_croc.data.prepare.tar_stream import _number
 from megatron_croc.data.records.fields import FieldRules
 from megatron_croc.data.store.storage import open_storage
 from tests.unit.data.prepare.test_inputs import (
@@ -95,6 +99,24 @@ def test_rules_reach_members(tmp_path):
     rules = FieldRules.parse(["headline=caption"], ["mask.png"])
     report = make(tar, tmp_path / "out", rules=rules)
     assert (report.num_images, captions(tmp_path / "out")) == (1, ["x"])
+
+
+def test_parts_of_names_are_those_of_pathlib():
+    folders = ("", "/", "//", "./", "a/", "a//", "../", "a/../", "a/./", "x.y/")
+    for name in itertools.product(folders, ("b.jpg", ".b.jpg", "..", "b", "b..jpg", "a b.0.jpg")):
+        path = PurePosixPath("".join(name))
+        folder, last = _parts_of("".join(name))
+        assert (last, f"{folder}key") == (path.name, str(path.with_name("key"))), name
+        assert (folder[:1] == "/") == path.is_absolute(), name
+        assert (".." in folder.split("/")) == (".." in path.parts[:-1]), name
+
+
+@pytest.mark.parametrize(
+    "digits", [b"0_1", b"+1", b"-1", b" 1 1", b"8", b"\xb2", b"1\0 ", b"  17", b"", b"0o7"]
+)
+def test_numbers_of_headers_are_octal_digits(digits):
+    plain = re.fullmatch(rb"[ \0]*([0-7]*)[ \0]*", digits)
+    assert _number(digits.ljust(12, b"\0")) == (int(plain[1] or b"0", 8) if plain else -1)
 
 
 @pytest.mark.parametrize("size", ["\u0662", "-1", "1_0", "9" * 30, "many"])

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.records.fields import FieldRules
+from megatron_croc.data.records.messages import Turns, _as_message, _usual_message
 from megatron_croc.data.records.reading import (
     conversation_of,
     read_record,
@@ -210,6 +211,25 @@ def test_texts_in_every_published_form():
         assert reading.images == [], name
         assert conversation_of(record, 0, name) == TALK, name
         assert texts_of(record) == ["hi", "ho"], name
+
+
+def test_the_short_way_for_usual_messages_is_the_long_one():
+    entries = [
+        {keys[0]: role, keys[1]: text, **more}
+        for keys in (("from", "value"), ("role", "content"), ("role", "value"), ("content", "role"))
+        for role in ("human", "User", " gpt", "system", "tool", "", None, 3)
+        for text in ("hi", "", " ", None, ["hi"], 3)
+        for more in ({}, {"weight": 1}, {"image": "a.jpg"})
+    ]
+    taken = 0
+    for entry in entries:
+        turns = Turns(messages=[], fields=[], has_own_marks=True)
+        short = _usual_message(entry)
+        if short is not None:
+            taken += 1
+            assert short == _as_message(turns, entry, "message 0"), entry
+            assert not turns.images and not turns.notes
+    assert taken == 2 * 2 * 3  # two spellings, "human" and "system", every text
 
 
 def test_images_in_every_published_form():

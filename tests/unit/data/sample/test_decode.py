@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from megatron_croc.data.sample.decode import ImageDecoder, _build_dali_decode, resolve_decoder
-from megatron_croc.data.sample.image_transform import ImageError, ImageTransform, read_header
+from megatron_croc.data.sample.image_header import ImageError, read_header
+from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.errors import DataError
 
 TRANSFORM = ImageTransform(img_size=56, aspect_ratio="pad", fill=(122, 116, 104))

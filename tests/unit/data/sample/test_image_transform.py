@@ -11,12 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from megatron_croc.config.model import VisionTowerConfig
-from megatron_croc.data.sample.image_transform import (
-    ImageError,
-    ImageTransform,
-    read_header,
-    resize,
-)
+from megatron_croc.data.sample.image_header import ImageError, read_header
+from megatron_croc.data.sample.image_transform import ImageTransform, resize
 
 MAX_LEVELS = 2  # torch's resize against PIL's: both round, at different places
 

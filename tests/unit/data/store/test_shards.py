@@ -1,6 +1,7 @@
 """Stored samples are read back; damaged and unfinished folders are refused by name."""
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -15,7 +16,7 @@ import webdataset
 from megatron_croc.data.bad_samples import BadSampleError
 from megatron_croc.data.store import shards as shards_module
 from megatron_croc.data.store.manifest import count_samples, read_manifest, verify_shards
-from megatron_croc.data.store.shard_writer import ShardWriter, write_manifest
+from megatron_croc.data.store.shard_writer import ShardWriter, _header, write_manifest
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.errors import DataError
 
@@ -76,6 +77,32 @@ def test_tars_are_plain_webdataset(tmp_path):
     assert [sample["__key__"] for sample in samples] == [f"000000-{i:06d}" for i in range(4)]
     assert json.loads(samples[2]["json"]) == record(2)
     assert samples[2]["1.jpg"] == images(2)[1][1]
+
+
+def test_a_tar_is_what_tarfile_writes(tmp_path):
+    """Headers are filled in by hand, which is cheaper; sizes at the borders of a block and of 11
+    digits are those of tarfile too."""
+    folder = write(tmp_path / "a", sizes=(4,))
+    tar = folder / "shard-000000.tar"
+    again = io.BytesIO()
+    with (
+        tarfile.open(tar) as stored,
+        tarfile.open(fileobj=again, mode="w", format=tarfile.USTAR_FORMAT) as new,
+    ):
+        for member in stored:
+            copy = tarfile.TarInfo(member.name)
+            copy.size = member.size
+            new.addfile(copy, stored.extractfile(member))
+    assert tar.read_bytes() == again.getvalue()
+    (info,) = read_manifest(folder).shards
+    assert info.tar_sha256 == hashlib.sha256(again.getvalue()).hexdigest()
+    assert info.tar_bytes == len(again.getvalue())
+    for size in (0, 511, 512, 8**11 - 1):
+        member = tarfile.TarInfo("a.0.jpg")
+        member.size = size
+        assert _header("a.0.jpg", size) == member.tobuf(tarfile.USTAR_FORMAT)
+    with pytest.raises(DataError, match=r"member a.0.jpg has \d+ bytes: .* less than 8 GiB"):
+        _header("a.0.jpg", 8**11)
 
 
 def test_equal_samples_give_equal_bytes(tmp_path):
