@@ -25,8 +25,9 @@ from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_croc.inference.generation import Answer, Generator, Sampling
-    from megatron_croc.inference.questions import Question
+    from megatron_croc.evaluation.prompts import Answer
+    from megatron_croc.evaluation.questions import Question
+    from megatron_croc.inference.generation import Generator, Sampling
 
 
 @reports_errors
@@ -117,7 +118,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _questions(arguments: argparse.Namespace) -> "list[Question]":
-    from megatron_croc.inference.questions import ask, read_questions
+    from megatron_croc.evaluation.questions import ask, read_questions
 
     if arguments.input is None:
         return [ask(arguments.prompt, arguments.image)]
@@ -168,8 +169,8 @@ def _as_record(answer: "Answer") -> dict:
 
 
 def _report(answers: "list[Answer]", arguments: argparse.Namespace) -> None:
+    from megatron_croc.evaluation.questions import read_questions
     from megatron_croc.inference.answers import accuracy_by_type, as_table, write_report
-    from megatron_croc.inference.questions import read_questions
 
     known = None
     if arguments.baseline is not None:

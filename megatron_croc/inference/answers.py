@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_croc.atomic_files import write_atomically
-from megatron_croc.inference.generation import Answer
-from megatron_croc.inference.questions import Question
+from megatron_croc.evaluation.prompts import Answer
+from megatron_croc.evaluation.questions import Question
 
 TOTAL = "all"
 """Name of the last row, of all questions; its chance also knows the types."""

@@ -18,8 +18,9 @@ from megatron_croc.data.sample.conversation import IMAGE_MARK
 from megatron_croc.data.sample.image_transform import ImageError
 from megatron_croc.data.sample.tokenization import Tokenizer
 from megatron_croc.errors import DataError
-from megatron_croc.inference.generation import Answer, Generator, Sampling
-from megatron_croc.inference.questions import Question
+from megatron_croc.evaluation.prompts import Answer
+from megatron_croc.evaluation.questions import Question
+from megatron_croc.inference.generation import Generator, Sampling
 
 INCOMPLETE = "\ufffd"
 """Character that tokenizers decode the first bytes of an unfinished character to."""
@@ -104,7 +105,7 @@ class Conversation:
             DataError: the image does not decode or is too large.
         """
         try:
-            self.generator.transform.decode_with_pil(content)
+            self.generator.prompts.transform.decode_with_pil(content)
         except ImageError as error:
             raise DataError(f"image {name}: {error}") from error
         self.waiting.append(ImageBytes(name=name, content=content))
@@ -131,16 +132,16 @@ class Conversation:
             images=(*self.images, *self.waiting),
             history=tuple(self.history),
         )
-        if self.generator.template == "plain" and self.history:
+        if self.generator.prompts.template == "plain" and self.history:
             raise DataError(
                 "this model was trained on captions of one round (template plain): reset the "
                 "conversation before the next question"
             )
-        length = len(self.generator.prompt_ids(question)) + self.sampling.max_new_tokens
-        if length > self.generator.max_length:
+        length = len(self.generator.prompts.ids(question)) + self.sampling.max_new_tokens
+        if length > self.generator.prompts.max_length:
             raise DataError(
                 f"the conversation and max_new_tokens={self.sampling.max_new_tokens} are {length} "
-                f"tokens, the model's context has {self.generator.max_length}: reset the "
+                f"tokens, the model's context has {self.generator.prompts.max_length}: reset the "
                 "conversation, shorten the question or lower --max-new-tokens"
             )
         return question
@@ -157,12 +158,12 @@ class Conversation:
         return self._stream(self.question(text))
 
     def _stream(self, question: Question) -> PythonGenerator[str, None, None]:
-        pieces = TextPieces(self.generator.tokenizer)
+        pieces = TextPieces(self.generator.prompts.tokenizer)
         self.is_finished = False
         ids = stream_ids(self.generator, question, self.sampling)
         try:
             for token in ids:
-                if token in self.generator.stop_ids:
+                if token in self.generator.prompts.stop_ids:
                     self.is_finished = True
                     break
                 if piece := pieces.add(token):

@@ -86,8 +86,8 @@ def trained(demo: Path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def generated(demo: Path, trained: Path) -> list:
     """Answers of transformers to the first samples' questions."""
+    from megatron_croc.evaluation.questions import read_questions
     from megatron_croc.inference.generation import Sampling, open_generator
-    from megatron_croc.inference.questions import read_questions
 
     questions = read_questions(demo / "finetune.json", demo / "images")
     wanted = {f"finetune-{index}" for index in range(NUM_SAMPLES)}
