@@ -30,6 +30,22 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageBytes:
+    """An encoded image in memory; a Question holds it in place of a path."""
+
+    name: str
+    content: bytes
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image."""
+        return self.content
+
+    def __str__(self) -> str:
+        """Return the name, for messages."""
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """One question with its images, history and true answer."""
 

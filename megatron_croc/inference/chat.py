@@ -9,7 +9,6 @@ are the first ids of the training sample with the same turns.
 import queue
 import threading
 from collections.abc import Generator as PythonGenerator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,27 +18,11 @@ from megatron_croc.data.sample.image_transform import ImageError
 from megatron_croc.data.sample.tokenization import Tokenizer
 from megatron_croc.errors import DataError
 from megatron_croc.evaluation.prompts import Answer
-from megatron_croc.evaluation.questions import Question
+from megatron_croc.evaluation.questions import ImageBytes, Question
 from megatron_croc.inference.generation import Generator, Sampling
 
 INCOMPLETE = "\ufffd"
 """Character that tokenizers decode the first bytes of an unfinished character to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageBytes:
-    """An encoded image in memory; a Question holds it in place of a path."""
-
-    name: str
-    content: bytes
-
-    def read_bytes(self) -> bytes:
-        """Return the encoded image."""
-        return self.content
-
-    def __str__(self) -> str:
-        """Return the name, for messages."""
-        return self.name
 
 
 class TextPieces:
