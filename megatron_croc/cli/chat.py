@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_croc.cli.errors import print_error, reports_errors
+from megatron_croc.cli.model_options import add_model_options, open_model
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError, CrocError, DataError
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="export or checkpoint")
+    add_model_options(parser)
     add("--image", type=Path, action="append", default=[], help="for the first question")
     add("--web", action="store_true", help="a page in the browser instead of the terminal")
     add("--port", type=int, default=7860, help="of the page (default 7860); 0: any free port")
@@ -46,10 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
     add("--seed", type=int, default=1234)
-    add("--tokenizer", type=Path, help="default: the export's, or the run's")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--device", help="default: the accelerator, where there is one")
-    add("--trust-remote-code", action="store_true", help="run an export's code that is not ours")
     return parser
 
 
@@ -59,10 +56,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port < 65536:
         raise ConfigError(f"--port {arguments.port}: must be from 0 to 65535")
     images = [(str(path), _read(path)) for path in arguments.image]
-    import torch
-
     from megatron_croc.inference.chat import Conversation
-    from megatron_croc.inference.generation import Sampling, open_generator
+    from megatron_croc.inference.generation import Sampling
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -75,13 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_croc.inference.chat_page import build_app, listen, serve
 
         socket = listen(arguments.port)
-    with open_generator(
-        arguments.model,
-        tokenizer=arguments.tokenizer,
-        dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-    ) as generator:
+    with open_model(arguments) as generator:
         if arguments.web:
             serve(build_app(generator, sampling), socket)
             return 0

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING
 
 from megatron_croc.atomic_files import why_unwritable
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.cli.model_options import add_model_options, open_model
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_croc.inference.generation import Answer, Generator, Sampling
-    from megatron_croc.inference.questions import Question
+    from megatron_croc.evaluation.prompts import Answer
+    from megatron_croc.evaluation.questions import Question
+    from megatron_croc.inference.generation import Generator, Sampling
 
 
 @reports_errors
@@ -43,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="export or checkpoint")
+    add_model_options(parser)
     add("--prompt", help="the question; <image> marks may say where the images stand")
     add("--image", type=Path, action="append", default=[], help="an image; may be repeated")
     add("--input", type=Path, metavar="FILE", help="JSON lines of questions, or LLaVA's JSON")
@@ -58,19 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0)
     add("--seed", type=int, default=1234)
     add("--no-cache", action="store_true", help="compute every token anew, to compare")
-    add("--tokenizer", type=Path, help="default: the export's, or the run's")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--device", help="default: the accelerator, where there is one")
-    add("--trust-remote-code", action="store_true", help="run an export's code that is not ours")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     print(f"loading {arguments.model}", file=sys.stderr, flush=True)
-    import torch
-
-    from megatron_croc.inference.generation import Sampling, open_generator
+    from megatron_croc.inference.generation import Sampling
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -81,13 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
         use_cache=not arguments.no_cache,
     )
     questions = _questions(arguments)
-    with open_generator(
-        arguments.model,
-        tokenizer=arguments.tokenizer,
-        dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-    ) as generator:
+    with open_model(arguments) as generator:
         generator.check(questions, sampling)
         answers = list(_answers(generator, questions, sampling, arguments))
     if arguments.report is not None:
@@ -117,7 +107,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _questions(arguments: argparse.Namespace) -> "list[Question]":
-    from megatron_croc.inference.questions import ask, read_questions
+    from megatron_croc.evaluation.questions import ask, read_questions
 
     if arguments.input is None:
         return [ask(arguments.prompt, arguments.image)]
@@ -136,6 +126,8 @@ def _answers(
     """Answer; each is shown or written as soon as it is there."""
     from tqdm import tqdm
 
+    from megatron_croc.inference.answers import as_record
+
     answers = generator.answer(questions, sampling, batch_size=arguments.batch_size)
     if arguments.input is None:
         for answer in answers:
@@ -148,28 +140,13 @@ def _answers(
         return
     with arguments.output.open("w", encoding="utf-8", buffering=1) as file:
         for answer in shown:
-            file.write(json.dumps(_as_record(answer), ensure_ascii=False) + "\n")
+            file.write(json.dumps(as_record(answer), ensure_ascii=False) + "\n")
             yield answer
 
 
-def _as_record(answer: "Answer") -> dict:
-    """As LLaVA's evaluation scripts read it, and what else is known."""
-    question = answer.question
-    record = {
-        "question_id": question.question_id,
-        "prompt": question.text,
-        "text": answer.text,
-        "num_tokens": len(answer.ids),
-        "is_finished": answer.is_finished,
-        "expected": question.expected,
-        "type": question.kind,
-    }
-    return {name: value for name, value in record.items() if value is not None}
-
-
 def _report(answers: "list[Answer]", arguments: argparse.Namespace) -> None:
+    from megatron_croc.evaluation.questions import read_questions
     from megatron_croc.inference.answers import accuracy_by_type, as_table, write_report
-    from megatron_croc.inference.questions import read_questions
 
     known = None
     if arguments.baseline is not None:

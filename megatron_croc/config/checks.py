@@ -79,6 +79,7 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
     for name, value in {
         "eval_interval": training.eval_interval,
         "eval_answers_iters": training.eval_answers_iters,
+        "eval_tasks_interval": training.eval_tasks_interval,
         "num_workers": run.data.num_workers,
     }.items():
         if value < 0:
@@ -102,6 +103,16 @@ def _training_faults(run: RunConfig) -> Iterator[str]:
         yield (
             f"eval_answers_iters={training.eval_answers_iters} with stage={run.stage}, whose model "
             "replaces visual tokens: check answers in finetune, or with croc generate"
+        )
+    if training.eval_tasks_interval > 0 and not training.eval_tasks:
+        yield (
+            f"eval_tasks_interval={training.eval_tasks_interval} without eval_tasks: name task "
+            "files, or set eval_tasks_interval to 0"
+        )
+    if training.eval_tasks and run.reconstructs:
+        yield (
+            f"eval_tasks with stage={run.stage}, whose model replaces visual tokens: evaluate in "
+            "finetune, or with croc eval"
         )
     stages = run.parallel.pipeline_layers(run.model.language_model.num_layers)
     if (

@@ -23,6 +23,9 @@ def find_missing_inputs(run: RunConfig) -> Iterator[str]:
                     yield f"{name}={folder}: no such file; fix the path of the blend"
             elif not folder.startswith("s3://") and not Path(folder).is_dir():
                 yield f"{name}={folder}: no such folder; croc data preprocess writes it"
+    for path in run.training.eval_tasks:
+        if not Path(path).is_file():
+            yield f"eval_tasks={path}: no such file; give task files, see croc eval --help"
     tokenizer = data.tokenizer_model
     is_file = data.tokenizer_type == "SentencePieceTokenizer"
     if tokenizer is None:

@@ -90,6 +90,13 @@ class TrainingConfig:
     """Number of global batches whose answers are checked at each validation: the share that greedy
     generation with the causal mask, as in an export, gives word for word; 0: none."""
 
+    eval_tasks: tuple[str, ...] = ()
+    """Task files (croc eval) whose questions are answered by generation while training."""
+
+    eval_tasks_interval: int = 0
+    """Optimizer steps between evaluations of eval_tasks; 0: save_interval. The last step is
+    evaluated too."""
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:

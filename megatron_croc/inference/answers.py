@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_croc.atomic_files import write_atomically
-from megatron_croc.inference.generation import Answer
-from megatron_croc.inference.questions import Question
+from megatron_croc.evaluation.prompts import Answer
+from megatron_croc.evaluation.questions import Question
 
 TOTAL = "all"
 """Name of the last row, of all questions; its chance also knows the types."""
@@ -152,3 +153,18 @@ def write_report(path: Path, rows: Sequence[Accuracy]) -> None:
     derived = ("accuracy", "standard_error", "chance", "is_above_chance")
     records = [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
     write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())
+
+
+def as_record(answer: Answer) -> dict[str, Any]:
+    """Build the record of LLaVA's evaluation scripts, with what else is known."""
+    question = answer.question
+    record = {
+        "question_id": question.question_id,
+        "prompt": question.text,
+        "text": answer.text,
+        "num_tokens": len(answer.ids),
+        "is_finished": answer.is_finished,
+        "expected": question.expected,
+        "type": question.kind,
+    }
+    return {name: value for name, value in record.items() if value is not None}

@@ -9,7 +9,6 @@ are the first ids of the training sample with the same turns.
 import queue
 import threading
 from collections.abc import Generator as PythonGenerator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,27 +17,12 @@ from megatron_croc.data.sample.conversation import IMAGE_MARK
 from megatron_croc.data.sample.image_header import ImageError
 from megatron_croc.data.sample.tokenization import Tokenizer
 from megatron_croc.errors import DataError
-from megatron_croc.inference.generation import Answer, Generator, Sampling
-from megatron_croc.inference.questions import Question
+from megatron_croc.evaluation.prompts import Answer
+from megatron_croc.evaluation.questions import ImageBytes, Question
+from megatron_croc.inference.generation import Generator, Sampling
 
 INCOMPLETE = "\ufffd"
 """Character that tokenizers decode the first bytes of an unfinished character to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageBytes:
-    """An encoded image in memory; a Question holds it in place of a path."""
-
-    name: str
-    content: bytes
-
-    def read_bytes(self) -> bytes:
-        """Return the encoded image."""
-        return self.content
-
-    def __str__(self) -> str:
-        """Return the name, for messages."""
-        return self.name
 
 
 class TextPieces:
@@ -104,7 +88,7 @@ class Conversation:
             DataError: the image does not decode or is too large.
         """
         try:
-            self.generator.transform.decode_with_pil(content)
+            self.generator.prompts.transform.decode_with_pil(content)
         except ImageError as error:
             raise DataError(f"image {name}: {error}") from error
         self.waiting.append(ImageBytes(name=name, content=content))
@@ -131,16 +115,16 @@ class Conversation:
             images=(*self.images, *self.waiting),
             history=tuple(self.history),
         )
-        if self.generator.template == "plain" and self.history:
+        if self.generator.prompts.template == "plain" and self.history:
             raise DataError(
                 "this model was trained on captions of one round (template plain): reset the "
                 "conversation before the next question"
             )
-        length = len(self.generator.prompt_ids(question)) + self.sampling.max_new_tokens
-        if length > self.generator.max_length:
+        length = len(self.generator.prompts.ids(question)) + self.sampling.max_new_tokens
+        if length > self.generator.prompts.max_length:
             raise DataError(
                 f"the conversation and max_new_tokens={self.sampling.max_new_tokens} are {length} "
-                f"tokens, the model's context has {self.generator.max_length}: reset the "
+                f"tokens, the model's context has {self.generator.prompts.max_length}: reset the "
                 "conversation, shorten the question or lower --max-new-tokens"
             )
         return question
@@ -157,12 +141,12 @@ class Conversation:
         return self._stream(self.question(text))
 
     def _stream(self, question: Question) -> PythonGenerator[str, None, None]:
-        pieces = TextPieces(self.generator.tokenizer)
+        pieces = TextPieces(self.generator.prompts.tokenizer)
         self.is_finished = False
         ids = stream_ids(self.generator, question, self.sampling)
         try:
             for token in ids:
-                if token in self.generator.stop_ids:
+                if token in self.generator.prompts.stop_ids:
                     self.is_finished = True
                     break
                 if piece := pieces.add(token):

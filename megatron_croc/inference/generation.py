@@ -3,8 +3,8 @@
     checkpoint --export--> temporary folder --+
     export ------------------------------------+--> Generator.answer(questions) -> Answer, ...
 
-Prompts are made by the code of training samples: the ids of a prompt are the first ids of the
-training sample. Sequences of a batch are padded on the left and do not attend to each other.
+Prompts are those of evaluation/prompts.py. Sequences of a batch are padded on the left and do not
+attend to each other.
 """
 
 import tempfile
@@ -14,27 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_croc.config.data import DataConfig, TemplateName
+from megatron_croc.config.data import DataConfig
 from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, read_export
 from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
 from megatron_croc.convert.tensor_files import read_json
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
-from megatron_croc.data.sample.image_header import ImageError
-from megatron_croc.data.sample.image_transform import ImageTransform
 from megatron_croc.data.sample.tokenization import (
     Tokenizer,
     build_tokenizer,
     check_tokenizer,
-    stop_ids,
-    tokenize_prompt,
 )
 from megatron_croc.errors import CheckpointError, ConfigError, DataError
-from megatron_croc.inference.questions import ImageSource, Question
+from megatron_croc.evaluation.prompts import Answer, Prompts
+from megatron_croc.evaluation.questions import Question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +66,6 @@ class Sampling:
                 raise ConfigError(fault)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Answer of the model to one question."""
-
-    question: Question
-    text: str
-    ids: tuple[int, ...]
-    """Generated ids, including the one that ended the answer."""
-
-    is_finished: bool
-    """False: the answer was cut off at max_new_tokens."""
-
-
 class Generator:
     """A loaded model with its tokenizer and image processing."""
 
@@ -94,37 +77,17 @@ class Generator:
 
         self.model = model.to(device)
         self.model.generation_config = GenerationConfig()
-        self.device, self.tokenizer = device, tokenizer
-        self.template: TemplateName = data.conversation_template
+        self.device = device
         settings = read_export(folder)
-        self.vision, llm = settings.vision_tower, settings.language_model
-        self.max_length = int(llm.max_position_embeddings * llm.rope_scaling_factor)
-        check_tokenizer(tokenizer, self.template, self._num_rows())
-        self.transform = ImageTransform.build(self.vision, data.image_aspect_ratio)
-        self.stop_ids = stop_ids(tokenizer, self.template)
+        llm = settings.language_model
+        check_tokenizer(tokenizer, data.conversation_template, self._num_rows())
+        self.prompts = Prompts(tokenizer, data, vision=settings.vision_tower, llm=llm)
         # Rows of the table without a word, and the image token, are never generated.
-        no_words = range(min(tokenizer.size, llm.vocab_size), self._num_rows())
+        no_words = range(self.prompts.num_words, self._num_rows())
         self.no_words = sorted({*no_words, model.config.image_token_id})
 
     def _num_rows(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])
-
-    def prompt_ids(self, question: Question) -> np.ndarray:
-        """Encode the prompt of a question, int64 [L], IMAGE_TOKEN_INDEX at every visual token.
-
-        Raises:
-            DataError: the prompt is longer than the model's context.
-        """
-        if self.template == "plain" and question.history:
-            raise DataError(
-                f"question {question.question_id}: the model was trained with template plain, "
-                "which has captions of one round only"
-            )
-        ids = tokenize_prompt(
-            self.tokenizer, self.template, question.text, history=question.history
-        )
-        repeats = np.where(ids == IMAGE_TOKEN_INDEX, self.vision.num_visual_tokens, 1)
-        return np.repeat(ids, repeats)
 
     def check(self, questions: Sequence[Question], sampling: Sampling) -> None:
         """Check that all questions fit the model's context, before any is answered.
@@ -132,14 +95,7 @@ class Generator:
         Raises:
             DataError: a question is too long; names the first one.
         """
-        for question in questions:
-            length = len(self.prompt_ids(question)) + sampling.max_new_tokens
-            if length > self.max_length:
-                raise DataError(
-                    f"question {question.question_id}: its prompt and max_new_tokens="
-                    f"{sampling.max_new_tokens} are {length} tokens, the model's context has "
-                    f"{self.max_length}: shorten one of them"
-                )
+        self.prompts.check(questions, sampling.max_new_tokens)
 
     def answer(
         self, questions: Sequence[Question], sampling: Sampling, *, batch_size: int = 1
@@ -171,36 +127,28 @@ class Generator:
                 **inputs, generation_config=self._config(sampling), **options
             )
         new = rows[:, inputs["input_ids"].shape[1] :].tolist()
-        return [self._answer(q, row) for q, row in zip(questions, new, strict=True)]
+        return [self.prompts.answer(q, row) for q, row in zip(questions, new, strict=True)]
 
     def inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Build input_ids and attention_mask (int64 [B, L], left-padded) and pixel_values."""
-        prompts = [self.prompt_ids(question) for question in questions]
+        prompts = [self.prompts.ids(question) for question in questions]
         length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.stop_ids[0], dtype=torch.int64)
+        ids = torch.full((len(prompts), length), self.prompts.stop_ids[0], dtype=torch.int64)
         seen = torch.zeros_like(ids)
         for row, mask, prompt in zip(ids, seen, prompts, strict=True):
             row[length - len(prompt) :] = torch.from_numpy(prompt)
             mask[length - len(prompt) :] = 1
         ids[ids == IMAGE_TOKEN_INDEX] = self.model.config.image_token_id
         inputs = {"input_ids": ids.to(self.device), "attention_mask": seen.to(self.device)}
-        pixels = [self._decode(q, path) for q in questions for path in q.images]
+        pixels = [image for q in questions for image in self.prompts.pixels(q)]
         if pixels:
             mean, std = (
                 torch.tensor(values).view(3, 1, 1)
-                for values in (self.vision.image_mean, self.vision.image_std)
+                for values in (self.prompts.vision.image_mean, self.prompts.vision.image_std)
             )
             normal = (torch.stack(pixels).float() / 255.0 - mean) / std
             inputs["pixel_values"] = normal.to(self.device, self.model.dtype)
         return inputs
-
-    def _decode(self, question: Question, path: ImageSource) -> Tensor:
-        try:
-            return self.transform.decode_with_pil(path.read_bytes())
-        except (OSError, ImageError) as error:
-            raise DataError(
-                f"question {question.question_id}: image {path} does not decode: {error}"
-            ) from error
 
     def _config(self, sampling: Sampling) -> Any:
         """Build the generation config from `sampling`; __init__ drops the folder's defaults."""
@@ -215,21 +163,9 @@ class Generator:
             **chosen,
             max_new_tokens=sampling.max_new_tokens,
             use_cache=sampling.use_cache,
-            eos_token_id=list(self.stop_ids),
-            pad_token_id=self.stop_ids[0],
+            eos_token_id=list(self.prompts.stop_ids),
+            pad_token_id=self.prompts.stop_ids[0],
             suppress_tokens=self.no_words,
-        )
-
-    def _answer(self, question: Question, row: list[int]) -> Answer:
-        """Build the answer from generated ids, cut after the id that ends it."""
-        end = next((place for place, token in enumerate(row) if token in self.stop_ids), None)
-        ids = row if end is None else row[: end + 1]
-        said = row if end is None else row[:end]
-        return Answer(
-            question=question,
-            text=self.tokenizer.decode(said).strip(),
-            ids=tuple(ids),
-            is_finished=end is not None,
         )
 
 

@@ -28,6 +28,7 @@ from megatron_croc.training.safety.anomaly import AnomalyGuard
 from megatron_croc.training.safety.heartbeat import enter
 from megatron_croc.training.safety.stopping import stop_requests
 from megatron_croc.training.safety.watchdog import Watchdog, watch_over
+from megatron_croc.training.task_answers import evaluate_tasks, open_tasks
 
 logger = get_logger(__name__)
 
@@ -65,8 +66,11 @@ def _train(
     settings: str,
 ) -> TrainingState:
     """Train; `checkpoint.load` is the folder to resume from, `settings` are those of the user."""
-    # Build model, optimizer and data order, or restore them from the last checkpoint.
+    # Read the tasks to evaluate: their faults are found before the model is built.
     began = time.perf_counter()
+    tasks = on_rank_zero(lambda: open_tasks(run))
+
+    # Build model, optimizer and data order, or restore them from the last checkpoint.
     log_on_rank_zero(logger, logging.INFO, "building the model")
     training = build_training_state(run, pg, train_iters=resolve_train_iters(run), weights=weights)
     state, last, folder = training.state, training.train_iters, run.log_folder
@@ -142,6 +146,12 @@ def _train(
             if is_due(run.training.eval_interval):
                 enter("validation")
                 reporter.add_validation(state.iteration, evaluate(training))
+                reporter.restart_clock()
+
+            # Evaluate tasks by generation.
+            if tasks and is_due(run.training.eval_tasks_interval or run.checkpoint.save_interval):
+                enter("evaluating tasks")
+                reporter.add_task_metrics(state.iteration, evaluate_tasks(training, tasks))
                 reporter.restart_clock()
 
             # Stop at the last step, or when a signal or a limit asks for it.

@@ -71,13 +71,13 @@ def test_fine_tuning(version: str, export: Path):
 
 
 def test_vllm_answers_as_generate(export: Path, demo: Path):
+    from megatron_croc.evaluation.questions import read_questions
     from megatron_croc.inference.generation import Sampling, open_generator
-    from megatron_croc.inference.questions import read_questions
 
     questions = read_questions(demo / "finetune.json", demo / "images")[:40]
     with open_generator(export, dtype=torch.float32, device="cpu") as generator:
         mark = generator.model.config.image_token_id
-        prompts = [generator.prompt_ids(q).tolist() for q in questions]
+        prompts = [generator.prompts.ids(q).tolist() for q in questions]
         ours = list(generator.answer(questions, Sampling(max_new_tokens=NEW_TOKENS), batch_size=8))
     with serve(export) as url:
         for question, prompt, answer in zip(questions, prompts, ours, strict=True):

@@ -28,8 +28,8 @@ from megatron_croc.data.store.shard_writer import write_manifest as write_shards
 from megatron_croc.data.store.shards import ShardedDataset
 from megatron_croc.data.store.stored_array import open_array
 from megatron_croc.errors import CheckpointError, CrocError, DataError
+from megatron_croc.evaluation.questions import read_questions
 from megatron_croc.file_reading import MAX_DEPTH, UnreadableError, build, read_json
-from megatron_croc.inference.questions import read_questions
 from megatron_croc.monitoring.live.reading import read_lines
 from megatron_croc.monitoring.run_report.stages import read_metrics
 from megatron_croc.scaling.launch import read_metrics as read_grid_metrics

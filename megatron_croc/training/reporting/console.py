@@ -65,6 +65,12 @@ def console_lines(
         shown["lr"] = ", ".join(f"{n} {r:.2e}" for n, r in rates.items()) if wide else _span(rates)
     formats = _WIDE if wide else _NARROW
     parts = [step] + [text.format(shown[name]) for name, text in formats.items() if name in shown]
+    parts += [
+        f"{name.removeprefix('eval/').replace('/', ' ')} {value:.1%}"
+        for name, value in row.items()
+        if name.startswith("eval/") and (wide or name.endswith("/accuracy"))
+        if not name.endswith("/num_questions")
+    ]
     if wide:
         parts += _largest_shares(row)
     if "seconds_per_step" in row and row["iteration"] < train_iters:

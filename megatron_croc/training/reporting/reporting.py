@@ -154,6 +154,10 @@ class Reporter:
             row["valid_num_answers"] = metrics.num_answers
         self._write(iteration, row)
 
+    def add_task_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Write the line of one evaluation of local tasks: `eval/TASK/METRIC`."""
+        self._write(iteration, {"iteration": iteration, **metrics})
+
     def restart_clock(self) -> None:
         """Leave the time of a validation or a save out of the throughput."""
         self.started = self.clock()

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from megatron_croc.evaluation.prompts import Answer
+from megatron_croc.evaluation.questions import Question
 from megatron_croc.inference.answers import (
     Accuracy,
     accuracy_by_type,
@@ -11,8 +13,6 @@ from megatron_croc.inference.answers import (
     normalise,
     write_report,
 )
-from megatron_croc.inference.generation import Answer
-from megatron_croc.inference.questions import Question
 
 
 def said(kind: str | None, expected: str | None, text: str) -> Answer:

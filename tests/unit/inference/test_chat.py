@@ -34,20 +34,20 @@ def test_ids_are_those_of_the_training_sample(chat_generator, chat_image, image_
             text_in_training = f"{IMAGE_MARK}\n{text}"
         else:
             text_in_training = text
-        prompts.append(chat_generator.prompt_ids(chat.question(text)))
+        prompts.append(chat_generator.prompts.ids(chat.question(text)))
         answer = "".join(chat.ask(text))
         messages += [
             {"from": "human", "value": text_in_training},
             {"from": "gpt", "value": answer},
         ]
     sample = tokenize_conversation(
-        chat_generator.tokenizer,
-        chat_generator.template,
+        chat_generator.prompts.tokenizer,
+        chat_generator.prompts.template,
         messages,
         num_images=0 if image_turn is None else 1,
         sample_id="a",
     ).input_ids
-    num = chat_generator.vision.num_visual_tokens
+    num = chat_generator.prompts.vision.num_visual_tokens
     whole = np.repeat(sample, np.where(sample == IMAGE_TOKEN_INDEX, num, 1)).tolist()
     for prompt in prompts:
         assert prompt.tolist() == whole[: len(prompt)]
@@ -57,7 +57,7 @@ def test_ids_are_those_of_the_training_sample(chat_generator, chat_image, image_
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0, "seed": 3}])
 def test_joined_pieces_are_the_answer(chat_generator, chat_image, changes):
-    from megatron_croc.inference.questions import ask
+    from megatron_croc.evaluation.questions import ask
 
     chat = start(chat_generator, **changes)
     chat.add_image("a.jpg", chat_image.read_bytes())
@@ -127,7 +127,7 @@ def test_faults_have_one_line_and_change_nothing(chat_generator, chat_image):
     with pytest.raises(DataError, match="1 <image> mark"):
         chat.ask("<image> and?")
     with pytest.raises(DataError, match="reset the conversation, shorten"):
-        chat.ask("word " * chat_generator.max_length)
+        chat.ask("word " * chat_generator.prompts.max_length)
     assert chat.history == [] and chat.waiting == []
     list(chat.ask("What is it?"))
     chat.reset()

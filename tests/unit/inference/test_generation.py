@@ -62,7 +62,7 @@ def generator(export: Path):
 @pytest.fixture(scope="module")
 def questions(demo: Path) -> list:
     """One image, two images, none, and later rounds; of many lengths."""
-    from megatron_croc.inference.questions import ask, read_questions
+    from megatron_croc.evaluation.questions import ask, read_questions
 
     found = read_questions(demo / "finetune.json", demo / "images")
     one, two = ([q for q in found if len(q.images) == number] for number in (1, 2))
@@ -154,7 +154,7 @@ def test_generation_is_the_models_own_argmax(generator, questions, greedy):
         token = int(logits[0, -1, :512].argmax())
         said.append(token)
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-        if token in generator.stop_ids:
+        if token in generator.prompts.stop_ids:
             break
     assert tuple(said) == greedy[0]
 
@@ -166,7 +166,7 @@ def test_a_prompt_is_the_beginning_of_the_training_sample(demo, template, tokeni
         tokenize_conversation,
         tokenize_prompt,
     )
-    from megatron_croc.inference.questions import read_questions
+    from megatron_croc.evaluation.questions import read_questions
 
     tokenizer = tokenizers[template]
     name = "pretrain_mlp" if template == "plain" else "finetune"
@@ -358,7 +358,7 @@ def test_rows_that_are_no_words_are_never_said(demo, tmp_path, questions):
     changes = dict(vocab_size=576, rope_scaling_type="linear", rope_scaling_factor=2.0)
     run_distributed(save_random, 1, demo, tmp_path / "save", changes)
     with open_generator(tmp_path / "save") as opened:
-        assert opened.tokenizer.size == 512
+        assert opened.prompts.tokenizer.size == 512
         rows = opened.model.get_output_embeddings().weight.shape[0]
         assert rows >= 576
         table = opened.model.get_output_embeddings().weight

@@ -4,12 +4,13 @@
     {"id": "a", "image": ["a.jpg", "b.jpg"], "conversations": [human, gpt, ...]}    LLaVA's record
 
 A record of several rounds gives one question per round, with the previous rounds and their true
-answers as history, as in training. "type" beside a text (or in the record) is the type of question.
+answers as history, as in training. "type" beside a text (or in the record) is the type of question,
+"answers" several true answers: texts, or VQAv2's objects with the key "answer".
 All faults are found before a model is loaded.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,22 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageBytes:
+    """An encoded image in memory; a Question holds it in place of a path."""
+
+    name: str
+    content: bytes
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image."""
+        return self.content
+
+    def __str__(self) -> str:
+        """Return the name, for messages."""
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """One question with its images, history and true answer."""
 
@@ -44,6 +61,9 @@ class Question:
 
     expected: str | None = None
     """True answer; None if the input has none."""
+
+    references: tuple[str, ...] = ()
+    """All true answers; `expected` alone if the input has no others."""
 
     kind: str | None = None
     """Type of the question; None if the input has none."""
@@ -140,29 +160,57 @@ def _questions(record: Any, folder: Path, place: str) -> Iterator[Question]:
     if not isinstance(record.get("text"), str) or not record["text"].strip():
         raise DataError('has neither "text" nor "conversations"')
     question = _place(record["text"], images, name)
-    known = {"expected": record.get("answer"), "kind": record.get("type")}
-    yield Question(**{**vars(question), **known})
+    yield replace(question, **_known(record, _text_of(record, "answer")))
 
 
 def _rounds(record: dict, images: list[Path], name: str | int) -> Iterator[Question]:
     """Yield one question per round, with the previous rounds."""
     messages = record["conversations"]
     check_conversation(messages, num_images=len(images), sample_id=str(name))
+    shared = {name: record.get(name) for name in ("type", "answers")}
+    if len(messages) > 2:
+        shared.pop("answers")
     rounds = [
-        (human["value"], gpt["value"], human.get("type", record.get("type")))
+        (human["value"], gpt["value"], shared | human)
         for human, gpt in zip(messages[::2], messages[1::2], strict=True)
     ]
     seen = 0
-    for number, (text, answer, kind) in enumerate(rounds):
+    for number, (text, answer, about) in enumerate(rounds):
         seen += text.count(IMAGE_MARK)
         yield Question(
             question_id=f"{name}/{number}" if len(rounds) > 1 else name,
             text=text,
             images=tuple(images[:seen]),
             history=tuple((before, its_answer) for before, its_answer, _ in rounds[:number]),
-            expected=answer,
-            kind=kind,
+            **_known(about, answer),
         )
+
+
+def _known(record: dict, answer: str | None) -> dict[str, Any]:
+    """True answers and type of a question, as fields of Question."""
+    several = record.get("answers") or []
+    texts = (
+        [a.get("answer") if isinstance(a, dict) else a for a in several]
+        if isinstance(several, list)
+        else []
+    )
+    if not isinstance(several, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f'"answers" must be a list of texts, or of objects with "answer", got {several!r:.60}'
+        )
+    references = tuple(texts) or (() if answer is None else (answer,))
+    return {
+        "expected": references[0] if answer is None and references else answer,
+        "references": references,
+        "kind": _text_of(record, "type"),
+    }
+
+
+def _text_of(record: dict, name: str) -> str | None:
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f'"{name}" must be a text, got {value!r:.60}')
+    return value
 
 
 def _check_image(image: ImageSource, name: str | int) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_croc.errors import ConfigError, DataError
-from megatron_croc.inference.questions import ask, read_questions
+from megatron_croc.evaluation.questions import ask, read_questions
 
 
 @pytest.fixture
