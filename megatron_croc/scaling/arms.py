@@ -105,6 +105,21 @@ def samples_of(run: RunConfig) -> int:
     return (run.training.train_iters or 0) * run.training.global_batch_size
 
 
+def markdown_of_plan(plan: Plan) -> str:
+    """Write all comparisons and runs as Markdown."""
+    lines = []
+    for one in plan.comparisons:
+        seeds = ", ".join(map(str, one.seeds))
+        lines.append(f"- {one.name}: {one.question} Arms {', '.join(one.arms)}; seeds {seeds}.")
+    lines += ["", "| arm | seed | samples of each stage | in all |", "|---|---|---|---|"]
+    for arm in plan.runs:
+        samples = ", ".join(f"{s.name.split('/')[-1]} {samples_of(s.run):,}" for s in arm.stages)
+        lines.append(f"| {arm.arm} | {arm.seed} | {samples} | {arm.num_samples:,} |")
+    stages = {stage.name for arm in plan.runs for stage in arm.stages}
+    lines += ["", f"{len(plan.runs)} arms, {len(stages)} training runs (equal ones are shared)."]
+    return "\n".join(lines)
+
+
 def is_plan_of_arms(path: Path) -> bool:
     """Return True for a file of this form; a grid of `scaling/grid.py` has no arms."""
     return "arms" in read_yaml(path)
