@@ -4,7 +4,6 @@ What is finished is skipped, so calling the same command again goes on where it 
 """
 
 import math
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from threading import Lock
 from megatron_croc.checkpoint.state import iteration_of, tracked_checkpoint
 from megatron_croc.config.base import raise_faults, to_yaml
 from megatron_croc.scaling.arms import ArmRun, Plan, StageRun
-from megatron_croc.scaling.launch import run_logged
+from megatron_croc.scaling.forked import run_forked
 
 ACCURACY = "accuracy.json"
 ANSWERS = "answers.jsonl"
@@ -100,20 +99,19 @@ def _train(stage: StageRun, nice: int) -> bool:
     stage.folder.mkdir(parents=True, exist_ok=True)
     config = stage.folder / "run.yaml"
     config.write_text(to_yaml(stage.run), encoding="utf-8")
-    command = [sys.executable, "-m", "megatron_croc", "train", "--config", str(config)]
-    return run_logged(command, stage.folder / "output.log", nice=nice) == 0
+    words = ["train", "--config", str(config)]
+    return run_forked(words, stage.folder / "output.log", nice=nice) == 0
 
 
 def _answer(arm: ArmRun, data: Path, nice: int) -> bool:
     arm.folder.mkdir(parents=True, exist_ok=True)
     (arm.folder / ANSWERS).unlink(missing_ok=True)  # of a run that was stopped while it answered
-    command = [
-        *(sys.executable, "-m", "megatron_croc", "generate"),
-        *("--model", str(arm.stages[-1].checkpoints)),
+    words = [
+        *("generate", "--model", str(arm.stages[-1].checkpoints)),
         *("--tokenizer", str(data / "tokenizer.model")),
         *("--input", str(data / "valid_finetune.json"), "--image-folder", str(data / "images")),
         *("--baseline", str(data / "finetune.json")),
         *("--batch-size", str(BATCH_SIZE), "--max-new-tokens", str(MAX_NEW_TOKENS)),
         *("--output", str(arm.folder / ANSWERS), "--report", str(arm.folder / ACCURACY)),
     ]
-    return run_logged(command, arm.folder / "output.log", nice=nice) == 0
+    return run_forked(words, arm.folder / "output.log", nice=nice) == 0
