@@ -93,7 +93,7 @@ def gather_facts(questions: Sequence[Asked]) -> dict[int, Facts]:
 
 
 def describe(colour: str, shape: str, *, seed: int) -> str:
-    """Write a detailed caption: content, form, and two things that are absent."""
+    """Write a caption of three sentences: content, and two of form, colour and what is absent."""
     draw = random.Random(seed)
     other_colour = draw.choice([c for c in COLOURS if c != colour])
     other_shape = draw.choice([s for s in SHAPES if s != shape])
@@ -111,7 +111,7 @@ def describe(colour: str, shape: str, *, seed: int) -> str:
         f"There is not a {other_colour} shape in the image.",
     ]
     draw.shuffle(rest)
-    return " ".join([first, *rest])
+    return " ".join([first, *rest[:2]])
 
 
 def make_records(package: Path, split: str) -> dict[str, list[dict]]:
