@@ -43,14 +43,14 @@ def as_ids(captions: Sequence[str], words: dict[str, int]) -> torch.Tensor:
 
 
 def build(image_size: int, num_words: int) -> CLIPModel:
-    """Build a random model: 4 layers of width 64 with patches of 16 pixels, and 2 for the text."""
+    """Build a random model: 4 layers of width 64 with patches of 8 pixels, and 2 for the text."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     config = CLIPConfig(
         vision_config={
             **sizes,
             "num_hidden_layers": 4,
             "image_size": image_size,
-            "patch_size": 16,
+            "patch_size": 8,
         },
         text_config={
             **sizes,
