@@ -149,7 +149,7 @@ def save_tower(model: CLIPModel, out: Path) -> None:
         if name.startswith("vision_model.") and "position_ids" not in name
     }
     save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
-    config = {**model.config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]}
+    config = {**model.vision_model.config.to_dict(), "architectures": ["CLIPVisionModel"]}
     (out / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
 
 

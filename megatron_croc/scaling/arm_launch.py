@@ -5,6 +5,7 @@ What is finished is skipped, so calling the same command again goes on where it 
 
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -16,6 +17,9 @@ from megatron_croc.scaling.forked import run_forked
 
 ACCURACY = "accuracy.json"
 ANSWERS = "answers.jsonl"
+QUESTIONS, BASELINE, IMAGES = "valid_finetune.json", "finetune.json", "images"
+"""Held-out questions, training questions (for chance) and images, below the folder of data."""
+
 MAX_NEW_TOKENS = 16
 BATCH_SIZE = 100
 """Questions that are answered at a time."""
@@ -44,10 +48,11 @@ def launch_arms(
         minutes: time after which no further run is started; None: no limit.
 
     Raises:
-        ConfigError: a folder holds a run of other settings.
+        ConfigError: an input is missing, or a folder holds a run of other settings.
     """
     stages = {stage.name: stage for arm in plan.runs for stage in arm.stages}
-    raise_faults([line for s in stages.values() if (line := _other_settings(s)) is not None])
+    faults = [line for s in stages.values() if (line := _other_settings(s)) is not None]
+    raise_faults([*_missing_inputs(plan), *faults])
     todo = [arm for arm in plan.runs if not is_finished(arm)]
     print(f"{len(plan.runs) - len(todo)} of {len(plan.runs)} arms are finished", flush=True)
     locks = {name: Lock() for name in stages}
@@ -73,6 +78,20 @@ def launch_arms(
 
     with ThreadPoolExecutor(at_once) as pool:
         return [name for name in pool.map(run, todo) if name is not None]
+
+
+def _missing_inputs(plan: Plan) -> Iterator[str]:
+    """Find inputs that are not there: a missing question would show after hours of training."""
+    names = ["tokenizer.model", QUESTIONS, BASELINE, IMAGES]
+    needed = [plan.data / name for name in names]
+    for stage in (stage for arm in plan.runs for stage in arm.stages):
+        needed += map(Path, (*stage.run.data.data_path, *stage.run.data.valid_data_path))
+    for arm in plan.runs:
+        if (start := arm.stages[0].run.checkpoint.pretrained_checkpoint) is not None:
+            needed.append(Path(start))
+    for path in dict.fromkeys(needed):
+        if not path.exists():
+            yield f"--data {plan.data}: there is no {path.relative_to(plan.data)}"
 
 
 def _other_settings(stage: StageRun) -> str | None:
@@ -109,8 +128,8 @@ def _answer(arm: ArmRun, data: Path, nice: int) -> bool:
     words = [
         *("generate", "--model", str(arm.stages[-1].checkpoints)),
         *("--tokenizer", str(data / "tokenizer.model")),
-        *("--input", str(data / "valid_finetune.json"), "--image-folder", str(data / "images")),
-        *("--baseline", str(data / "finetune.json")),
+        *("--input", str(data / QUESTIONS), "--image-folder", str(data / IMAGES)),
+        *("--baseline", str(data / BASELINE)),
         *("--batch-size", str(BATCH_SIZE), "--max-new-tokens", str(MAX_NEW_TOKENS)),
         *("--output", str(arm.folder / ANSWERS), "--report", str(arm.folder / ACCURACY)),
     ]

@@ -174,12 +174,11 @@ def _form_faults(tree: dict[str, Any], source: str) -> Iterator[str]:
     yield from (f"{source}: unknown key {k}{nearest(k, _KEYS)}" for k in tree if k not in _KEYS)
     missing = [key for key in _NEEDED if not tree.get(key)]
     yield from (f"{source}: {key} is missing" for key in missing)
-    for key, kind in {"seeds": list, "stages": dict, "arms": dict, "comparisons": dict}.items():
-        if key not in missing and not isinstance(tree[key], kind):
-            name = "a mapping" if kind is dict else "a list"
-            yield f"{source}: {key} must be {name}, got {tree[key]!r}"
-            return
     if missing:
+        return
+    faults = list(_kind_faults(tree))
+    yield from (f"{source}: {fault}" for fault in faults)
+    if faults:
         return
     for arm, changes in {"stages": tree["stages"], **tree["arms"]}.items():
         for stage, entry in (changes or {}).items():
@@ -196,14 +195,48 @@ def _form_faults(tree: dict[str, Any], source: str) -> Iterator[str]:
                 known = nearest(key, _COMPARISON_KEYS)
                 yield f"{source}: comparisons.{name}: unknown key {key}{known}"
         arms = comparison.get("arms") or []
-        if len(arms) < 2:
-            yield f"{source}: comparisons.{name}: name two arms or more"
+        if len(set(arms)) < max(2, len(arms)):
+            yield f"{source}: comparisons.{name}: name two different arms or more, each once"
         for arm in arms:
             if arm not in tree["arms"]:
                 known = nearest(str(arm), tree["arms"])
                 yield f"{source}: comparisons.{name}: there is no arm {arm}{known}"
-        if len(comparison.get("seeds") or tree["seeds"]) < 2:
-            yield f"{source}: comparisons.{name}: a standard error needs two seeds or more"
+        if len(set(comparison.get("seeds") or tree["seeds"])) < 2:
+            yield f"{source}: comparisons.{name}: a standard error needs two different seeds"
+
+
+def _kind_faults(tree: dict[str, Any]) -> Iterator[str]:
+    """Find values of another kind than the form has there."""
+    expected: dict[str, tuple[Any, type]] = {
+        "recipe": (tree["recipe"], str),
+        "seeds": (tree["seeds"], list),
+        **{key: (tree[key], dict) for key in ("stages", "arms", "comparisons")},
+    }
+    for group in ("stages", "arms", "comparisons"):
+        if isinstance(tree[group], dict):
+            expected |= {
+                f"{group}.{name}": (value, dict)
+                for name, value in tree[group].items()
+                if value is not None or group == "comparisons"
+            }
+    for arm, changes in (tree["arms"] if isinstance(tree["arms"], dict) else {}).items():
+        if isinstance(changes, dict):
+            expected |= {f"arms.{arm}.{k}": (v, dict) for k, v in changes.items() if v is not None}
+    for name, one in (tree["comparisons"] if isinstance(tree["comparisons"], dict) else {}).items():
+        if isinstance(one, dict):
+            expected |= {
+                f"comparisons.{name}.{key}": (one[key], list)
+                for key in ("arms", "seeds")
+                if one.get(key) is not None
+            }
+    seeds = [value for place, (value, _) in expected.items() if place.endswith("seeds")]
+    names = {dict: "a mapping", list: "a list", str: "a name"}
+    for place, (value, kind) in expected.items():
+        if not isinstance(value, kind):
+            yield f"{place} must be {names[kind]}, got {value!r:.60}"
+    for seed in (seed for values in seeds if isinstance(values, list) for seed in values):
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            yield f"seeds must be whole numbers, got {seed!r:.60}"
 
 
 def _unequal(plan: Plan, source: str) -> Iterator[str]:
@@ -246,7 +279,7 @@ def _stages(
         run.data.valid_data_path = (str(data / "shards" / f"valid_{name}"),)
         run.data.tokenizer_model = str(data / "tokenizer.model")
         if previous is None and tree.get("start"):
-            start = data / str(tree["start"]).format(seed=seed)
+            start = data / str(tree["start"]).replace("{seed}", str(seed))
             run.checkpoint.pretrained_checkpoint = str(start)
         key = (to_yaml(run), previous.folder if previous else None)
         if key not in shared:

@@ -68,8 +68,15 @@ def test_equal_stages_after_equal_stages_are_one_run(tmp_path):
     {
         "unequal": ("samples: 48", "samples: 40", r"unequal.*\(none 48, captions 56, croc 56\)"),
         "arm": ("arms: [croc, causal]", "arms: [croc, casual]", "no arm casual.*causal"),
-        "one arm": ("arms: [croc, causal]", "arms: [croc]", "mask: name two arms"),
-        "one seed": ("seeds: [1, 2, 3]", "seeds: [1]", "main: a standard error needs two seeds"),
+        "one arm": ("arms: [croc, causal]", "arms: [croc]", "mask: name two different arms"),
+        "an arm twice": ("arms: [croc, causal]", "arms: [croc, croc]", "two different arms"),
+        "one seed": ("seeds: [1, 2, 3]", "seeds: [1, 1]", "main: a standard error needs two diff"),
+        "a name as seed": ("seeds: [1, 2, 3]", "seeds: [1, a]", "whole numbers, got 'a'"),
+        "a number of arms": ("arms: [croc, causal]", "arms: 2", "mask.arms must be a list, got 2"),
+        "no mapping": ("  croc: {}", "  croc: 3", "arms.croc must be a mapping, got 3"),
+        "no stage": ("none: {pretrain_croc: null", "none: {pretrain_croc: 0", "mapping, got 0"),
+        "no comparison": ("  mask: {arms: [croc, causal]}", "  mask:", "mask must be a mapping"),
+        "a list": ("  pretrain_mlp: {samples: 8}", "  pretrain_mlp: [8]", "pretrain_mlp must be a"),
         "stage": ("{pretrain_croc: null", "{pretrain_crok: null", "no stage pretrain_crok"),
         "key": ("{as: finetune,", "{ass: finetune,", r"captions.pretrain_croc: unknown key ass"),
         "top": ("seeds: [1, 2]\n", "", "seeds is missing"),
@@ -93,9 +100,16 @@ def write_accuracy(folder: Path, share: float) -> None:
 
 
 @pytest.fixture
-def commands(monkeypatch):
+def commands(monkeypatch, tmp_path):
     """Commands that were started; each leaves what the real one leaves."""
     started = []
+    for stage in ("pretrain_mlp", "pretrain_croc", "finetune"):
+        (tmp_path / "data" / "shards" / stage).mkdir(parents=True)
+        (tmp_path / "data" / "shards" / f"valid_{stage}").mkdir()
+    for name in ("start/seed-1", "start/seed-2", "start/seed-3", "images"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for name in ("tokenizer.model", "finetune.json", "valid_finetune.json"):
+        (tmp_path / "data" / name).touch()
 
     def run_forked(words, log, *, nice=0):
         started.append(log.parent)
@@ -137,6 +151,16 @@ def test_a_stopped_launch_goes_on(tmp_path, commands):
     (run.folder / ANSWERS).write_text("half an answ")
     launch_arms(plan)
     assert commands == [run.folder]
+
+
+@pytest.mark.parametrize(
+    "name", ["valid_finetune.json", "shards/valid_pretrain_croc", "start/seed-3"]
+)
+def test_missing_inputs_are_told_before_anything_starts(tmp_path, commands, name):
+    (tmp_path / "data" / name).rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=f"there is no {name}$"):
+        launch_arms(read(tmp_path))
+    assert commands == []
 
 
 def test_other_settings_are_refused(tmp_path, commands):
