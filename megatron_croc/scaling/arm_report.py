@@ -1,4 +1,7 @@
-"""Tables, pictures and JSON of a comparison, from the runs that are finished."""
+"""Tables, pictures and JSON of a comparison, from the runs that are finished.
+
+Where some are not, a mean is over the seeds of its arm, and a difference over those of both arms.
+"""
 
 import json
 import math
@@ -50,10 +53,9 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One comparison with the seeds that every arm has finished."""
+    """One comparison: the arms that share two finished seeds or more with the reference."""
 
     comparison: Comparison
-    seeds: tuple[int, ...]
     missing: tuple[str, ...]
     """Runs that are not finished."""
 
@@ -80,14 +82,16 @@ def final_loss(arm: ArmRun) -> float | None:
 
 
 def collect_results(plan: Plan) -> list[Result]:
-    """Compute every comparison of which all arms have finished two seeds or more.
+    """Compute every comparison with two arms of which the same two seeds or more are finished.
 
     Raises:
         ConfigError: there is none yet.
     """
     found = [result for c in plan.comparisons if (result := _collect(plan, c)) is not None]
     if not found:
-        raise ConfigError("no comparison has two seeds that all its arms finished: launch first")
+        raise ConfigError(
+            "no two arms of a comparison have finished the same two seeds: launch first"
+        )
     return found
 
 
@@ -95,26 +99,26 @@ def _collect(plan: Plan, comparison: Comparison) -> Result | None:
     runs = {
         (arm, seed): plan.run_of(arm, seed) for arm in comparison.arms for seed in comparison.seeds
     }
-    finished = {key for key, run in runs.items() if is_finished(run)}
-    seeds = tuple(s for s in comparison.seeds if all((a, s) in finished for a in comparison.arms))
-    if len(seeds) < 2:
-        return None
-    rows = {
-        (arm, seed): read_accuracy(runs[arm, seed].folder)
-        for arm in comparison.arms
-        for seed in seeds
-    }
+    rows = {key: read_accuracy(run.folder) for key, run in runs.items() if is_finished(run)}
     reference = comparison.arms[0]
-    first = rows[reference, seeds[0]]
+    shared = {
+        arm: [s for s in comparison.seeds if (arm, s) in rows and (reference, s) in rows]
+        for arm in comparison.arms
+    }
+    arms = [arm for arm in comparison.arms if len(shared[arm]) > 1]
+    if len(arms) < 2:
+        return None
+    first = rows[reference, shared[reference][0]]
     kinds = [*sorted(kind for kind in first if kind != TOTAL), TOTAL]
 
-    def values(arm: str, kind: str) -> list[float]:
+    def values(arm: str, kind: str, seeds: Sequence[int]) -> list[float]:
         return [rows[arm, seed][kind]["accuracy"] for seed in seeds]
 
-    others = comparison.arms[1:]
     differences = {
-        (arm, kind): difference_of(values(arm, kind), values(reference, kind))
-        for arm in others
+        (arm, kind): difference_of(
+            values(arm, kind, shared[arm]), values(reference, kind, shared[arm])
+        )
+        for arm in arms[1:]
         for kind in kinds
     }
     adjusted: dict[tuple[str, str], float] = {}
@@ -124,53 +128,53 @@ def _collect(plan: Plan, comparison: Comparison) -> Result | None:
     ):
         p_values = holm([differences[key].p for key in family])
         adjusted |= dict(zip(family, p_values, strict=True))
-    arms = []
-    for arm in comparison.arms:
+    results = []
+    for arm in arms:
+        seeds = [seed for seed in comparison.seeds if (arm, seed) in rows]
         losses = [final_loss(runs[arm, seed]) for seed in seeds]
         known = [loss for loss in losses if loss is not None]
-        arms.append(
+        results.append(
             ArmResult(
                 arm=arm,
-                accuracy={kind: mean_of(values(arm, kind)) for kind in kinds},
+                accuracy={kind: mean_of(values(arm, kind, seeds)) for kind in kinds},
                 loss=mean_of(known) if len(known) == len(seeds) else None,
                 differences={k: d for (a, k), d in differences.items() if a == arm},
                 adjusted={k: p for (a, k), p in adjusted.items() if a == arm},
-                by_seed=dict(zip(seeds, values(arm, TOTAL), strict=True)),
+                by_seed=dict(zip(seeds, values(arm, TOTAL, seeds), strict=True)),
             )
         )
     return Result(
         comparison=comparison,
-        seeds=seeds,
-        missing=tuple(f"{arm}, seed {seed}" for arm, seed in runs if (arm, seed) not in finished),
+        missing=tuple(f"{arm}, seed {seed}" for arm, seed in runs if (arm, seed) not in rows),
         questions={kind: first[kind]["num_questions"] for kind in kinds},
         chance={kind: first[kind]["chance"] for kind in kinds},
-        arms=arms,
+        arms=results,
     )
 
 
 def describe(result: Result) -> Iterator[str | Table]:
     """Yield the paragraphs and tables of one comparison."""
     kinds, reference = list(result.questions), result.comparison.arms[0]
-    seeds = ", ".join(map(str, result.seeds))
-    yield f"{result.comparison.question} Mean over seeds {seeds}, with its standard error:"
+    yield f"{result.comparison.question} Mean over seeds, with its standard error:"
     if result.missing:
         yield f"Not finished, and so not counted: {'; '.join(result.missing)}."
     head = [f"{kind} ({result.questions[kind]})" for kind in kinds]
-    table: Table = [["arm", *head, "held-out loss"]]
+    table: Table = [["arm", "seeds", *head, "held-out loss"]]
     for arm in result.arms:
         cells = [_share(arm.accuracy[kind]) for kind in kinds]
         loss = "-" if arm.loss is None else f"{arm.loss.value:.4f} ± {arm.loss.error:.4f}"
-        table.append([arm.arm, *cells, loss])
-    table.append(["chance", *(f"{result.chance[kind]:.1%}" for kind in kinds), "-"])
+        table.append([arm.arm, ", ".join(map(str, arm.by_seed)), *cells, loss])
+    table.append(["chance", "-", *(f"{result.chance[kind]:.1%}" for kind in kinds), "-"])
     yield table
     yield f"Difference to {reference}, seed by seed, in percentage points:"
-    table = [["arm", "type", "difference ± s.e.", "95 % interval", "p", "p (Holm)", ""]]
+    table = [["arm", "type", "seeds", "difference ± s.e.", "95 % interval", "p", "p (Holm)", ""]]
     for arm in result.arms[1:]:
         for kind in (TOTAL, *(k for k in kinds if k != TOTAL)):
             one, p = arm.differences[kind], arm.adjusted[kind]
             table.append(
                 [
-                    *(arm.arm, kind, f"{100 * one.value:+.1f} ± {100 * one.error:.1f}"),
+                    *(arm.arm, kind, str(one.num_seeds)),
+                    f"{100 * one.value:+.1f} ± {100 * one.error:.1f}",
                     f"{100 * one.low:+.1f} to {100 * one.high:+.1f}",
                     *(f"{one.p:.3f}", f"{p:.3f}", verdict(p)),
                 ]
@@ -228,8 +232,8 @@ def draw(result: Result, path: Path) -> None:
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(11, height), constrained_layout=True, width_ratios=(2, 3)
         )
-        for seed in result.seeds:
-            shares = [100 * arm.by_seed[seed] for arm in result.arms]
+        for seed in result.comparison.seeds:
+            shares = [100 * arm.by_seed.get(seed, math.nan) for arm in result.arms]
             left.plot(shares, range(len(names)), color=GREY, linewidth=0.7, marker=".", alpha=0.7)
         for row, arm in enumerate(result.arms):
             mean = arm.accuracy[TOTAL]

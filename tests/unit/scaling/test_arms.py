@@ -204,11 +204,13 @@ def test_the_report_by_hand(tmp_path, commands):
     assert croc.adjusted["colour"] == pytest.approx(4 * one.p)
     assert croc.adjusted["all"] == pytest.approx(2 * croc.differences["all"].p)
     assert captions.differences["colour"].value == pytest.approx(0)
-    assert mask.seeds == (1, 2)
+    assert list(mask.arms[0].by_seed) == [1, 2]
     page = write_arm_report(tmp_path, [main_result, mask]).read_text()
-    assert "| croc | colour | +11.0 ± 0.6 | +8.5 to +13.5 | 0.003 | 0.011 | significant |" in page
-    assert "| captions | all | +0.0 ± 0.3 |" in page and "| 1.000 | not significant |" in page
-    assert "| chance | 25.0% | 25.0% | 25.0% | - |" in page
+    assert (
+        "| croc | colour | 3 | +11.0 ± 0.6 | +8.5 to +13.5 | 0.003 | 0.011 | significant |" in page
+    )
+    assert "| captions | all | 3 | +0.0 ± 0.3 |" in page and "| 1.000 | not significant |" in page
+    assert "| chance | - | 25.0% | 25.0% | 25.0% | - |" in page
     written = (tmp_path / "comparison.json").read_text()
     assert "NaN" not in written and str(tmp_path) not in written + page
     assert "<svg" in (tmp_path / "main.svg").read_text()
@@ -219,9 +221,15 @@ def test_runs_that_are_missing_are_named(tmp_path, commands):
     with pytest.raises(ConfigError, match="launch first"):
         collect_results(plan)
     launch_arms(plan)
-    (plan.run_of("captions", 3).folder / "accuracy.json").unlink()
-    result = collect_results(plan)[0]
-    assert result.seeds == (1, 2) and result.missing == ("captions, seed 3",)
+    for arm, seed in (("captions", 3), ("none", 1), ("causal", 2)):
+        (plan.run_of(arm, seed).folder / "accuracy.json").unlink()
+    (result,) = collect_results(plan)  # only one seed of the masks is left
+    assert result.missing == ("none, seed 1", "captions, seed 3")
+    none, croc = result.arms  # captions and none share one seed
+    assert none.arm == "none" and list(none.by_seed) == [2, 3]
+    assert list(croc.by_seed) == [1, 2, 3] and croc.differences["all"].num_seeds == 2
+    text = write_arm_report(tmp_path, [result]).read_text()
+    assert "Not finished, and so not counted: none, seed 1; captions, seed 3." in text
 
 
 def test_the_command(tmp_path, capsys):
