@@ -19,7 +19,7 @@ import random
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,8 +147,8 @@ def make_records(package: Path, split: str) -> dict[str, list[dict]]:
     }
 
 
-def write_records(package: Path, out: Path, *, held_out: int) -> Iterator[str]:
-    """Write all records and link the images; yields a line about each file.
+def write_records(package: Path, out: Path, *, held_out: int) -> list[str]:
+    """Write all records and link the images; returns a line about each file.
 
     Args:
         package: unpacked easy-VQA.
@@ -158,6 +158,7 @@ def write_records(package: Path, out: Path, *, held_out: int) -> Iterator[str]:
     out.mkdir(parents=True, exist_ok=True)
     images = out / "images"
     images.mkdir(exist_ok=True)
+    lines = []
     for split, prefix in {"train": "", "test": "valid_"}.items():
         link = images / split
         if not link.exists():
@@ -167,7 +168,8 @@ def write_records(package: Path, out: Path, *, held_out: int) -> Iterator[str]:
                 records = spread(records, held_out)
             path = out / f"{prefix}{stage}.json"
             path.write_text(json.dumps(records), encoding="utf-8")
-            yield f"{path}: {len(records):,} records"
+            lines.append(f"{path}: {len(records):,} records")
+    return lines
 
 
 def spread(records: list[dict], number: int) -> list[dict]:
@@ -198,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=1500, help="questions to be answered")
     options = parser.parse_args(argv)
     package = options.package or download(options.out / "package")
-    for line in write_records(package, options.out, held_out=options.held_out):
-        print(line)
+    print("\n".join(write_records(package, options.out, held_out=options.held_out)))
 
 
 if __name__ == "__main__":

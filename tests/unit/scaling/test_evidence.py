@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.evidence.probe import probe
 from benchmarks.evidence.records import Asked, describe, main
 
 QUESTIONS = {
@@ -67,3 +69,14 @@ def test_a_caption_tells_the_truth():
         for absent in ("No circle", "a red shape"):
             assert absent not in caption
     assert describe("red", "circle", seed=1) == describe("red", "circle", seed=1)
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else():
+    draw = np.random.default_rng(0)
+    labels = [("red", "blue", "teal")[i % 3] for i in range(300)]
+    noise = draw.normal(size=(300, 4))
+    states = noise.copy()
+    states[:, :2] += [{"red": (9, 0), "blue": (0, 9), "teal": (9, 9)}[label] for label in labels]
+    assert probe(states[:200], labels[:200], states[200:], labels[200:]) > 0.97
+    # Without the label in the states it can only be guessed: 1/3, within five standard errors.
+    assert probe(noise[:200], labels[:200], noise[200:], labels[200:]) < 1 / 3 + 5 * 0.047
