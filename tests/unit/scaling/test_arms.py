@@ -193,6 +193,9 @@ def test_the_report_by_hand(tmp_path, commands):
             write_accuracy(plan.run_of(arm, seed).folder, share)
     last = plan.run_of("none", 1).stages[-1].folder
     (last / "metrics.jsonl").write_text('{"iteration": 6, "valid_text_loss": 0.5}\n')
+    for seed in (1, 2, 3):  # a run that diverged
+        log = plan.run_of("captions", seed).stages[-1].folder / "metrics.jsonl"
+        log.write_text('{"iteration": 4, "valid_text_loss": NaN}\n')
     main_result, mask = collect_results(plan)
     none, captions, croc = main_result.arms
     assert none.accuracy["colour"].value == pytest.approx(0.2)
