@@ -9,6 +9,11 @@
 GRID.yaml is described in megatron_croc/scaling/grid.py. --data FOLDER names a folder of the demo's
 form (shards/STAGE, shards/valid_STAGE, tokenizer.model) instead of paths in the grid. Unfinished
 runs are started again by the same command; finished ones are not changed.
+
+A file with `arms` compares arms of several stages by the answers they give in the end; its form is
+described in megatron_croc/scaling/arms.py. plan, launch, report and all take it, and need --data:
+
+    croc scaling all ARMS.yaml --out DIR --data DATA [--at-once 2] [--minutes 60]
 """
 
 import argparse
@@ -19,6 +24,8 @@ from pathlib import Path
 from megatron_croc.cli.errors import reports_errors
 from megatron_croc.cli.outputs import refuse_unwritable
 from megatron_croc.config.parser import CommandParser
+from megatron_croc.errors import ConfigError
+from megatron_croc.scaling.arms import is_plan_of_arms, markdown_of_plan, read_plan
 from megatron_croc.scaling.grid import Grid, read_grid
 
 COMMANDS = ("plan", "launch", "fit", "report", "all")
@@ -44,6 +51,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sbatch", action="append", default=[], help="one more #SBATCH option")
     parser.add_argument("--metric", default="valid_loss", help="what is fitted (valid_...)")
     parser.add_argument("--target-samples", type=float, nargs="+", default=[1.5e6, 5e6, 3e7])
+    parser.add_argument(
+        "--minutes", type=float, help="of arms: start no further run after so many minutes"
+    )
     parser.add_argument("--resamples", type=int, default=200, help="fits behind the intervals")
     return parser.parse_args(argv)
 
@@ -52,6 +62,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     options = parse_arguments(argv)
+    if is_plan_of_arms(options.grid):
+        return compare_arms(options)
+    if options.minutes is not None:
+        raise ConfigError("--minutes is for a file with arms; a grid's runs have none")
     grid = read_grid(options.grid, options.out, data=options.data)
     refuse_unwritable("--out", options.out)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -61,6 +75,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if options.command in ("fit", "report", "all"):
         report(grid, options, draw=options.command != "fit")
+    return 0
+
+
+def compare_arms(options: argparse.Namespace) -> int:
+    """Run a command on a file with arms; return the exit status."""
+    if options.command == "fit" or options.slurm:
+        what = "fit" if options.command == "fit" else "--slurm"
+        raise ConfigError(f"{what}: {options.grid} has arms, which run here and are not fitted")
+    if options.data is None:
+        raise ConfigError("--data is not given: the folder of shards, tokenizer and questions")
+    arms = read_plan(options.grid, options.out, data=options.data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.command in ("plan", "all"):
+        table = markdown_of_plan(arms)
+        (options.out / "plan.md").write_text(table + "\n", encoding="utf-8")
+        print(table)
+    if options.command in ("launch", "all"):
+        from megatron_croc.scaling.arm_launch import launch_arms
+
+        failed = launch_arms(
+            arms, at_once=options.at_once, nice=options.nice, minutes=options.minutes
+        )
+        if failed:
+            return 1
+    if options.command in ("report", "all"):
+        from megatron_croc.scaling.arm_report import collect_results, write_arm_report
+
+        page = write_arm_report(options.out, collect_results(arms))
+        print(page.read_text(encoding="utf-8"))
     return 0
 
 

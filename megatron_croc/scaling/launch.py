@@ -66,6 +66,16 @@ def train_command(config: str, world_size: str | int) -> list[str]:
     ]
 
 
+def run_logged(command: Sequence[str], log: Path, *, nice: int = 0) -> int:
+    """Run a command on one thread with its output in a file; returns the exit status."""
+    words = ["nice", "-n", str(nice), *command] if nice else command
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.run(
+            words, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+
+
 def launch_locally(grid: Grid, *, at_once: int = 1, nice: int = 0) -> list[str]:
     """Run what is not finished, `at_once` runs side by side; returns the names that failed."""
     todo = prepare(grid)
@@ -75,13 +85,7 @@ def launch_locally(grid: Grid, *, at_once: int = 1, nice: int = 0) -> list[str]:
         folder = folder_of(entry)
         words = train_command(str(folder / "run.yaml"), grid.world_size)
         command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        if nice:
-            command = ["nice", "-n", str(nice), *command]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        with (folder / "output.log").open("w", encoding="utf-8") as log:
-            code = subprocess.run(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-            ).returncode
+        code = run_logged(command, folder / "output.log", nice=nice)
         state = "finished" if code == 0 else f"failed (exit {code}); see {folder / 'output.log'}"
         print(f"{entry.name}: {state}", flush=True)
         return code == 0
