@@ -29,6 +29,8 @@ from megatron_croc.rehearsal.fake_groups import record_object, start_world
 from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.ledger import Ledger
 from megatron_croc.rehearsal.recorder import Recorder
+from megatron_croc.rehearsal.trace import AXES, Header
+from megatron_croc.rehearsal.versions import installed_versions
 from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
 from megatron_croc.training import batch_broadcast
 from megatron_croc.training.batch_broadcast import BatchBroadcaster
@@ -51,6 +53,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
     """
     run, began = job.run(), time.monotonic()
     kernels.replace_fused_swiglu()
+    kernels.replace_flex(recorder)
     start_world(recorder, rank=job.rank, world_size=job.world_size)
     ledger = Ledger(recorder)
     seconds: dict[str, float] = {}
@@ -88,17 +91,26 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
             with phase("save"):
                 _save(training)
         ledger.end()
+    sizes = {axis: getattr(pg, axis).size() for axis in AXES}
+    header = Header(
+        rank=job.rank,
+        world_size=job.world_size,
+        sizes=sizes,
+        vpp=len(training.chunks),
+        stands_for=tuple(job.stands_for),
+        versions=installed_versions(),
+    )
+    recorder.write(trace, header)
     return {
         "rank": job.rank,
-        "place": {name: getattr(pg, name).rank() for name in ("pp", "tp", "cp", "dp")},
-        "sizes": {name: getattr(pg, name).size() for name in ("pp", "tp", "cp", "dp")},
+        "place": {axis: getattr(pg, axis).rank() for axis in AXES},
+        "sizes": sizes,
         "seconds": {**seconds, "all": time.monotonic() - began},
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rows": describe_rows(rows),
         "pack": asdict(largest_pack(rows)),
         "after_build": after_build,
         "peaks": {name: asdict(peak) for name, peak in ledger.peaks.items()},
-        "curve": ledger.curve,
         "flops": dict(recorder.flops.most_common()),
         "kernels": dict(recorder.kernels.most_common()),
         "traffic": [

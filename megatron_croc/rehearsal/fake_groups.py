@@ -103,37 +103,40 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _recorded(recorder: Recorder, name: str, place: int) -> Callable[..., Any]:
     def method(group: Any, *args: Any, **kwargs: Any) -> FakeHandle:
-        options = next((o for o in (*args, *kwargs.values()) if hasattr(o, "asyncOp")), None)
         ranks = dist.get_process_group_ranks(group)
-        peer = ranks[int(args[1])] if name in ("send", "recv") else None
+        if name in ("send", "recv"):
+            (tensor,), peer = args[0], ranks[int(args[1])]
+            direction = "send" if name == "send" else "receive"
+            work = recorder.transfer(direction, group.group_name, ranks, tensor, peer=peer)
+            return FakeHandle(recorder, work)
+        options = next((o for o in (*args, *kwargs.values()) if hasattr(o, "asyncOp")), None)
         root = getattr(options, "rootRank", None)
-        counted = list(_tensors(args[place])) if name != "barrier" else []
-        number = recorder.collective(
+        work = recorder.collective(
             name,
             group.group_name,
             ranks,
-            counted,
+            [] if name == "barrier" else list(_tensors(args[place])),
             others=[] if name == "barrier" else list(_tensors(args)),
-            peer=peer,
             root=None if root is None else ranks[int(root)],
-            is_async=peer is not None or bool(getattr(options, "asyncOp", False)),
+            is_async=bool(getattr(options, "asyncOp", False)),
         )
         if name == "barrier":
-            recorder.host_waits("barrier", collective=number)
-        return FakeHandle(recorder, number)
+            recorder.host_waits("barrier")
+        return FakeHandle(recorder, work)
 
     return method
 
 
 def _batch(recorder: Recorder, operations: list[Any]) -> list[FakeHandle]:
     """batch_isend_irecv: one NCCL group of sends and receives, with one handle for all."""
-    with recorder.batch():
+
+    def call_all() -> None:
         for operation in operations:
             peer = "group_dst" if operation.op is dist.isend else "group_src"
-            handle = operation.op(
-                operation.tensor, group=operation.group, **{peer: operation.group_peer}
-            )
-    return [handle]
+            operation.op(operation.tensor, group=operation.group, **{peer: operation.group_peer})
+
+    group = operations[0].group or dist.group.WORLD
+    return [FakeHandle(recorder, recorder.batch(group.group_name, call_all))]
 
 
 def record_object(
@@ -145,10 +148,8 @@ def record_object(
         return
     payload = torch.empty(len(pickle.dumps(value)), dtype=torch.uint8, device="cuda")
     ranks = dist.get_process_group_ranks(group)
-    number = recorder.collective(
-        name, group.group_name, ranks, [payload], others=[], peer=None, root=root, is_async=False
-    )
-    recorder.host_waits(f"{name} of objects", collective=number)
+    recorder.collective(name, group.group_name, ranks, [payload], root=root)
+    recorder.host_waits(f"{name} of objects")
 
 
 def _replace_object_collectives(recorder: Recorder) -> None:

@@ -40,8 +40,8 @@ class Job:
     forward_only: bool = False
     """No backward pass: the C++ shim cannot be built here."""
 
-    faults: list[str] = field(default_factory=list)
-    """Planted faults of the tests, by name."""
+    stands_for: list[int] = field(default_factory=list)
+    """Global ranks of its class."""
 
     def run(self) -> RunConfig:
         """Build the run of the settings."""

@@ -78,6 +78,34 @@ def replace_fused_swiglu() -> None:
     fusion.swiglu_back = lambda _, y: torch.empty_like(y)
 
 
+class _Flex(torch.autograd.Function):
+    """FlexAttention that keeps its inputs, its output and the log of the sums."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def replace_flex(recorder: Recorder) -> None:
+    """FlexAttention, which needs the compiler, as one kernel each way."""
+    flex: Any = importlib.import_module("megatron_croc.ops.attention.flex")
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        # Half of all pairs: those of a causal mask of one sample.
+        flops = 2.0 * query.numel() * key.shape[-2]
+        recorder.compute("flex_attention", flops=flops, moved=0.0)
+        return _Flex.apply(query, key, value)  # type: ignore[return-value]
+
+    flex._compiled = lambda: attention
+
+
 def _launch(recorder: Recorder, kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
     """One launch of a Triton kernel; the caller has allocated what it writes."""
     name = getattr(kernel, "__name__", str(kernel))

@@ -68,14 +68,22 @@ class Ledger(TorchDispatchMode):
         self.recorder = recorder
         self.now = 0
         self.peaks: dict[str, Peak] = {}
-        self.curve: list[tuple[int, int]] = []
-        """(number of operations so far, bytes) at the ends of modules."""
         self.num_operations = 0
         self._held: dict[int, _Held] = {}
         self._running: list[str] = []
         self._due = False
         self._sums: Counter[tuple[str, str]] = Counter()
         self._logit_columns = 0
+        self._recent_peak = 0
+        recorder.part, recorder.memory = self.running_part, self._recent_memory
+
+    def running_part(self) -> str:
+        """Part of the model whose forward pass runs; empty in none."""
+        return self._running[-1] if self._running else ""
+
+    def _recent_memory(self) -> tuple[int, int]:
+        peak, self._recent_peak = self._recent_peak, self.now
+        return self.now, peak
 
     def name_storages(self, purpose: str, tensors: Iterable[Tensor]) -> None:
         """Give storages that exist their purpose."""
@@ -112,8 +120,7 @@ class Ledger(TorchDispatchMode):
             if name in self._running:
                 while self._running.pop() != name:
                     pass
-            self.curve.append((self.num_operations, self.now))
-
+    
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)
 
@@ -121,6 +128,7 @@ class Ledger(TorchDispatchMode):
         """Begin a phase; its peak begins at the present memory."""
         self._snapshot()
         self.recorder.phase = phase
+        self.recorder.mark()
         peak = self.peaks.setdefault(phase, Peak())
         self._due = self.now > peak.total
         peak.total = max(peak.total, self.now)
@@ -139,9 +147,9 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and record what it allocates and computes."""
         kwargs = kwargs or {}
-        is_flash = "_flash_attention_" in func._schema.name and "scaled_dot" not in func._schema.name
-        if is_flash:
-            for fault in flash_faults(func._schema.name, args):
+        name = _name(func)
+        if name.startswith("_flash_attention_"):
+            for fault in flash_faults(name, args):
                 self.recorder.fault(f"flash attention: {fault}")
         out = func(*args, **kwargs)
         self.num_operations += 1
@@ -152,9 +160,9 @@ class Ledger(TorchDispatchMode):
                 on_device = True
                 moved += tensor.numel() * tensor.element_size()
                 self._see(tensor, func)
-        if on_device and not _is_free(func):
+        if on_device and name not in _FREE:
             self.recorder.compute(
-                str(func._schema.name).removeprefix("aten::"),
+                name,
                 flops=self._flops(func, args, kwargs, out),
                 moved=moved,
             )
@@ -177,7 +185,7 @@ class Ledger(TorchDispatchMode):
         held = _Held(
             size,
             self._purpose(tensor),
-            str(func._schema.name).removeprefix("aten::"),
+            _name(func),
             weakref.ref(storage, lambda _, key=key: self._free(key)),
         )
         self._held[key] = held
@@ -200,6 +208,7 @@ class Ledger(TorchDispatchMode):
             self._snapshot()
         self.now += size
         self._sums[held.purpose, held.operation] += size
+        self._recent_peak = max(self._recent_peak, self.now)
         peak = self.peaks[self.recorder.phase]
         if self.now > peak.total:
             peak.total, self._due = self.now, True
@@ -208,6 +217,7 @@ class Ledger(TorchDispatchMode):
     def _free(self, key: int) -> None:
         held = self._held.pop(key)
         self._add(held, -held.size)
+        self.recorder.release(key)
 
     def _snapshot(self) -> None:
         """Keep the purposes at the peak, before anything is freed after it."""
@@ -236,5 +246,7 @@ _FREE = {
 """Operations that launch no kernel."""
 
 
-def _is_free(func: Any) -> bool:
-    return func._schema.name.removeprefix("aten::") in _FREE
+def _name(func: Any) -> str:
+    """Name of an operation, without aten's prefix."""
+    schema = getattr(func, "_schema", None)
+    return str(func) if schema is None else schema.name.removeprefix("aten::")

@@ -1,14 +1,16 @@
 """Record of all that one rank asks its device to do: work, collectives, waits, reads, faults."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_croc.rehearsal import trace
 from megatron_croc.rehearsal.places import place
 
 NCCL_DTYPES = (
@@ -37,14 +39,34 @@ class Traffic:
 
 
 @dataclass(kw_only=True)
+class _Work:
+    """Kernels of one kind and part between two events."""
+
+    kernels: int = 0
+    flops: float = 0.0
+    moved: float = 0.0
+
+
+@dataclass(kw_only=True)
 class Recorder:
-    """What this rank has asked for so far; `phase` changes as the rehearsal goes on."""
+    """All that this rank has asked for so far."""
 
     phase: str = "start"
+    """Phase of the rehearsal: groups, rows, build, step, evaluate, save."""
+
     stream: int = 0
     """Number of the current stream."""
 
-    events: list[dict[str, Any]] = field(default_factory=list)
+    part: Callable[[], str] = lambda: ""
+    """Part of the model that computes now."""
+
+    memory: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    """Bytes in use now, and their peak since the last call."""
+
+    mode: Any = None
+    """Mode of fake tensors (fake_tensors.py), to enter."""
+
+    events: list[trace.Event] = field(default_factory=list)
     flops: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     traffic: dict[tuple[str, str, str, int], Traffic] = field(
@@ -59,17 +81,16 @@ class Recorder:
     """(phase, operation, place) of other waits of the host for the device."""
 
     faults: Counter[str] = field(default_factory=Counter)
-    mode: Any = None
-    """Mode of fake tensors (fake_tensors.py), to enter."""
-
     group_names: dict[str, str] = field(default_factory=dict)
     """torch's name of a group -> ours: tp, pp, dp, ..."""
 
-    _segment: dict[str, Any] | None = None
-    _batch: int | None = None
-    _num_operations: int = 0
-    _num_events: int = 0
-    _num_batches: int = 0
+    _groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _segment: dict[tuple[int, str, str], _Work] = field(default_factory=dict)
+    _batch: list[trace.Transfer] | None = None
+    _done: set[int] = field(default_factory=set)
+    _sent: set[int] = field(default_factory=set)
+    _num_works: int = 0
+    _num_marks: int = 0
 
     def fault(self, message: str) -> None:
         """Keep a fault, with the place of the call."""
@@ -77,21 +98,58 @@ class Recorder:
 
     def compute(self, name: str, *, flops: float, moved: float) -> None:
         """Add a kernel on the current stream: operations, and bytes it reads and writes."""
-        self.flops[name] += int(flops)
-        self.kernels[name] += 1
-        segment = self._segment
-        if segment is None or segment["stream"] != self.stream:
-            segment = self._append("compute", kernels=0, flops=0.0, moved=0.0)
-            self._segment = segment
-        segment["kernels"] += 1
-        segment["flops"] += flops
-        segment["moved"] += moved
+        if self.phase == "step":
+            self.flops[name] += int(flops)
+            self.kernels[name] += 1
+        key = self.stream, _kind(name, flops), self.part()
+        work = self._segment.get(key)
+        if work is None:
+            work = self._segment[key] = _Work()
+        work.kernels += 1
+        work.flops += flops
+        work.moved += moved
 
-    def _append(self, kind: str, **values: Any) -> dict[str, Any]:
-        event = {"kind": kind, "phase": self.phase, "stream": self.stream, **values}
+    def add(self, event: trace.Event) -> None:
+        """Add an event behind the kernels before it."""
+        if self._segment:
+            for (stream, operation, part), work in self._segment.items():
+                self.events.append(
+                    trace.Compute(operation=operation, part=part, stream=stream, **vars(work))
+                )
+            self._segment = {}
+            allocated, peak = self.memory()
+            self.events.append(trace.Memory(allocated=allocated, peak=peak))
         self.events.append(event)
-        self._segment = None
-        return event
+
+    def mark(
+        self,
+        *,
+        phase: str = "",
+        micro_batch: int | None = None,
+        direction: Literal["", "forward", "backward"] = "",
+        chunk: int = 0,
+    ) -> None:
+        """Begin a part of the step."""
+        phase = phase or self.phase
+        self.add(
+            trace.Mark(phase=phase, micro_batch=micro_batch, direction=direction, chunk=chunk)
+        )
+
+    def _count(self, name: str, group: str, ranks: Sequence[int], tensors: Sequence[Tensor]) -> int:
+        """Add to the traffic, and check what NCCL gets; returns the bytes."""
+        self._groups.setdefault(group, tuple(ranks))
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if len(ranks) > 1:
+            label = self.group_names.get(group, group)
+            traffic = self.traffic[self.phase, name, label, len(ranks)]
+            traffic.count += 1
+            traffic.bytes += moved
+        return moved
+
+    def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if (reason := nccl_refuses(tensor)) is not None:
+                self.fault(f"{name}: {reason}")
 
     def collective(
         self,
@@ -100,99 +158,153 @@ class Recorder:
         ranks: Sequence[int],
         counted: Sequence[Tensor],
         *,
-        others: Sequence[Tensor],
-        peer: int | None,
-        root: int | None,
-        is_async: bool,
+        others: Sequence[Tensor] = (),
+        root: int | None = None,
+        is_async: bool = False,
     ) -> int:
-        """Add a collective, a send or a receive.
+        """Add a collective.
 
         Args:
-            name: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send, recv, ...
+            name: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, ...
             group: torch's name of the group.
             ranks: global ranks of the group.
             counted: tensors whose bytes count: the larger side.
             others: all its tensors.
-            peer: global rank of the other side of a send or receive.
-            root: global rank of the root of a broadcast.
+            root: global rank of the root.
             is_async: the current stream does not wait for it yet.
 
         Returns:
-            its number, for `wait_for`.
+            its handle, for `wait_for`.
         """
-        for tensor in others:
-            if (reason := nccl_refuses(tensor)) is not None:
-                self.fault(f"{name}: {reason}")
-        number = self._num_operations
-        self._num_operations += 1
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in counted)
-        label = self.group_names.get(group, group)
-        if len(ranks) > 1:
-            traffic = self.traffic[self.phase, name, label, len(ranks)]
-            traffic.count += 1
-            traffic.bytes += moved
-        self._append(
-            name,
-            number=number,
-            group=group,
-            label=label,
-            ranks=list(ranks),
-            shapes=[[*t.shape] for t in counted],
-            dtypes=[str(t.dtype).removeprefix("torch.") for t in counted],
-            bytes=moved,
-            peer=peer,
-            root=root,
-            is_async=is_async,
-            batch=self._batch,
-            place=place(),
+        self._check(name, others)
+        moved = self._count(name, group, ranks, counted)
+        work = self._next_work(is_async=is_async)
+        self.add(
+            trace.Collective(
+                kind=name,
+                group=group,
+                dtype=_dtypes(counted),
+                bytes=moved,
+                root=root,
+                stream=self.stream,
+                work=work if is_async else None,
+                place=place(),
+            )
         )
-        return number
+        return work
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Make the sends and receives of the block one NCCL group."""
-        self._batch, self._num_batches = self._num_batches, self._num_batches + 1
-        try:
-            yield
-        finally:
-            self._batch = None
+    def transfer(
+        self, direction: str, group: str, ranks: Sequence[int], tensor: Tensor, *, peer: int
+    ) -> int:
+        """Add a send or a receive; returns its handle."""
+        self._check(direction, [tensor])
+        storage = tensor.untyped_storage()._cdata if direction == "send" else None
+        if storage is not None:
+            self._sent.add(storage)
+        one = trace.Transfer(
+            direction=direction,  # type: ignore[arg-type]
+            peer=peer,
+            dtype=_dtypes([tensor]),
+            bytes=self._count(direction, group, ranks, [tensor]),
+            storage=storage,
+        )
+        if self._batch is not None:
+            self._batch.append(one)
+            return -1
+        return self._exchange(group, (one,), batched=False)
 
-    def wait_for(self, number: int) -> None:
-        """The current stream waits for an operation."""
-        self._append("wait", number=number)
+    def batch(self, group: str, calls: Callable[[], None]) -> int:
+        """Make the sends and receives of `calls` one NCCL group; returns its handle."""
+        self._batch = []
+        calls()
+        transfers, self._batch = tuple(self._batch), None
+        return self._exchange(group, transfers, batched=True)
+
+    def _exchange(
+        self, group: str, transfers: tuple[trace.Transfer, ...], *, batched: bool
+    ) -> int:
+        work = self._next_work(is_async=True)
+        self.add(
+            trace.Exchange(
+                group=group,
+                transfers=transfers,
+                batched=batched,
+                stream=self.stream,
+                work=work,
+                place=place(),
+            )
+        )
+        return work
+
+    def _next_work(self, *, is_async: bool) -> int:
+        self._num_works += 1
+        if not is_async:
+            self._done.add(self._num_works)
+        return self._num_works
+
+    def wait_for(self, work: int) -> None:
+        """The current stream waits for an operation, unless it has done so."""
+        if work not in self._done:
+            self.add(trace.Wait(work=work, stream=self.stream, place=place()))
+
+    def release(self, storage: int) -> None:
+        """A storage is freed."""
+        if storage in self._sent:
+            self._sent.remove(storage)
+            self.add(trace.Release(storage=storage, place=place()))
 
     def record_event(self, stream: int) -> int:
         """Mark the present end of a stream; returns the number of the mark."""
-        number = self._num_events
-        self._num_events += 1
-        self._append("record_event", number=number)["stream"] = stream
-        return number
+        self._num_marks += 1
+        self.add(trace.RecordEvent(number=self._num_marks, stream=stream))
+        return self._num_marks
 
     def stream_waits(self, stream: int, event: int | None) -> None:
         """All later work of `stream` waits for an event; for nothing if it was never recorded."""
         if event is not None:
-            self._append("wait_event", number=event)["stream"] = stream
+            self.add(trace.WaitEvent(number=event, stream=stream))
 
     def host_waits(
-        self,
-        name: str,
-        *,
-        stream: int | None = None,
-        event: int | None = None,
-        collective: int | None = None,
+        self, name: str, *, stream: int | None = None, event: int | None = None
     ) -> None:
-        """The host waits: for a stream, an event, a collective, or for the whole device."""
+        """The host waits: for a stream, an event, or for the whole device."""
         where = place()
         self.waits[self.phase, name, where] += 1
-        self._append(
-            "host_wait", name=name, of=stream, event=event, collective=collective, place=where
-        )
+        self.add(trace.Synchronize(stream=stream, recorded=event, place=where))
 
     def device_read(self, name: str) -> None:
         """The host reads a value that the current stream computes, and so waits for it."""
         where = place()
         self.reads[self.phase, name, where] += 1
-        self._append("host_read", name=name, place=where)
+        self.add(trace.HostRead(operation=name, stream=self.stream, place=where))
+
+    def write(self, path: Path, header: trace.Header) -> None:
+        """Write the trace; groups get our names in it."""
+        names = {
+            group: f"{label}-{group}" if (label := self.group_names.get(group)) else group
+            for group in self._groups
+        }
+        groups = tuple(trace.Group(name=names[g], ranks=ranks) for g, ranks in self._groups.items())
+        events = (
+            replace(event, group=names[event.group])
+            if isinstance(event, trace.Collective | trace.Exchange)
+            else event
+            for event in self.events
+        )
+        trace.write_trace(path, replace(header, groups=groups), events)
+
+
+def _kind(name: str, flops: float) -> str:
+    """Kind of a kernel in the trace: what its cost depends on."""
+    if "attention" in name:
+        return "attention"
+    if flops:
+        return "matmul"
+    return name if name.startswith("triton.") else "elementwise"
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> str:
+    return ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def nccl_refuses(tensor: Tensor) -> str | None:
@@ -205,6 +317,3 @@ def nccl_refuses(tensor: Tensor) -> str | None:
     if tensor.dtype not in NCCL_DTYPES:
         return f"NCCL has no {about}; convert it first"
     return None
-
-
-__all__ = ["NCCL_DTYPES", "Recorder", "Traffic", "nccl_refuses"]
