@@ -29,9 +29,9 @@ from megatron_croc.rehearsal.fake_groups import record_object, start_world
 from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.ledger import Ledger
 from megatron_croc.rehearsal.recorder import Recorder
+from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
 from megatron_croc.rehearsal.trace import AXES, Header
 from megatron_croc.rehearsal.versions import installed_versions
-from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
 from megatron_croc.training import batch_broadcast
 from megatron_croc.training.batch_broadcast import BatchBroadcaster
 from megatron_croc.training.build import TrainingState, build_training_state
@@ -162,7 +162,9 @@ def _share(recorder: Recorder, run: RunConfig, pg: ProcessGroupCollection, rows:
 
     def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
         if group.size() > 1:
-            record_object(recorder, "broadcast", value, group, dist.get_process_group_ranks(group)[0])
+            record_object(
+                recorder, "broadcast", value, group, dist.get_process_group_ranks(group)[0]
+            )
         return value
 
     batch_broadcast.broadcast_object = broadcast_object  # type: ignore[assignment]

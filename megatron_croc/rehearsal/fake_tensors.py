@@ -92,7 +92,9 @@ def install(recorder: Recorder) -> DeviceMode:
     def tolist(tensor: FakeTensor) -> Any:
         if tensor.device.type == "cuda":
             recorder.device_read("tolist")
-        return torch.full(tensor.shape, _one(tensor.dtype), dtype=tensor.dtype, device="cpu").tolist()
+        return torch.full(
+            tensor.shape, _one(tensor.dtype), dtype=tensor.dtype, device="cpu"
+        ).tolist()
 
     def to_numpy(tensor: FakeTensor, **_: Any) -> Any:
         raise TypeError("numpy() of a fake tensor: the rehearsal has no data to give")

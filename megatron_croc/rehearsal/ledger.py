@@ -120,7 +120,7 @@ class Ledger(TorchDispatchMode):
             if name in self._running:
                 while self._running.pop() != name:
                     pass
-    
+
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)
 

@@ -1,8 +1,7 @@
 """Record of all that one rank asks its device to do: work, collectives, waits, reads, faults."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,9 +130,7 @@ class Recorder:
     ) -> None:
         """Begin a part of the step."""
         phase = phase or self.phase
-        self.add(
-            trace.Mark(phase=phase, micro_batch=micro_batch, direction=direction, chunk=chunk)
-        )
+        self.add(trace.Mark(phase=phase, micro_batch=micro_batch, direction=direction, chunk=chunk))
 
     def _count(self, name: str, group: str, ranks: Sequence[int], tensors: Sequence[Tensor]) -> int:
         """Add to the traffic, and check what NCCL gets; returns the bytes."""
@@ -220,9 +217,7 @@ class Recorder:
         transfers, self._batch = tuple(self._batch), None
         return self._exchange(group, transfers, batched=True)
 
-    def _exchange(
-        self, group: str, transfers: tuple[trace.Transfer, ...], *, batched: bool
-    ) -> int:
+    def _exchange(self, group: str, transfers: tuple[trace.Transfer, ...], *, batched: bool) -> int:
         work = self._next_work(is_async=True)
         self.add(
             trace.Exchange(
@@ -264,9 +259,7 @@ class Recorder:
         if event is not None:
             self.add(trace.WaitEvent(number=event, stream=stream))
 
-    def host_waits(
-        self, name: str, *, stream: int | None = None, event: int | None = None
-    ) -> None:
+    def host_waits(self, name: str, *, stream: int | None = None, event: int | None = None) -> None:
         """The host waits: for a stream, an event, or for the whole device."""
         where = place()
         self.waits[self.phase, name, where] += 1

@@ -75,9 +75,7 @@ def _longest(run: RunConfig, workload: Workload) -> list[tuple[int, int]]:
     return pack * run.training.micro_batch_size
 
 
-def _drawn(
-    run: RunConfig, workload: Workload, rng: np.random.Generator
-) -> list[tuple[int, int]]:
+def _drawn(run: RunConfig, workload: Workload, rng: np.random.Generator) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
 
     def draw() -> tuple[int, int]:
@@ -95,9 +93,7 @@ def _drawn(
     return sizes
 
 
-def _sample(
-    run: RunConfig, rng: np.random.Generator, tokens: int, num_images: int
-) -> ReadySample:
+def _sample(run: RunConfig, rng: np.random.Generator, tokens: int, num_images: int) -> ReadySample:
     """Sample of `tokens` tokens with visual ones: images first, then text."""
     per_image, size = run.model.vision_tower.num_visual_tokens, run.model.vision_tower.img_size
     num_images = min(num_images, max(run.data.seq_length - _QUESTION - 1, 0) // per_image)
@@ -111,9 +107,7 @@ def _sample(
     )
     pixels = torch.zeros((num_images, 3, size, size), dtype=torch.uint8)
     return ReadySample(
-        tokens=expand_sample(
-            sample, num_visual_tokens=per_image, seq_length=run.data.seq_length
-        ),
+        tokens=expand_sample(sample, num_visual_tokens=per_image, seq_length=run.data.seq_length),
         epoch=0,
         pixel_values=list(pixels),
     )

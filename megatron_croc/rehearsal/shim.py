@@ -78,6 +78,8 @@ def load_shim() -> None:
     try:
         installed = ctypes.CDLL(str(build_shim())).install_fake_cuda()
     except OSError as error:
-        raise ShimError(f"the compiled {SOURCE.name} cannot be loaded: {first_line(error)}") from error
+        raise ShimError(
+            f"the compiled {SOURCE.name} cannot be loaded: {first_line(error)}"
+        ) from error
     if installed != 1:
         raise ShimError(f"torch {torch.__version__} does not take the device of {SOURCE.name}")
