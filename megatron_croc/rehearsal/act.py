@@ -76,7 +76,9 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         with phase("rows"):
             rows = make_rows(run, job.rows, dp_rank=pg.dp.rank(), dp_size=pg.dp.size())
         with phase("build"):
+            recorder.mode.host_is_real = False  # weights are drawn on the CPU
             training = build_training_state(run, pg, train_iters=1000)
+            recorder.mode.host_is_real = True
         _name_storages(ledger, training)
         _follow(ledger, run, training)
         after_build = ledger.held_by_purpose()
@@ -162,9 +164,8 @@ def _share(recorder: Recorder, run: RunConfig, pg: ProcessGroupCollection, rows:
 
     def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
         if group.size() > 1:
-            record_object(
-                recorder, "broadcast", value, group, dist.get_process_group_ranks(group)[0]
-            )
+            root = dist.get_process_group_ranks(group)[0]
+            record_object(recorder, "broadcast", value, group, root)
         return value
 
     batch_broadcast.broadcast_object = broadcast_object  # type: ignore[assignment]

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._device import _device_constructors
@@ -28,7 +28,7 @@ class FakeStream:
     """A stream that is only a number."""
 
     recorder: Recorder
-    made: "list[FakeStream]" = []
+    made: "ClassVar[list[FakeStream]]" = []
     """All streams of the process, by number."""
 
     def __init__(self, *_: Any, **__: Any) -> None:

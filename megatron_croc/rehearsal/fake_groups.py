@@ -43,7 +43,7 @@ _NAMES: dict[str, tuple[str, int]] = {
     "send": ("send", _OUT),
     "recv": ("recv", _OUT),
 }
-"""Method of a process group -> name in the trace, and the argument with the tensors of all ranks."""
+"""Method of a process group -> name in the trace, and its argument with the larger side."""
 
 
 class FakeHandle:

@@ -28,6 +28,8 @@ class DeviceMode(FakeTensorMode):
         """Record device reads in `recorder`."""
         super().__init__(allow_non_fake_inputs=True)
         self._recorder = recorder
+        self.host_is_real = True
+        """False: CPU tensors are fake too, as while a model is built on the CPU."""
 
     @property
     def avoid_device_init(self) -> bool:  # type: ignore[override]
@@ -59,7 +61,7 @@ class DeviceMode(FakeTensorMode):
             if func is _aten.equal.default:
                 self._recorder.device_read("equal")
                 return True
-        elif _is_all_real(args, kwargs):
+        elif self.host_is_real and _is_all_real(args, kwargs):
             return func(*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -92,9 +94,7 @@ def install(recorder: Recorder) -> DeviceMode:
     def tolist(tensor: FakeTensor) -> Any:
         if tensor.device.type == "cuda":
             recorder.device_read("tolist")
-        return torch.full(
-            tensor.shape, _one(tensor.dtype), dtype=tensor.dtype, device="cpu"
-        ).tolist()
+        return _ones(tensor)
 
     def to_numpy(tensor: FakeTensor, **_: Any) -> Any:
         raise TypeError("numpy() of a fake tensor: the rehearsal has no data to give")
@@ -108,6 +108,13 @@ def install(recorder: Recorder) -> DeviceMode:
     if FakeTensor not in optimizer._foreach_supported_types:
         optimizer._foreach_supported_types.append(FakeTensor)
     return DeviceMode(recorder)
+
+
+def _ones(tensor: FakeTensor) -> Any:
+    def build(shape: tuple[int, ...]) -> Any:
+        return [build(shape[1:]) for _ in range(shape[0])] if shape else _one(tensor.dtype)
+
+    return build(tuple(tensor.shape))
 
 
 def _swap_tensors(first: Any, second: Any) -> None:

@@ -96,8 +96,8 @@ def gather(rehearsal: Rehearsal) -> Findings:
         findings.classes.append(_class(rehearsal, outcome))
         for text, _ in result["faults"]:
             same.setdefault((text, "mend that call"), []).append(outcome.of.rank)
-    for (text, way_out), ranks in same.items():
-        findings.faults.append(Fault(ranks=_names(ranks), text=text, way_out=way_out))
+    for (text, advice), ranks in same.items():
+        findings.faults.append(Fault(ranks=_names(ranks), text=text, way_out=advice))
     if findings.classes:
         _judge_memory(rehearsal, findings)
     return findings

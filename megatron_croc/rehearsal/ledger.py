@@ -195,9 +195,9 @@ class Ledger(TorchDispatchMode):
         if self.recorder.phase == "build":
             return "building"
         part = self._running[-1] if self._running else None
-        if self._logit_columns and tensor.dim() and tensor.shape[-1] == self._logit_columns:
-            if part is None or part in ("language_model", "language_model.output_layer"):
-                return "logits"
+        may_be_logits = part in (None, "language_model", "language_model.output_layer")
+        if may_be_logits and tensor.dim() and tensor.shape[-1] == self._logit_columns:
+            return "logits"
         in_backward = torch._C._current_graph_task_id() != -1
         if part is not None:
             return f"recomputed, {part}" if in_backward else f"activations, {part}"

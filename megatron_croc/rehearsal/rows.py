@@ -54,10 +54,8 @@ def make_rows(run: RunConfig, rows: Rows, *, dp_rank: int, dp_size: int) -> list
     batches = []
     for number in range(count):
         rng = np.random.default_rng((run.training.seed, dp_rank, number))
-        if rows.kind == "longest":
-            sizes = _longest(run, workload)
-        else:
-            sizes = _drawn(run, workload, rng)
+        is_longest = rows.kind == "longest"
+        sizes = _longest(run, workload) if is_longest else _drawn(run, workload, rng)
         batches.append(make_batch(run, [_sample(run, rng, *size) for size in sizes]))
     return batches
 
