@@ -28,7 +28,7 @@ class FakeStream:
     """A stream that is only a number."""
 
     recorder: Recorder
-    made: "ClassVar[list[FakeStream]]" = []
+    made: ClassVar[list["FakeStream"]] = []
     """All streams of the process, by number."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
