@@ -24,7 +24,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.model.parameters import PARTS, padded_vocab_size
 from megatron_croc.parallel import broadcast
 from megatron_croc.parallel.groups import start_distributed
-from megatron_croc.rehearsal import kernels
+from megatron_croc.rehearsal import kernels, marks
 from megatron_croc.rehearsal.fake_groups import record_object, start_world
 from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.ledger import Ledger
@@ -81,6 +81,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
             recorder.mode.host_is_real = True
         _name_storages(ledger, training)
         _follow(ledger, run, training)
+        marks.install(recorder, training, num_microbatches=len(rows))
         after_build = ledger.held_by_purpose()
         with phase("step" if not job.forward_only else "evaluate"):
             batches = _share(recorder, run, pg, rows)

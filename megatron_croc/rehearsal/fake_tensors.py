@@ -63,7 +63,19 @@ class DeviceMode(FakeTensorMode):
                 return True
         elif self.host_is_real and _is_all_real(args, kwargs):
             return func(*args, **kwargs)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is _aten._to_copy.default and not isinstance(first, FakeTensor):
+            out.host_value = first  # what the device would hold
+        elif func is _aten._to_copy.default or func is _aten.copy_.default:
+            self._look_for_copies_to_host(out, args, kwargs)
+        return out
+
+    def _look_for_copies_to_host(self, out: Any, args: Any, kwargs: Any) -> None:
+        """Record a copy from the device that the host waits for."""
+        source = args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else args[0]
+        is_async = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        if is_on_device(source) and out.device.type == "cpu" and not is_async:
+            self._recorder.device_read("copy to the host")
 
     def _read(self, name: str, tensor: FakeTensor) -> bool | int | float:
         if tensor.device.type == "cuda":

@@ -144,6 +144,30 @@ def triton_faults(kernel: Any, grid: Any, args: tuple, kwargs: dict[str, Any]) -
     return faults
 
 
+def flash_flops(name: str, args: tuple) -> float | None:
+    """Operations of a call of torch's flash attention; None of another operation.
+
+    A causal call computes the pairs that are visible: half of them if queries and keys are as many.
+    """
+    if "flash_attention" not in name:
+        return None
+    is_backward = "backward" in name
+    query, key = args[1:3] if is_backward else args[:2]
+    products = 5 if is_backward else 2  # backward computes the scores again
+    if name.startswith("_scaled_dot_product"):  # [B, H, S, d]
+        batch, heads, length, dim = query.shape
+        return products * 2.0 * batch * heads * length * key.shape[2] * dim
+    boundaries = [getattr(b, "host_value", None) for b in (args[6:8] if is_backward else args[3:5])]
+    if any(b is None for b in boundaries):
+        pairs = float(query.shape[0]) * key.shape[0] / 2
+    else:
+        queries, keys = (b.diff().double() for b in boundaries)
+        last = queries.minimum(keys)
+        # Aligned at the end: the last query sees all keys.
+        pairs = float((last * (keys - last) + last * (last + 1) / 2).sum())
+    return products * 2.0 * pairs * query.shape[-2] * query.shape[-1]
+
+
 def flash_faults(name: str, args: tuple) -> list[str]:
     """Reasons for which torch's flash attention would refuse a call of `aten._flash_attention_*`.
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from megatron_croc.rehearsal.fake_tensors import is_on_device
-from megatron_croc.rehearsal.kernels import flash_faults
+from megatron_croc.rehearsal.kernels import flash_faults, flash_flops
 from megatron_croc.rehearsal.places import place
 from megatron_croc.rehearsal.recorder import Recorder
 
@@ -169,6 +169,8 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+        if (flops := flash_flops(_name(func), args)) is not None:
+            return flops
         count = flop_registry.get(getattr(func, "_overloadpacket", None))
         return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
 
