@@ -28,6 +28,7 @@ from megatron_croc.planning.workload import from_numbers
 from megatron_croc.recipes.command_line import parse_command, run_parser
 from megatron_croc.rehearsal.findings import gather
 from megatron_croc.rehearsal.job import Rows
+from megatron_croc.rehearsal.page import as_page
 from megatron_croc.rehearsal.report import as_json, lines
 from megatron_croc.rehearsal.run import Rehearsal, check_compiler, children_at_once, perform
 from megatron_croc.rehearsal.versions import require_known_versions
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = as_json(rehearsal, findings)
         if options.out is not None:
             (options.out / "report.json").write_text(text)
+            (options.out / "report.html").write_text(as_page(rehearsal, findings))
         print(text if options.json else "\n".join(lines(rehearsal, findings)).lstrip("\n"))
     return 1 if findings.faults else 0
 

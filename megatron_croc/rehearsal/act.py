@@ -30,11 +30,16 @@ from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.ledger import Ledger
 from megatron_croc.rehearsal.recorder import Recorder
 from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
-from megatron_croc.rehearsal.trace import AXES, Header
+from megatron_croc.rehearsal.trace import AXES, Header, Mark, Memory
 from megatron_croc.rehearsal.versions import installed_versions
 from megatron_croc.training import batch_broadcast
 from megatron_croc.training.batch_broadcast import BatchBroadcaster
 from megatron_croc.training.build import TrainingState, build_training_state
+
+MOST_POINTS = 600
+"""Points of the curve of memory over the step."""
+
+_STEP_PHASES = ("step", "gradients", "optimizer")
 
 _GROUPS = ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")
 """Names of megatron's groups, the first that fits a group wins."""
@@ -114,6 +119,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         "pack": asdict(largest_pack(rows)),
         "after_build": after_build,
         "peaks": {name: asdict(peak) for name, peak in ledger.peaks.items()},
+        "curve": _curve(recorder),
         "flops": dict(recorder.flops.most_common()),
         "kernels": dict(recorder.kernels.most_common()),
         "traffic": [
@@ -124,6 +130,19 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         "waits": [[*key, n] for key, n in recorder.waits.most_common()],
         "faults": recorder.faults.most_common(),
     }
+
+
+def _curve(recorder: Recorder) -> list[int]:
+    """Bytes over the training step, its peaks kept, in at most MOST_POINTS numbers."""
+    phases: list[str] = []
+    sizes: list[int] = []
+    for event in recorder.events:
+        if isinstance(event, Mark):
+            phases.append(event.phase)
+        elif isinstance(event, Memory) and phases and phases[-1] in _STEP_PHASES:
+            sizes.append(event.peak)
+    stretch = -(-len(sizes) // MOST_POINTS) or 1
+    return [max(sizes[n : n + stretch]) for n in range(0, len(sizes), stretch)]
 
 
 def _name_groups(recorder: Recorder, pg: ProcessGroupCollection) -> None:

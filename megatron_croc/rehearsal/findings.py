@@ -46,6 +46,9 @@ class ClassFindings:
     rows: dict[str, Any]
     flops: dict[str, int]
     traffic: list[dict[str, Any]]
+    curve: list[int]
+    """Bytes over the step, in the order of the work."""
+
     reads: list[list[Any]]
     waits: list[list[Any]]
 
@@ -123,6 +126,7 @@ def _class(rehearsal: Rehearsal, outcome: Outcome) -> ClassFindings:
         rows=result["rows"],
         flops=result["flops"],
         traffic=result["traffic"],
+        curve=result["curve"],
         reads=result["reads"],
         waits=result["waits"],
     )
@@ -168,6 +172,14 @@ def _smaller_layout(rehearsal: Rehearsal, device: Device) -> str:
     if flags is None:
         return "no other layout is expected to fit: take more GPUs, or another --gpu"
     return f"it is expected to fit with {flags}"
+
+
+def first_of_each_stage(findings: Findings) -> list[ClassFindings]:
+    """The first class of each pipeline stage."""
+    first: dict[int, ClassFindings] = {}
+    for entry in findings.classes:
+        first.setdefault(entry.stage, entry)
+    return list(first.values())
 
 
 def grouped(parts: dict[str, int]) -> dict[str, int]:

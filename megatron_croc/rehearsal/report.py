@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_croc.planning.fit import GIB
-from megatron_croc.rehearsal.findings import PHASES, ClassFindings, Findings, grouped
+from megatron_croc.rehearsal.findings import PHASES, Findings, first_of_each_stage, grouped
 from megatron_croc.rehearsal.run import Rehearsal
 from megatron_croc.rehearsal.versions import installed_versions
 
@@ -80,28 +80,20 @@ def _parts(findings: Findings) -> Iterator[str]:
 
 
 def _flops(findings: Findings) -> Iterator[str]:
-    rows = [["operation", *(f"rank {entry.rank}" for entry in _stages(findings))]]
+    rows = [["operation", *(f"rank {entry.rank}" for entry in first_of_each_stage(findings))]]
     names = Counter[str]()
-    for entry in _stages(findings):
+    for entry in first_of_each_stage(findings):
         names.update({name: count for name, count in entry.flops.items() if count})
     for name, _ in names.most_common(MOST_LINES):
-        counts = [entry.flops.get(name, 0) for entry in _stages(findings)]
+        counts = [entry.flops.get(name, 0) for entry in first_of_each_stage(findings)]
         rows.append([name, *(f"{count / 1e12:,.3f}" for count in counts)])
-    totals = [sum(entry.flops.values()) for entry in _stages(findings)]
+    totals = [sum(entry.flops.values()) for entry in first_of_each_stage(findings)]
     rows.append(["total", *(f"{total / 1e12:,.3f}" for total in totals)])
     yield from _table("operations of one step (TFLOP)", rows)
 
 
-def _stages(findings: Findings) -> list[ClassFindings]:
-    """The first class of each pipeline stage."""
-    first: dict[int, ClassFindings] = {}
-    for entry in findings.classes:
-        first.setdefault(entry.stage, entry)
-    return list(first.values())
-
-
 def _traffic(findings: Findings) -> Iterator[str]:
-    stages = _stages(findings)
+    stages = first_of_each_stage(findings)
     sums: dict[tuple[str, str, int], list[str]] = {}
     for number, entry in enumerate(stages):
         for row in entry.traffic:
