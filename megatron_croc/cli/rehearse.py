@@ -30,7 +30,7 @@ from megatron_croc.rehearsal.findings import gather
 from megatron_croc.rehearsal.job import Rows
 from megatron_croc.rehearsal.page import as_page
 from megatron_croc.rehearsal.report import as_json, lines
-from megatron_croc.rehearsal.run import Rehearsal, check_compiler, children_at_once, perform
+from megatron_croc.rehearsal.run import Rehearsal, children_at_once, perform
 from megatron_croc.rehearsal.versions import require_known_versions
 
 MAX_WORLD = 1024
@@ -59,10 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rehearsal = Rehearsal(
             run=run, world_size=options.world_size, gpu=options.gpu, rows=rows, folder=folder
         )
-        reason = check_compiler()
-        if reason is not None:
-            print(f"warning: forward passes only: {reason}", file=sys.stderr)
-            rehearsal.forward_only = True
         perform(
             rehearsal,
             at_once=children_at_once(options.jobs),

@@ -88,12 +88,12 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         _follow(ledger, run, training)
         marks.install(recorder, training, num_microbatches=len(rows))
         after_build = ledger.held_by_purpose()
-        with phase("step" if not job.forward_only else "evaluate"):
+        with phase("step" if recorder.forward_only is None else "evaluate"):
             batches = _share(recorder, run, pg, rows)
             step = training.train_step
-            if not job.forward_only:
+            if recorder.forward_only is None:
                 step.train(batches, training.optimizer, training.scheduler)
-        if not job.forward_only:
+        if recorder.forward_only is None:
             with phase("evaluate"):
                 step.evaluate(batches)
             with phase("save"):
@@ -111,6 +111,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
     recorder.write(trace, header)
     return {
         "rank": job.rank,
+        "forward_only": recorder.forward_only,
         "place": {axis: getattr(pg, axis).rank() for axis in AXES},
         "sizes": sizes,
         "seconds": {**seconds, "all": time.monotonic() - began},

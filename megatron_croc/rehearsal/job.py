@@ -37,9 +37,6 @@ class Job:
     """Name in the planner's table."""
 
     rows: Rows
-    forward_only: bool = False
-    """No backward pass: the C++ shim cannot be built here."""
-
     stands_for: list[int] = field(default_factory=list)
     """Global ranks of its class."""
 

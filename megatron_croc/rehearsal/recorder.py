@@ -62,6 +62,9 @@ class Recorder:
     memory: Callable[[], tuple[int, int]] = lambda: (0, 0)
     """Bytes in use now, and their peak since the last call."""
 
+    forward_only: str | None = None
+    """Reason for which no backward pass can run; None: it can."""
+
     mode: Any = None
     """Mode of fake tensors (fake_tensors.py), to enter."""
 

@@ -30,7 +30,10 @@ def lines(rehearsal: Rehearsal, findings: Findings) -> Iterator[str]:
         f"{rehearsal.seconds:.0f} s, {hosts / GIB:.1f} GiB each at most"
     )
     if rehearsal.forward_only:
-        yield "forward passes only: no backward pass, update or saving was rehearsed"
+        yield (
+            "forward passes only, no backward pass, update or saving: "
+            f"{rehearsal.forward_only}; install one, or set CXX"
+        )
     for fault in findings.faults:
         way_out = f"; {fault.way_out}" if fault.way_out else ""
         yield f"fault: {fault.ranks}: {fault.text}{way_out}"

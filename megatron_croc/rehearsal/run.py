@@ -10,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.errors import ConfigError, CrocError
+from megatron_croc.errors import ConfigError, RunError
 from megatron_croc.rehearsal.classes import RankClass, rank_classes
 from megatron_croc.rehearsal.job import Job, Rows, settings_of
 
@@ -48,7 +47,9 @@ class Rehearsal:
     folder: Path
     """Folder of the jobs, traces and results of the children."""
 
-    forward_only: bool = False
+    forward_only: str | None = None
+    """Reason for which no backward pass ran; None: it did."""
+
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -70,16 +71,6 @@ def children_at_once(jobs: int | None) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), int(free_memory() // CHILD_BYTES)))
 
 
-def check_compiler() -> str | None:
-    """Compile the fake device in a child; the reason if that is impossible, else None."""
-    code = "from megatron_croc.rehearsal import shim; shim.build_shim()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    last = done.stderr.strip().splitlines()[-1:] or ["it ended without a message"]
-    return last[0].removeprefix("megatron_croc.rehearsal.shim.ShimError: ")
-
-
 def perform(
     rehearsal: Rehearsal,
     *,
@@ -98,7 +89,8 @@ def perform(
         classes: default `rank_classes`.
 
     Raises:
-        ConfigError: a child refused the job, for example its data; or the time is up.
+        ConfigError: a child refused the job, for example its data.
+        RunError: the time is up, or the children could not start.
     """
     began = time.monotonic()
     chosen = classes or rank_classes(rehearsal.run.parallel, rehearsal.world_size)
@@ -106,39 +98,83 @@ def perform(
         f"{len(chosen)} classes of ranks stand for {rehearsal.world_size}; "
         f"{min(at_once, len(chosen))} at once"
     )
-    running: set[subprocess.Popen[str]] = set()
-    lock, is_over = threading.Lock(), threading.Event()
+    by_file = {f"rank_{entry.rank:05d}": entry for entry in chosen}
     outcomes: dict[int, Outcome] = {}
-
-    def one(entry: RankClass) -> Outcome:
-        return _child(rehearsal, entry, running, lock, is_over)
-
-    pool = ThreadPoolExecutor(at_once)
-    waiting: set[Future[Outcome]] = {pool.submit(one, entry) for entry in chosen}
-    try:
-        while waiting:
-            left = time_limit - (time.monotonic() - began)
-            done, waiting = wait(waiting, timeout=max(left, 0), return_when=FIRST_COMPLETED)
-            if not done:
-                raise ConfigError(
-                    f"{len(outcomes)} of {len(chosen)} classes were done after "
-                    f"{time_limit / 60:g} minutes; raise --time-limit, or --jobs where there are "
-                    "more cores"
-                )
-            for future in done:
-                outcome = future.result()
-                outcomes[outcome.of.rank] = outcome
-                if "refused" in outcome.result:  # it says the same on every rank
-                    raise ConfigError(str(outcome.result["refused"]))
-                tell(f"{len(outcomes)} of {len(chosen)}: {_line(outcome)}")
-    finally:
-        is_over.set()
-        with lock:
-            for process in running:
-                process.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
+    for name, seconds, status in _children(rehearsal, by_file, at_once, time_limit):
+        entry = by_file[name]
+        outcomes[entry.rank] = outcome = _read(rehearsal, entry, seconds, status)
+        if "refused" in outcome.result:  # it says the same on every rank
+            raise ConfigError(str(outcome.result["refused"]))
+        tell(f"{len(outcomes)} of {len(chosen)}: {_line(outcome)}")
+    if len(outcomes) < len(chosen):
+        raise RunError(
+            f"{len(outcomes)} of {len(chosen)} classes were done after {time_limit / 60:g} "
+            "minutes; raise --time-limit, or --jobs where there are more cores"
+        )
+    reasons = [entry.result.get("forward_only") for entry in outcomes.values()]
+    rehearsal.forward_only = next(filter(None, reasons), None)
     rehearsal.outcomes = [outcomes[entry.rank] for entry in chosen]
     rehearsal.seconds = time.monotonic() - began
+
+
+def _children(
+    rehearsal: Rehearsal, by_file: dict[str, RankClass], at_once: int, time_limit: float
+) -> Iterator[tuple[str, float, int]]:
+    """(name of the job's file, seconds, status) of each job as it ends, until the time is up."""
+    for name, entry in by_file.items():
+        Job(
+            settings=settings_of(rehearsal.run),
+            rank=entry.rank,
+            world_size=rehearsal.world_size,
+            gpu=rehearsal.gpu,
+            rows=rehearsal.rows,
+            stands_for=list(entry.stands_for),
+        ).write(rehearsal.folder / name)
+    paths = [str(rehearsal.folder / name) for name in by_file]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    log = rehearsal.folder / "children.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_croc.rehearsal.rank", str(at_once), *paths],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        is_late = threading.Event()
+
+        def stop() -> None:
+            is_late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        clock = threading.Timer(time_limit, stop)
+        clock.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                name, status, seconds = line.split()
+                yield name, float(seconds), int(status)
+            status = process.wait()
+        finally:
+            clock.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if status and not is_late.is_set():
+        raise RunError(f"the children ended early: {_end(status, log)}")
+
+
+def _read(rehearsal: Rehearsal, entry: RankClass, seconds: float, status: int) -> Outcome:
+    path = rehearsal.folder / f"rank_{entry.rank:05d}"
+    try:
+        result = json.loads(path.with_suffix(".result.json").read_text())
+    except (OSError, ValueError):
+        result = {"rank": entry.rank, "error": _end(status, path.with_suffix(".log"))}
+    trace = path.with_suffix(".trace.jsonl")
+    return Outcome(of=entry, result=result, trace=trace, seconds=seconds)
 
 
 def _line(outcome: Outcome) -> str:
@@ -149,59 +185,10 @@ def _line(outcome: Outcome) -> str:
     return f"{about}: {peak / 2**30:.2f} GiB at most"
 
 
-def _child(
-    rehearsal: Rehearsal,
-    entry: RankClass,
-    running: set[subprocess.Popen[str]],
-    lock: threading.Lock,
-    is_over: threading.Event,
-) -> Outcome:
-    path = rehearsal.folder / f"rank_{entry.rank:05d}"
-    Job(
-        settings=settings_of(rehearsal.run),
-        rank=entry.rank,
-        world_size=rehearsal.world_size,
-        gpu=rehearsal.gpu,
-        rows=rehearsal.rows,
-        forward_only=rehearsal.forward_only,
-        stands_for=list(entry.stands_for),
-    ).write(path)
-    started = time.monotonic()
-    log = path.with_suffix(".log")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    with log.open("w") as output:
-        with lock:
-            if is_over.is_set():
-                raise CrocError("the rehearsal has ended")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_croc.rehearsal.rank", str(path)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                text=True,
-            )
-            running.add(process)
-        status = process.wait()
-        with lock:
-            running.discard(process)
-    try:
-        result = json.loads(path.with_suffix(".result.json").read_text())
-    except (OSError, ValueError):
-        result = {"rank": entry.rank, "error": _silent_end(status, log)}
-    return Outcome(
-        of=entry,
-        result=result,
-        trace=path.with_suffix(".trace.jsonl"),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _silent_end(status: int, log: Path) -> str:
-    """Reason of a child that left no result."""
+def _end(status: int, log: Path) -> str:
+    """Reason of a process that left no result."""
     if status == -signal.SIGKILL:
-        return "the child was killed (out of host memory?); take fewer --jobs"
+        return "it was killed (out of host memory?); take fewer --jobs"
     last = log.read_text().strip().splitlines()[-1:] or ["no message"]
     name = signal.Signals(-status).name if status < 0 else f"status {status}"
-    return f"the child ended with {name}: {last[0]}"
+    return f"{last[0]} ({name})"
