@@ -1,5 +1,6 @@
 """Communicators of all ranks: who belongs to them, first uses, and which calls meet."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -108,6 +109,7 @@ class Communication:
         """The meeting of this rank's next collective in a group; differing calls are a fault."""
         number = host.calls[key]
         host.calls[key] += 1
+        host.order.append(key)
         mine = event.kind, event.dtype, event.bytes
         meeting = self._meetings.get((key, number))
         if meeting is None:
@@ -140,13 +142,13 @@ class Communication:
         if waiting and host.rank not in waiting[0].sides:
             message = waiting.popleft()
             if (message.dtype, message.num_bytes) != (transfer.dtype, transfer.bytes):
+                there = (peer, message.dtype, message.num_bytes, message.place)
+                here = (host.rank, transfer.dtype, transfer.bytes, place)
+                sender, receiver = sorted((there, here), key=lambda side: side[0] != ends[0])
                 self.fault(
                     ("mismatch", key),
-                    f"{group_text(key)}, a message from rank {ends[0]} to rank {ends[1]}: rank "
-                    f"{peer} has {_size(message.dtype, message.num_bytes)} at "
-                    f"{message.place or '?'}, rank {host.rank} has "
-                    f"{_size(transfer.dtype, transfer.bytes)} at {place or '?'}; both sides need "
-                    "the same shape and dtype",
+                    f"{group_text(key)}: {_side('sends', *sender)}, {_side('receives', *receiver)}; "
+                    "both sides need the same shape and dtype",
                 )
         else:
             seconds = self._costs.transfer(transfer.bytes * host.load("language_model"), *ends)
@@ -154,6 +156,27 @@ class Communication:
             waiting.append(message)
         message.sides[host.rank] = node
         return message
+
+    def find_other_orders(self) -> None:
+        """Fault for each two groups whose collectives two ranks call in different orders.
+
+        If they wait for each other this is a deadlock; on streams of their own they run only while
+        the kernels of both fit the device at once.
+        """
+        keys = sorted({key for host in self._hosts.values() for key in host.calls})
+        for one, other in itertools.combinations(keys, 2):
+            both = sorted(set(one[1]) & set(other[1]) & self._hosts.keys())
+            if len(both) < 2:
+                continue
+            orders = [[k for k in self._hosts[rank].order if k in (one, other)] for rank in both]
+            for rank, order in zip(both, orders, strict=True):
+                if order != orders[0]:
+                    self.fault(
+                        ("order", one, other),
+                        f"ranks {both[0]} and {rank} call collectives of groups {one[0]} and "
+                        f"{other[0]} in different orders, and nothing makes one wait for the other; "
+                        "NCCL may hang; call them in one order",
+                    )
 
     def unreceived(self) -> list[Message]:
         """Messages of which one side has not called."""
@@ -167,6 +190,10 @@ def _call(signature: tuple[str, str, int]) -> str:
 
 def _size(dtype: str, num_bytes: int) -> str:
     return f"{num_bytes:,} bytes" + (f" ({dtype})" if dtype else "")
+
+
+def _side(verb: str, rank: int, dtype: str, num_bytes: int, place: str) -> str:
+    return f"rank {rank} {verb} {_size(dtype, num_bytes)} at {place or '?'}"
 
 
 def group_text(key: Communicator) -> str:

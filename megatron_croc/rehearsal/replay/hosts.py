@@ -35,6 +35,9 @@ class Host:
     calls: Counter[Communicator] = field(default_factory=Counter)
     """Collectives called so far."""
 
+    order: list[Communicator] = field(default_factory=list)
+    """The communicator of each of them, in order."""
+
     why: tuple[str, str] = ("", "")
     """(call, place) of the present wait."""
 

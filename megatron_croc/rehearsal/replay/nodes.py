@@ -165,13 +165,14 @@ class Exchanges:
         """Take a ready node: all its messages begin together."""
         for message in list(self.messages[node]):
             message.ready[node.rank] = node.ready
-            sides = [message.sender, message.receiver]
             if self._buffers and node.rank == message.sender:
                 self._settle(node, message, node.ready + message.seconds)
-                sides = [message.receiver]
             if len(message.ready) == 2:
                 end = max(message.ready.values()) + message.seconds
-                for rank in sides:
+                open_sides = [message.receiver]
+                if not self._buffers:
+                    open_sides.append(message.sender)
+                for rank in open_sides:
                     self._settle(message.sides[rank], message, end)
 
     def _settle(self, node: Node, message: Message, end: float) -> None:

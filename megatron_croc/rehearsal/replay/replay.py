@@ -46,10 +46,12 @@ def replay(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None)
         )
     simulation = Simulation(job, costs, RULES[job.header.backend])
     simulation.run()
-    faults = list(simulation.communication.faults.values())
-    if (deadlock := find_deadlock(simulation)) is not None:
-        faults.insert(0, deadlock)
-    else:
+    deadlock = find_deadlock(simulation)
+    if deadlock is None:
+        simulation.communication.find_other_orders()
+    faults = [] if deadlock is None else [deadlock]
+    faults += simulation.communication.faults.values()
+    if deadlock is None:
         faults += _unreceived(simulation)
     return Replay(faults, make_timeline(simulation))
 
