@@ -116,7 +116,9 @@ def unbatched(exchange: Exchange) -> Exchange:
 
 
 def _one(direction, peer, group, size, place, *, batched, work=None, storage=None) -> Exchange:  # noqa: ANN001
-    transfer = Transfer(direction=direction, peer=peer, dtype="float32", bytes=size, storage=storage)
+    transfer = Transfer(
+        direction=direction, peer=peer, dtype="float32", bytes=size, storage=storage
+    )
     return Exchange(group=group, transfers=(transfer,), batched=batched, work=work, place=place)
 
 

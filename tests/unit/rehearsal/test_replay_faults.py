@@ -37,18 +37,25 @@ def faults(events: dict, **more: object) -> str:
 
 def reduce(group: str = "tp", *, size: int = 4, place: str = "", **more: int) -> Collective:
     """An all-reduce."""
-    return Collective(kind="all_reduce", group=group, bytes=size, dtype="float32", place=place, **more)
+    return Collective(
+        kind="all_reduce", group=group, bytes=size, dtype="float32", place=place, **more
+    )
 
 
 def test_a_send_that_nobody_receives() -> None:
     events = {0: [send(1, place="stage.py:10")], 1: []}
     found = faults(events)
-    assert "rank 0 waits in the first use of pp, the pair of 0, 1 at stage.py:10 for rank 1" in found
+    assert (
+        "rank 0 waits in the first use of pp, the pair of 0, 1 at stage.py:10 for rank 1" in found
+    )
     assert "rank 1 has ended its step, with nothing left to do" in found
     # The pair is connected already: the host goes on, and the send stays open on the device.
     greeting = {0: [send(1), *events[0]], 1: [receive(0)]}
     found = faults(greeting)
-    assert "rank 0 has ended its step, but still waits for its send to rank 1 (pp) at stage.py:10" in found
+    assert (
+        "rank 0 has ended its step, but still waits for its send to rank 1 (pp) at stage.py:10"
+        in found
+    )
     # gloo has buffered it: the step ends, and the message is lost.
     assert "rank 0 sends 4 bytes to rank 1 at stage.py:10, which never receives" in faults(
         greeting, backend="gloo"
@@ -91,7 +98,9 @@ def test_a_collective_that_one_rank_leaves_out() -> None:
     groups = {"groups": {"tp": [[0, 1]]}, "pp": 1, "tp": 2}
     mine = [reduce(place="a.py:1"), reduce(place="a.py:2")]
     found = faults({0: mine, 1: mine[:1]}, **groups)
-    assert "rank 0 has ended its step, but still waits for its all_reduce 1 of tp at a.py:2" in found
+    assert (
+        "rank 0 has ended its step, but still waits for its all_reduce 1 of tp at a.py:2" in found
+    )
     assert "rank 1 has ended its step" in found
     # In between, the ranks then call different collectives.
     gather = Collective(kind="all_gather", group="tp", bytes=4, dtype="float32", place="b.py:9")
@@ -113,8 +122,13 @@ def test_sides_of_different_kind_size_or_dtype(change: dict) -> None:
     found = faults({0: [call("x.py:1", **values)], 1: [call("y.py:2", **{**values, **change})]})  # type: ignore[arg-type]
     assert "x.py:1" in found and "y.py:2" in found and "call 0" in found
     if "size" in change:
-        found = faults({0: [send(1, size=4, place="x.py:1")], 1: [receive(0, size=8, place="y.py:2")]})
-        assert "rank 0 sends 4 bytes (float32) at x.py:1, rank 1 receives 8 bytes (float32) at y.py:2" in found
+        found = faults(
+            {0: [send(1, size=4, place="x.py:1")], 1: [receive(0, size=8, place="y.py:2")]}
+        )
+        assert (
+            "rank 0 sends 4 bytes (float32) at x.py:1, rank 1 receives 8 bytes (float32) at y.py:2"
+            in found
+        )
 
 
 def target_channel(*, warm: bool, synchronizes: bool) -> dict:
@@ -140,7 +154,9 @@ def test_the_target_channel_s_old_order() -> None:
     found = faults(target_channel(warm=True, synchronizes=True), **groups)
     assert (
         "rank 0 waits in synchronize (the whole device) at p2p_communication.py:242, for its send to "
-        "rank 1 (embd, the pair" in found or "for its send to rank 1 (embd) at target_channel.py:71" in found
+        "rank 1 (embd, the pair"
+        in found
+        or "for its send to rank 1 (embd) at target_channel.py:71" in found
     )
     assert not faults(target_channel(warm=True, synchronizes=False), **groups)
 
@@ -182,7 +198,12 @@ def test_a_communicator_s_operations_run_in_the_order_of_their_calls() -> None:
 def test_streams_meet_in_events_only() -> None:
     def step(waits: bool) -> list:
         side = [RecordEvent(number=0, stream=1), WaitEvent(number=0, stream=0)] if waits else []
-        return [Compute(flops=3.0, stream=1), *side, Compute(flops=1.0), Compute(flops=0.5, stream=2)]
+        return [
+            Compute(flops=3.0, stream=1),
+            *side,
+            Compute(flops=1.0),
+            Compute(flops=0.5, stream=2),
+        ]
 
     alone = {"groups": {}, "pp": 1}
     assert run_traces({0: step(False)}, **alone).timeline.seconds == 3.0  # type: ignore[arg-type]
