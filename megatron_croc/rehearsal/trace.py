@@ -23,7 +23,7 @@ from megatron_croc.file_reading import UnreadableError, read_json_lines
 FORMAT = 1
 """Number of this format; a file of another number is refused."""
 
-AXES = ("tp", "cp", "dp", "pp")
+AXES: tuple[str, ...] = ("tp", "cp", "dp", "pp")
 """Axes of a rank's coordinates; tp varies fastest, as in megatron-core's order tp-cp-ep-dp-pp."""
 
 
