@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from megatron_croc.errors import CrocError
-from megatron_croc.parallel.processes import die_with_parent
 from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.rehearsal import fake_cuda, fake_tensors, kernels
 from megatron_croc.rehearsal.job import Job
@@ -29,11 +28,13 @@ from megatron_croc.rehearsal.shim import ShimError, load_shim
 
 def main(at_once: int, paths: list[Path]) -> None:
     """Run the jobs of all files, `at_once` at a time; all are for the same GPU."""
-    die_with_parent()
     recorder = Recorder()
     recorder.forward_only = become_device(Job.read(paths[0]).gpu, recorder)
-    # It imports megatron-core, for which torch.cuda is the fake one from here on.
+    # Both look for CUDA when they are imported, and find the fake one from here on.
+    from megatron_croc.parallel.processes import die_with_parent
     from megatron_croc.rehearsal import act
+
+    die_with_parent()
 
     waiting, running = list(reversed(paths)), dict[int, tuple[Path, float]]()
     while waiting or running:
