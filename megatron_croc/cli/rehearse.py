@@ -26,9 +26,10 @@ from megatron_croc.errors import ConfigError
 from megatron_croc.planning.gpus import GPUS, get_gpu
 from megatron_croc.planning.workload import from_numbers
 from megatron_croc.recipes.command_line import parse_command, run_parser
-from megatron_croc.rehearsal.findings import gather
+from megatron_croc.rehearsal.findings import Findings, gather
 from megatron_croc.rehearsal.job import Rows
 from megatron_croc.rehearsal.page import as_page
+from megatron_croc.rehearsal.replay.chrome_trace import write_chrome_trace
 from megatron_croc.rehearsal.report import as_json, lines
 from megatron_croc.rehearsal.run import Rehearsal, children_at_once, perform
 from megatron_croc.rehearsal.versions import require_known_versions
@@ -68,10 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings = gather(rehearsal)
         text = as_json(rehearsal, findings)
         if options.out is not None:
-            (options.out / "report.json").write_text(text)
-            (options.out / "report.html").write_text(as_page(rehearsal, findings))
+            _write(options.out, rehearsal, findings, text)
         print(text if options.json else "\n".join(lines(rehearsal, findings)).lstrip("\n"))
     return 1 if findings.faults else 0
+
+
+def _write(folder: Path, rehearsal: Rehearsal, findings: Findings, text: str) -> None:
+    """Write the report as JSON and as a page, and the step for chrome://tracing or Perfetto."""
+    (folder / "report.json").write_text(text)
+    (folder / "report.html").write_text(as_page(rehearsal, findings))
+    if findings.timeline is not None:
+        write_chrome_trace(folder / "step.trace.json", findings.timeline)
 
 
 def _rows(options: argparse.Namespace, run: RunConfig) -> tuple[RunConfig, Rows]:

@@ -23,6 +23,9 @@ def lines(rehearsal: Rehearsal, findings: Findings) -> Iterator[str]:
         yield from _flops(findings)
         yield from _traffic(findings)
         yield from _places(findings)
+    if findings.timeline is not None:
+        yield ""
+        yield from findings.timeline.lines()
     yield ""
     hosts = max((entry.host_bytes for entry in findings.classes), default=0)
     yield (
@@ -143,6 +146,7 @@ def as_json(rehearsal: Rehearsal, findings: Findings) -> str:
             {**dataclasses.asdict(entry), "estimated": entry.estimate.total}
             for entry in findings.classes
         ],
+        "timeline": None if findings.timeline is None else findings.timeline.as_dict(),
         "faults": [dataclasses.asdict(fault) for fault in findings.faults],
     }
     return json.dumps(tree, indent=1)
