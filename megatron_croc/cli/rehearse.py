@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, run = parse_command(parser, argv)
     run, rows = _rows(options, run)
     _check(options, run)
+    run = replace(run, training=replace(run.training, transformer_impl="local"))
     with _folder(options.out) as folder:
         rehearsal = Rehearsal(
             run=run, world_size=options.world_size, gpu=options.gpu, rows=rows, folder=folder
@@ -103,6 +104,8 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
         raise ConfigError(f"--world-size {options.world_size}: must lie between 1 and {MAX_WORLD}")
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: must be 1 or more")
+    if options.time_limit <= 0:
+        raise ConfigError(f"--time-limit {options.time_limit:g}: must be above 0")
     get_gpu(options.gpu)
     raise_faults(find_faults(run, options.world_size, for_training=False))
     from_numbers(
@@ -111,6 +114,12 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
         images=options.images,
         spread=options.text_spread,
     )
+    if run.training.transformer_impl == "te" or run.training.fp8_format is not None:
+        setting = "transformer_impl=te" if run.training.fp8_format is None else "fp8_format"
+        raise ConfigError(
+            f"{setting}: Transformer Engine's kernels cannot be rehearsed; use transformer_impl="
+            "local without fp8_format, which has the same weights and communication"
+        )
     require_known_versions()
 
 
