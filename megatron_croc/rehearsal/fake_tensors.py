@@ -4,6 +4,7 @@ Operations that read a value from the device are answered with ones, and recorde
 each of them makes a real host wait.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ _aten = torch.ops.aten
 def is_on_device(value: object) -> bool:
     """Return True for a fake tensor of the device."""
     return isinstance(value, FakeTensor) and value.device.type == "cuda"
+
+
+def device_tensors(value: object) -> Iterator[FakeTensor]:
+    """All fake tensors of the device among the arguments or results of an operation."""
+    if isinstance(value, FakeTensor):
+        if value.device.type == "cuda":
+            yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from device_tensors(item)
+    elif isinstance(value, dict):
+        yield from device_tensors(list(value.values()))
 
 
 class DeviceMode(FakeTensorMode):
