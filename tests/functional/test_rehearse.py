@@ -70,6 +70,11 @@ def check_memory(findings: Findings, *, within: float) -> None:
             # Beside buffers of the model, and padding of buckets and of small tensors.
             assert entry.parts[name] == pytest.approx(estimate, rel=0.02, abs=3e5), entry.name
         assert abs(entry.error) < within, (entry.name, entry.error)
+        for phase, estimate in (
+            ("build", entry.estimate.construction),
+            ("save", entry.estimate.saving),
+        ):
+            assert entry.peaks[phase] == pytest.approx(estimate, rel=0.03, abs=2e6), entry.name
 
 
 @pytest.mark.distributed
