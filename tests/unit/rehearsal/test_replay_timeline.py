@@ -175,7 +175,7 @@ def test_files_and_words(tmp_path: Path) -> None:
     kernels = [row for row in rows if row["ph"] == "X" and row["cat"] == "compute"]
     assert sum(row["dur"] for row in kernels) == pytest.approx(2 * 3 * 3.0 * 1e6)
     names = [row["args"]["name"] for row in rows if row["name"] == "process_name"]
-    assert names == ["rank 0 (tp 0, cp 0, dp 0, pp 0)", "rank 1 (tp 0, cp 0, dp 0, pp 1)"]
+    assert names == ["rank 0 (pp 0, dp 0, cp 0, tp 0)", "rank 1 (pp 1, dp 0, cp 0, tp 0)"]
     assert any(row["ph"] == "C" and row["args"]["allocated"] == 3.0 for row in rows)
     assert any(row["name"].startswith("waits: receive from rank 0") for row in rows)
     picture = ElementTree.fromstring(draw_timeline(timeline, title="a < b"))
