@@ -1,0 +1,205 @@
+"""The life of one rank on the fake device: start, build, a step, validation, saving.
+
+All of it is the code that trains; only where data would be read or written is it cut short.
+"""
+
+import gc
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_croc.checkpoint.sharded import checkpoint_content
+from megatron_croc.config.run import RunConfig
+from megatron_croc.model.parameters import PARTS, padded_vocab_size
+from megatron_croc.parallel import broadcast
+from megatron_croc.parallel.groups import start_distributed
+from megatron_croc.rehearsal import kernels, marks
+from megatron_croc.rehearsal.fake_groups import record_object, start_world
+from megatron_croc.rehearsal.job import Job
+from megatron_croc.rehearsal.ledger import Ledger
+from megatron_croc.rehearsal.recorder import Recorder
+from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
+from megatron_croc.rehearsal.trace import AXES, Header, Mark, Memory
+from megatron_croc.rehearsal.versions import installed_versions
+from megatron_croc.training import batch_broadcast
+from megatron_croc.training.batch_broadcast import BatchBroadcaster
+from megatron_croc.training.build import TrainingState, build_training_state
+
+MOST_POINTS = 600
+"""Points of the curve of memory over the step."""
+
+_STEP_PHASES = ("step", "gradients", "optimizer")
+
+_GROUPS = ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")
+"""Names of megatron's groups, the first that fits a group wins."""
+
+
+def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
+    """Take one rank through all phases.
+
+    Args:
+        job: rank, world and run.
+        recorder: gets what the rank asks for.
+        trace: file for the trace.
+
+    Returns:
+        the rank's part of the report, JSON's types only.
+    """
+    run, began = job.run(), time.monotonic()
+    kernels.replace_fused_swiglu()
+    kernels.replace_flex(recorder)
+    start_world(recorder, rank=job.rank, world_size=job.world_size)
+    ledger = Ledger(recorder)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        print(f"phase {name}", flush=True)  # the parent's progress
+        started = time.monotonic()
+        ledger.start_phase(name)
+        yield
+        gc.collect()
+        seconds[name] = time.monotonic() - started
+
+    with ExitStack() as stack:
+        stack.enter_context(recorder.mode)
+        stack.enter_context(ledger)
+        with phase("groups"):
+            pg = start_distributed(run.parallel, seed=run.training.seed)
+            _name_groups(recorder, pg)
+        with phase("rows"):
+            rows = make_rows(run, job.rows, dp_rank=pg.dp.rank(), dp_size=pg.dp.size())
+        with phase("build"):
+            recorder.mode.host_is_real = False  # weights are drawn on the CPU
+            training = build_training_state(run, pg, train_iters=1000)
+            recorder.mode.host_is_real = True
+        _name_storages(ledger, training)
+        _follow(ledger, run, training)
+        marks.install(recorder, training, num_microbatches=len(rows))
+        after_build = ledger.held_by_purpose()
+        with phase("step" if recorder.forward_only is None else "evaluate"):
+            batches = _share(recorder, run, pg, rows)
+            step = training.train_step
+            if recorder.forward_only is None:
+                step.train(batches, training.optimizer, training.scheduler)
+        if recorder.forward_only is None:
+            with phase("evaluate"):
+                step.evaluate(batches)
+            with phase("save"):
+                _save(training)
+        ledger.end()
+    sizes = {axis: getattr(pg, axis).size() for axis in AXES}
+    header = Header(
+        rank=job.rank,
+        world_size=job.world_size,
+        sizes=sizes,
+        vpp=len(training.chunks),
+        stands_for=tuple(job.stands_for),
+        versions=installed_versions(),
+    )
+    recorder.write(trace, header)
+    return {
+        "rank": job.rank,
+        "forward_only": recorder.forward_only,
+        "place": {axis: getattr(pg, axis).rank() for axis in AXES},
+        "sizes": sizes,
+        "seconds": {**seconds, "all": time.monotonic() - began},
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rows": describe_rows(rows),
+        "pack": asdict(largest_pack(rows)),
+        "after_build": after_build,
+        "peaks": {name: asdict(peak) for name, peak in ledger.peaks.items()},
+        "curve": _curve(recorder),
+        "flops": dict(recorder.flops.most_common()),
+        "kernels": dict(recorder.kernels.most_common()),
+        "traffic": [
+            {"phase": p, "collective": c, "group": g, "size": s, **asdict(traffic)}
+            for (p, c, g, s), traffic in recorder.traffic.items()
+        ],
+        "reads": [[*key, n] for key, n in recorder.reads.most_common()],
+        "waits": [[*key, n] for key, n in recorder.waits.most_common()],
+        "faults": recorder.faults.most_common(),
+    }
+
+
+def _curve(recorder: Recorder) -> list[int]:
+    """Bytes over the training step, its peaks kept, in at most MOST_POINTS numbers."""
+    phases: list[str] = []
+    sizes: list[int] = []
+    for event in recorder.events:
+        if isinstance(event, Mark):
+            phases.append(event.phase)
+        elif isinstance(event, Memory) and phases and phases[-1] in _STEP_PHASES:
+            sizes.append(event.peak)
+    stretch = -(-len(sizes) // MOST_POINTS) or 1
+    return [max(sizes[n : n + stretch]) for n in range(0, len(sizes), stretch)]
+
+
+def _name_groups(recorder: Recorder, pg: ProcessGroupCollection) -> None:
+    recorder.group_names[dist.group.WORLD.group_name] = "world"
+    for name in _GROUPS:
+        group = getattr(pg, name, None)
+        if isinstance(group, dist.ProcessGroup):
+            recorder.group_names.setdefault(group.group_name, name)
+
+
+def _name_storages(ledger: Ledger, training: TrainingState) -> None:
+    """Weights, gradients and optimizer state, by what holds them."""
+    for chunk in training.chunks:
+        ledger.name_storages("weights", [*chunk.parameters(), *torch.nn.Module.buffers(chunk)])
+        buffers: Any = [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]
+        for buffer in buffers:
+            ledger.name_storages("gradients", [buffer.grad_data])
+            if buffer.param_data is not None:
+                ledger.name_storages("weights", [buffer.param_data])
+    for part in training.optimizer.chained_optimizers:  # type: ignore[attr-defined]
+        inner = part.optimizer
+        if inner is None:
+            continue
+        state = [t for s in inner.state.values() for t in s.values() if isinstance(t, Tensor)]
+        own = {id(p) for c in training.chunks for p in c.parameters()}
+        main = [p for group in inner.param_groups for p in group["params"] if id(p) not in own]
+        ledger.name_storages("optimizer", [*main, *state])
+
+
+def _follow(ledger: Ledger, run: RunConfig, training: TrainingState) -> None:
+    tp = run.parallel.tensor_model_parallel_size
+    columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
+    for model in unwrap_model(training.chunks, DistributedDataParallel):
+        ledger.follow(model, PARTS, logit_columns=columns)
+
+
+def _share(recorder: Recorder, run: RunConfig, pg: ProcessGroupCollection, rows: Any) -> Any:
+    """The batches of a step as the replica's ranks share them; every rank has made its own."""
+
+    def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
+        if group.size() > 1:
+            root = dist.get_process_group_ranks(group)[0]
+            record_object(recorder, "broadcast", value, group, root)
+        return value
+
+    batch_broadcast.broadcast_object = broadcast_object  # type: ignore[assignment]
+    assert broadcast.broadcast_tensor is batch_broadcast.broadcast_tensor
+    broadcaster = BatchBroadcaster(
+        Replay(rows),  # type: ignore[arg-type]
+        pg,
+        num_microbatches=len(rows),
+        img_size=run.model.vision_tower.img_size,
+    )
+    return broadcaster.next_step()
+
+
+def _save(training: TrainingState) -> None:
+    """What saving does on the device: gather the optimizer's state, and copy it to the host."""
+    checkpoint_content(training.chunks, training.optimizer, training.pg_collection)
