@@ -26,9 +26,10 @@ from megatron_croc.errors import ConfigError
 from megatron_croc.planning.gpus import GPUS, get_gpu
 from megatron_croc.planning.workload import from_numbers
 from megatron_croc.recipes.command_line import parse_command, run_parser
-from megatron_croc.rehearsal.findings import gather
+from megatron_croc.rehearsal.findings import Findings, gather
 from megatron_croc.rehearsal.job import Rows
 from megatron_croc.rehearsal.page import as_page
+from megatron_croc.rehearsal.replay.chrome_trace import write_chrome_trace
 from megatron_croc.rehearsal.report import as_json, lines
 from megatron_croc.rehearsal.run import Rehearsal, children_at_once, perform
 from megatron_croc.rehearsal.versions import require_known_versions
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, run = parse_command(parser, argv)
     run, rows = _rows(options, run)
     _check(options, run)
+    run = replace(run, training=replace(run.training, transformer_impl="local"))
     with _folder(options.out) as folder:
         rehearsal = Rehearsal(
             run=run, world_size=options.world_size, gpu=options.gpu, rows=rows, folder=folder
@@ -68,10 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings = gather(rehearsal)
         text = as_json(rehearsal, findings)
         if options.out is not None:
-            (options.out / "report.json").write_text(text)
-            (options.out / "report.html").write_text(as_page(rehearsal, findings))
+            _write(options.out, rehearsal, findings, text)
         print(text if options.json else "\n".join(lines(rehearsal, findings)).lstrip("\n"))
     return 1 if findings.faults else 0
+
+
+def _write(folder: Path, rehearsal: Rehearsal, findings: Findings, text: str) -> None:
+    """Write the report as JSON and as a page, and the step for chrome://tracing or Perfetto."""
+    (folder / "report.json").write_text(text)
+    (folder / "report.html").write_text(as_page(rehearsal, findings))
+    if findings.timeline is not None:
+        write_chrome_trace(folder / "step.trace.json", findings.timeline)
 
 
 def _rows(options: argparse.Namespace, run: RunConfig) -> tuple[RunConfig, Rows]:
@@ -95,6 +104,8 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
         raise ConfigError(f"--world-size {options.world_size}: must lie between 1 and {MAX_WORLD}")
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: must be 1 or more")
+    if options.time_limit <= 0:
+        raise ConfigError(f"--time-limit {options.time_limit:g}: must be above 0")
     get_gpu(options.gpu)
     raise_faults(find_faults(run, options.world_size, for_training=False))
     from_numbers(
@@ -103,6 +114,12 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
         images=options.images,
         spread=options.text_spread,
     )
+    if run.training.transformer_impl == "te" or run.training.fp8_format is not None:
+        setting = "transformer_impl=te" if run.training.fp8_format is None else "fp8_format"
+        raise ConfigError(
+            f"{setting}: Transformer Engine's kernels cannot be rehearsed; use transformer_impl="
+            "local without fp8_format, which has the same weights and communication"
+        )
     require_known_versions()
 
 

@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megatron_croc.checkpoint.sharded import checkpoint_content
 from megatron_croc.config.run import RunConfig
@@ -30,7 +31,7 @@ from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.ledger import Ledger
 from megatron_croc.rehearsal.recorder import Recorder
 from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
-from megatron_croc.rehearsal.trace import AXES, Header, Mark, Memory
+from megatron_croc.rehearsal.trace import AXES, STEP_PHASES, Header, Mark, Memory
 from megatron_croc.rehearsal.versions import installed_versions
 from megatron_croc.training import batch_broadcast
 from megatron_croc.training.batch_broadcast import BatchBroadcaster
@@ -38,8 +39,6 @@ from megatron_croc.training.build import TrainingState, build_training_state
 
 MOST_POINTS = 600
 """Points of the curve of memory over the step."""
-
-_STEP_PHASES = ("step", "gradients", "optimizer")
 
 _GROUPS = ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")
 """Names of megatron's groups, the first that fits a group wins."""
@@ -140,18 +139,23 @@ def _curve(recorder: Recorder) -> list[int]:
     for event in recorder.events:
         if isinstance(event, Mark):
             phases.append(event.phase)
-        elif isinstance(event, Memory) and phases and phases[-1] in _STEP_PHASES:
+        elif isinstance(event, Memory) and phases and phases[-1] in STEP_PHASES:
             sizes.append(event.peak)
     stretch = -(-len(sizes) // MOST_POINTS) or 1
     return [max(sizes[n : n + stretch]) for n in range(0, len(sizes), stretch)]
 
 
 def _name_groups(recorder: Recorder, pg: ProcessGroupCollection) -> None:
-    recorder.group_names[dist.group.WORLD.group_name] = "world"
+    """Name every group of this rank: as we call it, or as megatron describes it."""
+    names = recorder.group_names
+    names[dist.group.WORLD.group_name] = "world"
     for name in _GROUPS:
         group = getattr(pg, name, None)
         if isinstance(group, dist.ProcessGroup):
-            recorder.group_names.setdefault(group.group_name, name)
+            names.setdefault(group.group_name, name)
+    for group in distributed_c10d._world.pg_map:
+        described = group.group_desc.removesuffix("_GROUP").lower()
+        names.setdefault(group.group_name, described)
 
 
 def _name_storages(ledger: Ledger, training: TrainingState) -> None:

@@ -8,6 +8,8 @@ from megatron_croc.planning.fit import FRAGMENTATION, GIB, Device, gpu_memory, w
 from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.planning.memory import MemoryEstimate, Pack, estimate_memory
 from megatron_croc.planning.workload import from_numbers
+from megatron_croc.rehearsal.prediction import predict
+from megatron_croc.rehearsal.replay.timeline import Timeline
 from megatron_croc.rehearsal.run import Outcome, Rehearsal
 
 PHASES = {"build": "construction", "step": "step", "evaluate": "validation", "save": "saving"}
@@ -84,6 +86,8 @@ class Findings:
     classes: list[ClassFindings] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     device: Device
+    timeline: Timeline | None = None
+    """The predicted step; None after a fault."""
 
 
 def gather(rehearsal: Rehearsal) -> Findings:
@@ -103,6 +107,13 @@ def gather(rehearsal: Rehearsal) -> Findings:
         findings.faults.append(Fault(ranks=_names(ranks), text=text, way_out=advice))
     if findings.classes:
         _judge_memory(rehearsal, findings)
+    if len(findings.classes) == len(rehearsal.outcomes):
+        prediction = predict(rehearsal)
+        findings.timeline = prediction.timeline
+        findings.faults += [
+            Fault(ranks="replay", text=text, way_out="let both sides call the same in one order")
+            for text in prediction.faults
+        ]
     return findings
 
 

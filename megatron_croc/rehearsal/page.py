@@ -8,6 +8,7 @@ from megatron_croc.monitoring.live.style import CSS
 from megatron_croc.planning.fit import FRAGMENTATION, GIB
 from megatron_croc.rehearsal import pictures
 from megatron_croc.rehearsal.findings import PHASES, Findings, first_of_each_stage, grouped
+from megatron_croc.rehearsal.replay.picture import draw_timeline
 from megatron_croc.rehearsal.run import Rehearsal
 from megatron_croc.rehearsal.versions import installed_versions
 
@@ -24,14 +25,8 @@ td.number, th.number { text-align: right; }
 """
 
 
-def as_page(rehearsal: Rehearsal, findings: Findings, *, timeline: str = "") -> str:
-    """The page.
-
-    Args:
-        rehearsal: the job.
-        findings: what was found.
-        timeline: HTML of the step in time, put below the memory.
-    """
+def as_page(rehearsal: Rehearsal, findings: Findings) -> str:
+    """The page."""
     about = _describe(rehearsal)
     body = [
         f"<h1>Rehearsal of {html.escape(about)}</h1>",
@@ -39,8 +34,8 @@ def as_page(rehearsal: Rehearsal, findings: Findings, *, timeline: str = "") -> 
         _faults(findings),
     ]
     if findings.classes:
-        body += [_memory(findings), _over_time(findings), timeline, _traffic(findings)]
-        body += [_classes(findings), _flops(findings)]
+        body += [_memory(findings), _over_time(findings), _timeline(findings)]
+        body += [_traffic(findings), _classes(findings), _flops(findings)]
         body.append(_places("The host reads the device, in a step", findings, "reads"))
         body.append(_places("The host waits for the device, in a step", findings, "waits"))
     versions = ", ".join(f"{name} {found}" for name, found in installed_versions().items())
@@ -141,6 +136,16 @@ def _over_time(findings: Findings) -> str:
     )
     return _figure(
         "Memory over the step", "GiB, in the order of the work, not to time", picture, keys
+    )
+
+
+def _timeline(findings: Findings) -> str:
+    if findings.timeline is None:
+        return ""
+    told = "<br>".join(html.escape(line) for line in findings.timeline.lines())
+    picture = draw_timeline(findings.timeline)
+    return (
+        f"<figure><figcaption><b>The step in time</b></figcaption>{picture}<p>{told}</p></figure>"
     )
 
 

@@ -275,11 +275,9 @@ class Recorder:
         self.add(trace.HostRead(operation=name, stream=self.stream, place=where))
 
     def write(self, path: Path, header: trace.Header) -> None:
-        """Write the trace; groups get our names in it."""
-        names = {
-            group: f"{label}-{group}" if (label := self.group_names.get(group)) else group
-            for group in self._groups
-        }
+        """Write the trace; in it a group has the name that its like has on every rank."""
+        names = {group: self.group_names.get(group, group) for group in self._groups}
+        assert len(set(names.values())) == len(names), f"two groups of one name: {names}"
         groups = tuple(trace.Group(name=names[g], ranks=ranks) for g, ranks in self._groups.items())
         events = (
             replace(event, group=names[event.group])

@@ -23,6 +23,9 @@ def lines(rehearsal: Rehearsal, findings: Findings) -> Iterator[str]:
         yield from _flops(findings)
         yield from _traffic(findings)
         yield from _places(findings)
+    if findings.timeline is not None:
+        yield ""
+        yield from findings.timeline.lines()
     yield ""
     hosts = max((entry.host_bytes for entry in findings.classes), default=0)
     yield (
@@ -50,35 +53,40 @@ def _table(title: str, rows: list[list[str]]) -> Iterator[str]:
         yield "  " + "  ".join(cells).rstrip()
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+def _unit(findings: Findings) -> tuple[str, float]:
+    """GiB, or MiB for small models."""
+    highest = max(entry.highest[1] for entry in findings.classes)
+    return ("GiB", GIB) if highest > GIB / 2 else ("MiB", 2.0**20)
 
 
 def _memory(findings: Findings) -> Iterator[str]:
+    unit, size = _unit(findings)
     head = ["class", "ranks", *PHASES.values(), "croc check", "off by", "seconds"]
     rows = [head]
     for entry in findings.classes:
-        peaks = [_gib(entry.peaks[p]) if p in entry.peaks else "-" for p in PHASES]
+        peaks = [f"{entry.peaks[p] / size:.2f}" if p in entry.peaks else "-" for p in PHASES]
         rows.append(
             [
-                *(entry.name, str(entry.num_ranks), *peaks, _gib(entry.estimate.total)),
+                *(entry.name, str(entry.num_ranks), *peaks, f"{entry.estimate.total / size:.2f}"),
                 *(f"{entry.error:+.1%}", f"{entry.seconds:.0f}"),
             ]
         )
-    yield from _table("highest memory of one rank (GiB)", rows)
+    yield from _table(f"highest memory of one rank ({unit})", rows)
 
 
 def _parts(findings: Findings) -> Iterator[str]:
+    unit, size = _unit(findings)
     by_class = [grouped(entry.parts) for entry in findings.classes]
     names = Counter[str]()
     for parts in by_class:
         names.update(parts)
-    shown = [name for name, size in names.most_common() if size > 0.002 * names.total()]
+    shown = [name for name, total in names.most_common() if total > 0.002 * names.total()]
     rows = [["class", *shown, "rest"]]
     for entry, parts in zip(findings.classes, by_class, strict=True):
-        rest = sum(size for name, size in parts.items() if name not in shown)
-        rows.append([entry.name, *(_gib(parts.get(name, 0)) for name in shown), _gib(rest)])
-    title = "at the peak of the step (GiB)"
+        parts["rest"] = sum(held for name, held in parts.items() if name not in shown)
+        held = (f"{parts.get(name, 0) / size:.2f}" for name in (*shown, "rest"))
+        rows.append([entry.name, *held])
+    title = f"at the peak of the step ({unit})"
     yield from _table(title, [list(row) for row in zip(*rows, strict=True)])
 
 
@@ -143,6 +151,7 @@ def as_json(rehearsal: Rehearsal, findings: Findings) -> str:
             {**dataclasses.asdict(entry), "estimated": entry.estimate.total}
             for entry in findings.classes
         ],
+        "timeline": None if findings.timeline is None else findings.timeline.as_dict(),
         "faults": [dataclasses.asdict(fault) for fault in findings.faults],
     }
     return json.dumps(tree, indent=1)

@@ -130,6 +130,8 @@ def _children(
             rows=rehearsal.rows,
             stands_for=list(entry.stands_for),
         ).write(rehearsal.folder / name)
+        for ending in (".result.json", ".trace.jsonl", ".log"):  # of an earlier rehearsal
+            (rehearsal.folder / name).with_suffix(ending).unlink(missing_ok=True)
     paths = [str(rehearsal.folder / name) for name in by_file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):

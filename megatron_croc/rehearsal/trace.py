@@ -26,6 +26,9 @@ FORMAT = 1
 AXES: tuple[str, ...] = ("tp", "cp", "dp", "pp")
 """Axes of a rank's coordinates; tp varies fastest, as in megatron-core's order tp-cp-ep-dp-pp."""
 
+STEP_PHASES = ("step", "gradients", "optimizer")
+"""Phases of marks that are the training step; others: groups, rows, build, evaluate, save."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
