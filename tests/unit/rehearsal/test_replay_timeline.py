@@ -157,10 +157,11 @@ def test_equal_ranks_are_simulated_once() -> None:
 
 
 def test_ranks_that_exchange_along_an_axis_are_all_simulated() -> None:
-    ring = {r: [send((r + 1) % 4, group="cp", work=1), receive((r - 1) % 4, group="cp"), Wait(work=1)]
-            for r in range(4)}  # fmt: skip
-    traces = make_traces({0: ring[0]}, groups={"cp": [[0, 1, 2, 3]]}, stands_for={0: (0, 1, 2, 3)},
-                         cp=4)  # fmt: skip
+    ring = [send(1, group="cp", work=1), receive(3, group="cp"), Wait(work=1)]
+    both = replace(ring[0], transfers=(*ring[0].transfers, *ring[1].transfers))
+    everyone = {0: (0, 1, 2, 3)}
+    groups = {"cp": [[0, 1, 2, 3]]}
+    traces = make_traces({0: [both, ring[2]]}, groups=groups, stands_for=everyone, cp=4)
     result = replay(traces, FixedCosts(each_transfer=1.0))
     assert len(result.timeline.ranks) == 4
 
