@@ -149,8 +149,8 @@ class Communication:
                 sender, receiver = sorted((there, here), key=lambda side: side[0] != ends[0])
                 self.fault(
                     ("mismatch", key),
-                    f"{group_text(key)}: {_side('sends', *sender)}, {_side('receives', *receiver)}; "
-                    "both sides need the same shape and dtype",
+                    f"{group_text(key)}: {_side('sends', *sender)}, "
+                    f"{_side('receives', *receiver)}; both sides need the same shape and dtype",
                 )
         else:
             seconds = self._costs.transfer(transfer.bytes * host.load("language_model"), *ends)
@@ -176,8 +176,8 @@ class Communication:
                     self.fault(
                         ("order", one, other),
                         f"ranks {both[0]} and {rank} call collectives of groups {one[0]} and "
-                        f"{other[0]} in different orders, and nothing makes one wait for the other; "
-                        "NCCL may hang; call them in one order",
+                        f"{other[0]} in different orders, and nothing makes one wait for the "
+                        "other; NCCL may hang; call them in one order",
                     )
 
     def unreceived(self) -> list[Message]:

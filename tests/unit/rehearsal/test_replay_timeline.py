@@ -113,8 +113,9 @@ def test_a_replica_with_longer_samples_makes_the_others_wait() -> None:
     traces = make_traces({0: replicas(1)[0]}, groups={"dp": [[0, 1]]}, stands_for={0: (0, 1)}, dp=2)
     equal = replay(traces, FixedCosts()).timeline
     assert equal.seconds == pytest.approx(3.0) and len(equal.ranks) == 1
-    loads = {1: [{"language_model": 1.5}, {"language_model": 2.0, "vision_tower": 3.0}]}
-    timeline = replay(traces, FixedCosts(), loads=loads).timeline
+    own = [{"language_model": 200.0}, {"language_model": 100.0, "vision_tower": 1.0}]
+    longer = [{"language_model": 300.0}, {"language_model": 200.0, "vision_tower": 3.0}]
+    timeline = replay(traces, FixedCosts(), loads=[own, longer]).timeline
     assert timeline.seconds == pytest.approx(1.5 + 2.0 + 3.0)
     assert timeline.waits == {"dp": pytest.approx(3.5 / 2)}
     assert timeline.longest_over_mean("dp") == (1, pytest.approx(6.5 / 4.75))
@@ -148,7 +149,7 @@ def test_equal_ranks_are_simulated_once() -> None:
     assert not result.faults and len(result.timeline.ranks) == stages
     assert sum(rank.stands_for for rank in result.timeline.ranks) == world
     # Loads that differ in name only: all replicas are simulated, and nothing changes.
-    loads = {replica: [{f"part {replica}": 1.0}] for replica in range(128)}
+    loads = [[{f"part {replica}": 1.0}] * 4 for replica in range(128)]
     whole = replay(traces, costs, loads=loads)
     assert not whole.faults and len(whole.timeline.ranks) == stages * 128
     assert whole.timeline.seconds == pytest.approx(result.timeline.seconds)
