@@ -30,6 +30,8 @@ from megatron_croc.rehearsal.findings import Findings, gather
 from megatron_croc.rehearsal.job import Rows
 from megatron_croc.rehearsal.page import as_page
 from megatron_croc.rehearsal.replay.chrome_trace import write_chrome_trace
+from megatron_croc.rehearsal.replay.costs import read_costs
+from megatron_croc.rehearsal.replay.picture import draw_timeline
 from megatron_croc.rehearsal.report import as_json, lines
 from megatron_croc.rehearsal.run import Rehearsal, children_at_once, perform
 from megatron_croc.rehearsal.versions import require_known_versions
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=float, default=1.0, help="mean of a sample (default 1)")
     add("--jobs", type=int, help="processes at once (default: one a core, as memory allows)")
     add("--time-limit", type=float, default=60.0, help="minutes for all of it (default 60)")
+    add("--costs", type=Path, metavar="TABLE.json", help="measured costs, for the predicted time")
     add("--out", type=Path, metavar="FOLDER", help="write report.json, report.html and traces here")
     add("--json", action="store_true", help="print JSON")
     options, run = parse_command(parser, argv)
@@ -59,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = replace(run, training=replace(run.training, transformer_impl="local"))
     with _folder(options.out) as folder:
         rehearsal = Rehearsal(
-            run=run, world_size=options.world_size, gpu=options.gpu, rows=rows, folder=folder
+            run=run,
+            world_size=options.world_size,
+            gpu=options.gpu,
+            rows=rows,
+            folder=folder,
+            costs=options.costs,
         )
         perform(
             rehearsal,
@@ -81,6 +89,7 @@ def _write(folder: Path, rehearsal: Rehearsal, findings: Findings, text: str) ->
     (folder / "report.html").write_text(as_page(rehearsal, findings))
     if findings.timeline is not None:
         write_chrome_trace(folder / "step.trace.json", findings.timeline)
+        (folder / "step.svg").write_text(draw_timeline(findings.timeline))
 
 
 def _rows(options: argparse.Namespace, run: RunConfig) -> tuple[RunConfig, Rows]:
@@ -107,6 +116,8 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
     if options.time_limit <= 0:
         raise ConfigError(f"--time-limit {options.time_limit:g}: must be above 0")
     get_gpu(options.gpu)
+    if options.costs is not None:
+        read_costs(options.costs)
     raise_faults(find_faults(run, options.world_size, for_training=False))
     from_numbers(
         run,

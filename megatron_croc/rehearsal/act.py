@@ -29,6 +29,7 @@ from megatron_croc.rehearsal import kernels, marks
 from megatron_croc.rehearsal.fake_groups import record_object, start_world
 from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.ledger import Ledger
+from megatron_croc.rehearsal.loads import replica_loads
 from megatron_croc.rehearsal.recorder import Recorder
 from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
 from megatron_croc.rehearsal.trace import AXES, STEP_PHASES, Header, Mark, Memory
@@ -116,6 +117,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         "seconds": {**seconds, "all": time.monotonic() - began},
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rows": describe_rows(rows),
+        "loads": replica_loads(run, job.rows, dp_size=sizes["dp"]) if job.rank == 0 else None,
         "pack": asdict(largest_pack(rows)),
         "after_build": after_build,
         "peaks": {name: asdict(peak) for name, peak in ledger.peaks.items()},

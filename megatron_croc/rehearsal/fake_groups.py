@@ -6,7 +6,7 @@ collectives answer as if every rank had sent what this one sends.
 
 import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,15 +47,19 @@ _NAMES: dict[str, tuple[str, int]] = {
 
 
 class FakeHandle:
-    """Handle of an operation; waiting for it makes the current stream wait."""
+    """Handle of an operation; waiting for it makes the current stream wait.
 
-    def __init__(self, recorder: Recorder, number: int) -> None:
+    Like torch's, it keeps the operation's tensors until then.
+    """
+
+    def __init__(self, recorder: Recorder, number: int, tensors: Sequence[Tensor] = ()) -> None:
         """Wrap the operation `number` of the trace."""
-        self._recorder, self._number = recorder, number
+        self._recorder, self._number, self._tensors = recorder, number, tensors
 
     def wait(self, timeout: object = None) -> bool:
         """Make the current stream wait for the operation."""
         self._recorder.wait_for(self._number)
+        self._tensors = ()
         return True
 
     def is_completed(self) -> bool:
@@ -108,7 +112,7 @@ def _recorded(recorder: Recorder, name: str, place: int) -> Callable[..., Any]:
             (tensor,), peer = args[0], ranks[int(args[1])]
             direction = "send" if name == "send" else "receive"
             work = recorder.transfer(direction, group.group_name, ranks, tensor, peer=peer)
-            return FakeHandle(recorder, work)
+            return FakeHandle(recorder, work, [tensor])
         options = next((o for o in (*args, *kwargs.values()) if hasattr(o, "asyncOp")), None)
         root = getattr(options, "rootRank", None)
         work = recorder.collective(
@@ -136,7 +140,8 @@ def _batch(recorder: Recorder, operations: list[Any]) -> list[FakeHandle]:
             operation.op(operation.tensor, group=operation.group, **{peer: operation.group_peer})
 
     group = operations[0].group or dist.group.WORLD
-    return [FakeHandle(recorder, recorder.batch(group.group_name, call_all))]
+    work = recorder.batch(group.group_name, call_all)
+    return [FakeHandle(recorder, work, [operation.tensor for operation in operations])]
 
 
 def record_object(
@@ -148,7 +153,7 @@ def record_object(
         return
     payload = torch.empty(len(pickle.dumps(value)), dtype=torch.uint8, device="cuda")
     ranks = dist.get_process_group_ranks(group)
-    recorder.collective(name, group.group_name, ranks, [payload], root=root)
+    recorder.collective(f"{name}_object", group.group_name, ranks, [payload], root=root)
     recorder.host_waits(f"{name} of objects")
 
 

@@ -9,6 +9,7 @@ from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.planning.memory import MemoryEstimate, Pack, estimate_memory
 from megatron_croc.planning.workload import from_numbers
 from megatron_croc.rehearsal.prediction import predict
+from megatron_croc.rehearsal.replay.costs import read_costs
 from megatron_croc.rehearsal.replay.timeline import Timeline
 from megatron_croc.rehearsal.run import Outcome, Rehearsal
 
@@ -108,7 +109,8 @@ def gather(rehearsal: Rehearsal) -> Findings:
     if findings.classes:
         _judge_memory(rehearsal, findings)
     if len(findings.classes) == len(rehearsal.outcomes):
-        prediction = predict(rehearsal)
+        costs = None if rehearsal.costs is None else read_costs(rehearsal.costs)
+        prediction = predict(rehearsal, costs)
         findings.timeline = prediction.timeline
         findings.faults += [
             Fault(ranks="replay", text=text, way_out="let both sides call the same in one order")

@@ -37,7 +37,9 @@ def predict(rehearsal: Rehearsal, costs: Costs | None = None) -> Prediction:
     faults = list(replay(traces, costs).faults)
     if faults or rehearsal.forward_only is not None:
         return Prediction(faults, None)
-    return Prediction(faults, replay([_step_of(trace) for trace in traces], costs).timeline)
+    loads = rehearsal.outcomes[0].result.get("loads")
+    steps = [_step_of(trace) for trace in traces]
+    return Prediction(faults, replay(steps, costs, loads=loads).timeline)
 
 
 def _step_of(trace: Trace) -> Trace:

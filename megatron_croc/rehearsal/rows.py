@@ -48,16 +48,21 @@ def make_rows(run: RunConfig, rows: Rows, *, dp_rank: int, dp_size: int) -> list
             replace(run, data=data), dp_rank=dp_rank, dp_size=dp_size, state=None
         ) as loader:
             return [next(loader) for _ in range(count)]
-    workload = from_numbers(
-        run, text_tokens=rows.text_tokens, images=rows.images, spread=rows.text_spread
-    )
     batches = []
     for number in range(count):
         rng = np.random.default_rng((run.training.seed, dp_rank, number))
-        is_longest = rows.kind == "longest"
-        sizes = _longest(run, workload) if is_longest else _drawn(run, workload, rng)
+        if rows.kind == "longest":
+            sizes = _longest(run, _workload(run, rows))
+        else:
+            sizes = drawn_sizes(run, rows, dp_rank, number)
         batches.append(make_batch(run, [_sample(run, rng, *size) for size in sizes]))
     return batches
+
+
+def _workload(run: RunConfig, rows: Rows) -> Workload:
+    return from_numbers(
+        run, text_tokens=rows.text_tokens, images=rows.images, spread=rows.text_spread
+    )
 
 
 def _longest(run: RunConfig, workload: Workload) -> list[tuple[int, int]]:
@@ -73,7 +78,10 @@ def _longest(run: RunConfig, workload: Workload) -> list[tuple[int, int]]:
     return pack * run.training.micro_batch_size
 
 
-def _drawn(run: RunConfig, workload: Workload, rng: np.random.Generator) -> list[tuple[int, int]]:
+def drawn_sizes(run: RunConfig, rows: Rows, dp_rank: int, number: int) -> list[tuple[int, int]]:
+    """(tokens, images) of each sample of one micro-batch of one replica, drawn by the run's seed."""
+    workload = _workload(run, rows)
+    rng = np.random.default_rng((run.training.seed, dp_rank, number, 1))
     sizes: list[tuple[int, int]] = []
 
     def draw() -> tuple[int, int]:

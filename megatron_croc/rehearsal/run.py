@@ -50,6 +50,9 @@ class Rehearsal:
     forward_only: str | None = None
     """Reason for which no backward pass ran; None: it did."""
 
+    costs: Path | None = None
+    """Table of measured costs; None: peak x efficiency of the GPU."""
+
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
 

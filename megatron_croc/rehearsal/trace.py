@@ -61,7 +61,10 @@ class Collective:
 
     event: ClassVar[str] = "collective"
     kind: str
-    """all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, ..."""
+    """all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, ...
+
+    A collective of pickled objects ends with _object; its size may differ from rank to rank.
+    """
 
     group: str
     dtype: str = ""
@@ -220,7 +223,7 @@ class Group:
     """Global ranks, this one among them."""
 
     is_ready: bool = False
-    """Its communicator was made before the trace begins."""
+    """Its communicator, also between two of its ranks, was made before the trace begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def make_traces(
     groups: Mapping[str, Sequence[Sequence[int]]],
     backend: str = "nccl",
     stands_for: Mapping[int, Sequence[int]] | None = None,
-    ready: bool = True,
+    ready: bool = False,
     **sizes: int,
 ) -> list[Trace]:
     """Traces of some ranks.
@@ -56,7 +56,7 @@ def make_traces(
         groups: name -> the groups of that name.
         backend: nccl or gloo.
         stands_for: rank -> ranks of its class; left out: itself.
-        ready: communicators were made before the trace begins.
+        ready: all communicators were made before the trace begins.
         sizes: sizes of the axes, 1 where left out.
     """
     axes = {"tp": 1, "cp": 1, "dp": 1, "pp": 1, **sizes}
@@ -88,7 +88,7 @@ def run_traces(
     costs: FixedCosts | None = None,
     groups: Mapping[str, Sequence[Sequence[int]]],
     backend: str = "nccl",
-    ready: bool = True,
+    ready: bool = False,
     **sizes: int,
 ) -> Replay:
     """Replay hand-made traces of all ranks."""
@@ -115,7 +115,7 @@ def unbatched(exchange: Exchange) -> Exchange:
     return replace(exchange, batched=False)
 
 
-def _one(direction, peer, group, size, place, *, batched, work=None, storage=None) -> Exchange:  # noqa: ANN001
+def _one(direction, peer, group, size, place, *, batched, work=None, storage=None) -> Exchange:
     transfer = Transfer(
         direction=direction, peer=peer, dtype="float32", bytes=size, storage=storage
     )

@@ -110,19 +110,21 @@ class Communication:
         number = host.calls[key]
         host.calls[key] += 1
         host.order.append(key)
-        mine = event.kind, event.dtype, event.bytes
+        is_object = event.kind.endswith("_object")
+        mine = event.kind, event.dtype, 0 if is_object else event.bytes
         meeting = self._meetings.get((key, number))
         if meeting is None:
             needed = frozenset(key[1]) & self._hosts.keys()
             meeting = Meeting(needed, signature=mine, first=(host.rank, event.place))
             self._meetings[key, number] = meeting
         elif meeting.signature != mine:
-            rank, place = meeting.first
+            calls = {meeting.first: meeting.signature, (host.rank, event.place): mine}
+            (one, its), (other, theirs) = sorted(calls.items())
             self.fault(
                 ("mismatch", key),
-                f"{group_text(key)}, call {number}: rank {rank} calls {_call(meeting.signature)} "
-                f"at {place or '?'}, rank {host.rank} {_call(mine)} at {event.place or '?'}; "
-                "one of them leaves out a call before it, or their shapes differ",
+                f"{group_text(key)}, call {number}: rank {one[0]} calls {_call(its)} at "
+                f"{one[1] or '?'}, rank {other[0]} {_call(theirs)} at {other[1] or '?'}; one of "
+                "them leaves out a call before it, or their shapes differ",
             )
         load = 1.0 if "dp" in self.axes(key) else host.load("language_model")
         seconds = self._costs.collective(event.kind, event.bytes * load, key[1])
@@ -147,8 +149,8 @@ class Communication:
                 sender, receiver = sorted((there, here), key=lambda side: side[0] != ends[0])
                 self.fault(
                     ("mismatch", key),
-                    f"{group_text(key)}: {_side('sends', *sender)}, {_side('receives', *receiver)}; "
-                    "both sides need the same shape and dtype",
+                    f"{group_text(key)}: {_side('sends', *sender)}, "
+                    f"{_side('receives', *receiver)}; both sides need the same shape and dtype",
                 )
         else:
             seconds = self._costs.transfer(transfer.bytes * host.load("language_model"), *ends)
@@ -174,8 +176,8 @@ class Communication:
                     self.fault(
                         ("order", one, other),
                         f"ranks {both[0]} and {rank} call collectives of groups {one[0]} and "
-                        f"{other[0]} in different orders, and nothing makes one wait for the other; "
-                        "NCCL may hang; call them in one order",
+                        f"{other[0]} in different orders, and nothing makes one wait for the "
+                        "other; NCCL may hang; call them in one order",
                     )
 
     def unreceived(self) -> list[Message]:

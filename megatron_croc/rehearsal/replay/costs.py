@@ -91,6 +91,7 @@ class PeakCosts:
         if size == 1:
             return 0.0
         share = {"all_reduce": 2 * (size - 1) / size, "broadcast": 1.0, "barrier": 0.0}
+        kind = kind.removesuffix("_object")
         return LATENCY + share.get(kind, (size - 1) / size) * num_bytes / self._rate(ranks)
 
     def transfer(self, num_bytes: float, sender: int, receiver: int) -> float:

@@ -29,8 +29,11 @@ from megatron_croc.rehearsal.trace import (
     Wait,
 )
 
-Loads = Mapping[int, Sequence[Mapping[str, float]]]
-"""DP coordinate -> for each micro-batch: part of the model -> its work, relative to the trace's."""
+Load = Mapping[str, float]
+"""Part of the model -> its work in one micro-batch, in any unit: tokens, images."""
+
+Loads = Sequence[Sequence[Load]]
+"""For each replica (DP coordinate), the load of each of its micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Member:
     stands_for: int
     """Number of ranks that do the same at the same time, itself included."""
 
-    loads: Sequence[Mapping[str, float]]
-    """For each micro-batch: part -> relative work; empty: as in the trace."""
+    loads: Sequence[Load]
+    """For each micro-batch the work relative to the trace's; empty: as in the trace."""
 
     _shift: Mapping[str, int]
     _header: Header
@@ -77,16 +80,18 @@ def make_job(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = Non
     Args:
         traces: one for each class of ranks; together they stand for every rank once.
         costs: seconds of kernels.
-        loads: work of each replica relative to the traces; None: all replicas are equal.
+        loads: work of every replica, those of the traces among them; None: all are equal.
 
     Raises:
-        DataError: a rank has no trace or two, or traces are of different jobs.
+        DataError: a rank has no trace or two, traces are of different jobs, or `loads` is of
+            another number of replicas.
     """
     owner = _owners(traces)
     header = traces[0].header
     programs = [_costed(trace.events, costs) for trace in traces]
     kinds = _kinds(traces, programs)
-    loads = loads or {}
+    if loads is not None and len(loads) != header.sizes["dp"]:
+        raise DataError(f"loads of {len(loads)} replicas for a job of {header.sizes['dp']}")
     kept = _kept_coordinates(header, [kinds[owner[r]] for r in range(header.world_size)], loads,
                              _axes_of_transfers(traces))  # fmt: skip
     members = {}
@@ -105,7 +110,7 @@ def make_job(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = Non
             events=programs[owner[rank]],
             groups={g.name: _moved(header, g, shift) for g in trace.header.groups},
             stands_for=number,
-            loads=loads.get(coordinates["dp"], ()),
+            loads=() if loads is None else _relative(loads[coordinates["dp"]], loads[own["dp"]]),
             _shift=shift,
             _header=header,
         )
@@ -113,6 +118,13 @@ def make_job(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = Non
         axis: tuple(sorted(kept[axis])) for axis in AXES if len(kept[axis]) < header.sizes[axis]
     }
     return Job(header, members, folded)
+
+
+def _relative(mine: Sequence[Load], recorded: Sequence[Load]) -> list[Load]:
+    return [
+        {part: amount / base[part] for part, amount in load.items() if base.get(part)}
+        for load, base in zip(mine, recorded, strict=True)
+    ]
 
 
 def _owners(traces: Sequence[Trace]) -> dict[int, int]:
@@ -229,7 +241,7 @@ def _axes_of_transfers(traces: Sequence[Trace]) -> set[str]:
 
 
 def _kept_coordinates(
-    header: Header, kinds: Sequence[int], loads: Loads, whole: set[str]
+    header: Header, kinds: Sequence[int], loads: Loads | None, whole: set[str]
 ) -> dict[str, dict[int, int]]:
     """Axis -> kept coordinate -> coordinates it stands for; pipeline stages are all kept."""
     kept = {}
@@ -246,9 +258,8 @@ def _kept_coordinates(
                     kinds[header.rank_at(dict(zip(reversed(AXES), at, strict=True)))]
                     for at in itertools.product(*others)
                 )
-                if axis == "dp":
-                    rows = (tuple(sorted(row.items())) for row in loads.get(value, ()))
-                    key = (key, tuple(rows))
+                if axis == "dp" and loads is not None:
+                    key = (key, tuple(tuple(sorted(load.items())) for load in loads[value]))
             columns.setdefault(key, []).append(value)
         kept[axis] = {values[0]: len(values) for values in columns.values()}
     return kept

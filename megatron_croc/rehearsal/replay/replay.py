@@ -33,7 +33,7 @@ def replay(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None)
     Args:
         traces: one for each class of ranks; together they stand for every rank once.
         costs: seconds of kernels, collectives and transfers.
-        loads: work of each replica's micro-batches relative to the traces; None: all are equal.
+        loads: work of every replica's micro-batches; None: all are equal.
 
     Raises:
         DataError: traces are of different jobs, leave a rank out, use a group they do not name,

@@ -122,9 +122,9 @@ class Simulation:
         uses: list[Communicator] = [(f"{group.name}, the pair", pair) for pair in pairs]
         if not event.batched:
             key = uses[0]
-        elif not group.is_ready and not self._meets(host, [key], event.place):
+        elif not (group.is_ready or self._meets(host, [key], event.place)):
             return False
-        if not self._meets(host, uses, event.place):
+        if not (group.is_ready or self._meets(host, uses, event.place)):
             return False
         names = [
             f"{transfer.direction} {'to' if transfer.direction == 'send' else 'from'} rank {peer}"

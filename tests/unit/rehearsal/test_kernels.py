@@ -13,7 +13,7 @@ class Kernel:
     """As much of a Triton kernel as the check looks at."""
 
     @staticmethod
-    def fn(x, x_row, x_column, packed, length, BLOCK):  # noqa: N803
+    def fn(x, x_row, x_column, packed, length, BLOCK):
         """A kernel that reads x by its strides and packed without."""
 
 

@@ -51,7 +51,7 @@ def test_a_table_of_measured_costs(tmp_path: Path) -> None:
     assert costs.collective("all_reduce", 3.0, (0, 1, 2, 3)) == 10.0
     assert costs.transfer(4.0, 0, 1) == 4.0 and costs.launch == 1e-6
     assert "measured" in costs.source and "a test" in costs.source
-    with pytest.raises(DataError, match='costs.json .*collectives has no row "broadcast"'):
+    with pytest.raises(DataError, match=r'costs\.json .*collectives has no row "broadcast"'):
         costs.collective("broadcast", 1.0, (0, 1))
 
 

@@ -113,8 +113,9 @@ def test_a_replica_with_longer_samples_makes_the_others_wait() -> None:
     traces = make_traces({0: replicas(1)[0]}, groups={"dp": [[0, 1]]}, stands_for={0: (0, 1)}, dp=2)
     equal = replay(traces, FixedCosts()).timeline
     assert equal.seconds == pytest.approx(3.0) and len(equal.ranks) == 1
-    loads = {1: [{"language_model": 1.5}, {"language_model": 2.0, "vision_tower": 3.0}]}
-    timeline = replay(traces, FixedCosts(), loads=loads).timeline
+    own = [{"language_model": 200.0}, {"language_model": 100.0, "vision_tower": 1.0}]
+    longer = [{"language_model": 300.0}, {"language_model": 200.0, "vision_tower": 3.0}]
+    timeline = replay(traces, FixedCosts(), loads=[own, longer]).timeline
     assert timeline.seconds == pytest.approx(1.5 + 2.0 + 3.0)
     assert timeline.waits == {"dp": pytest.approx(3.5 / 2)}
     assert timeline.longest_over_mean("dp") == (1, pytest.approx(6.5 / 4.75))
@@ -148,7 +149,7 @@ def test_equal_ranks_are_simulated_once() -> None:
     assert not result.faults and len(result.timeline.ranks) == stages
     assert sum(rank.stands_for for rank in result.timeline.ranks) == world
     # Loads that differ in name only: all replicas are simulated, and nothing changes.
-    loads = {replica: [{f"part {replica}": 1.0}] for replica in range(128)}
+    loads = [[{f"part {replica}": 1.0}] * 4 for replica in range(128)]
     whole = replay(traces, costs, loads=loads)
     assert not whole.faults and len(whole.timeline.ranks) == stages * 128
     assert whole.timeline.seconds == pytest.approx(result.timeline.seconds)
@@ -157,10 +158,11 @@ def test_equal_ranks_are_simulated_once() -> None:
 
 
 def test_ranks_that_exchange_along_an_axis_are_all_simulated() -> None:
-    ring = {r: [send((r + 1) % 4, group="cp", work=1), receive((r - 1) % 4, group="cp"), Wait(work=1)]
-            for r in range(4)}  # fmt: skip
-    traces = make_traces({0: ring[0]}, groups={"cp": [[0, 1, 2, 3]]}, stands_for={0: (0, 1, 2, 3)},
-                         cp=4)  # fmt: skip
+    ring = [send(1, group="cp", work=1), receive(3, group="cp"), Wait(work=1)]
+    both = replace(ring[0], transfers=(*ring[0].transfers, *ring[1].transfers))
+    everyone = {0: (0, 1, 2, 3)}
+    groups = {"cp": [[0, 1, 2, 3]]}
+    traces = make_traces({0: [both, ring[2]]}, groups=groups, stands_for=everyone, cp=4)
     result = replay(traces, FixedCosts(each_transfer=1.0))
     assert len(result.timeline.ranks) == 4
 
@@ -175,7 +177,7 @@ def test_files_and_words(tmp_path: Path) -> None:
     kernels = [row for row in rows if row["ph"] == "X" and row["cat"] == "compute"]
     assert sum(row["dur"] for row in kernels) == pytest.approx(2 * 3 * 3.0 * 1e6)
     names = [row["args"]["name"] for row in rows if row["name"] == "process_name"]
-    assert names == ["rank 0 (tp 0, cp 0, dp 0, pp 0)", "rank 1 (tp 0, cp 0, dp 0, pp 1)"]
+    assert names == ["rank 0 (pp 0, dp 0, cp 0, tp 0)", "rank 1 (pp 1, dp 0, cp 0, tp 0)"]
     assert any(row["ph"] == "C" and row["args"]["allocated"] == 3.0 for row in rows)
     assert any(row["name"].startswith("waits: receive from rank 0") for row in rows)
     picture = ElementTree.fromstring(draw_timeline(timeline, title="a < b"))
