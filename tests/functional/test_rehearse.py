@@ -19,8 +19,8 @@ from megatron_croc.rehearsal.run import Outcome, Rehearsal, children_at_once, pe
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted_faults.py"
 
-TINY = ("--recipe", "tiny/pretrain_croc", "--bf16", "--global-batch-size", "8")
-TINY += ("--micro-batch-size", "1")
+TINY = ("--recipe", "tiny/pretrain_croc", "--bf16", "--micro-batch-size", "1")
+TINY += ("--global-batch-size",)
 
 LAYOUTS = {
     "dp4": (),
@@ -80,7 +80,7 @@ def check_memory(findings: Findings, *, within: float) -> None:
 @pytest.mark.distributed
 def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
-    words = [*TINY, "--world-size", "4", *LAYOUTS["tp2 pp2"], "--out", str(out)]
+    words = [*TINY, "2", "--world-size", "4", *LAYOUTS["tp2 pp2"], "--out", str(out)]
     assert rehearse.main(words) == 0
     text = capsys.readouterr().out
     assert "no fault found" in text and "4 classes for 4 GPUs" in text
@@ -92,7 +92,7 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
     assert first["parts"]["weights"] > last["parts"]["weights"]  # the tower is on the first stage
     assert any("reconstruction_head" in name for name in last["parts"])
     calls = {(row["phase"], row["collective"], row["group"]): row for row in first["traffic"]}
-    assert calls["step", "send", "pp"]["count"] == calls["step", "receive", "pp"]["count"] == 8
+    assert calls["step", "send", "pp"]["count"] == calls["step", "receive", "pp"]["count"] == 2
     # The host may wait for the device at two places of a step: the gradient's norm, the metrics.
     assert sum(n for phase, *_, n in first["reads"] if phase == "step") == 2
     assert not [wait for wait in first["waits"] if wait[0] == "step" and "objects" not in wait[1]]
@@ -106,7 +106,7 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of jobs with a fault each, by its name, from one process."""
     folder = tmp_path_factory.mktemp("planted")
-    run = parse([*TINY, "--global-batch-size", "2"])
+    run = parse([*TINY, "2"])
     names = ("device_mismatch", "host_tensor_to_nccl", "strided_tensor_to_nccl")
     names += ("strided_tensor_to_triton",)
     jobs = []
@@ -147,7 +147,7 @@ def test_calls_that_would_fail_are_found(
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
-    run = parse([*TINY, "--global-batch-size", "2"])
+    run = parse([*TINY, "2"])
     rehearsal = Rehearsal(
         run=run, world_size=2, gpu="h100", rows=Rows(kind="longest"), folder=tmp_path
     )
@@ -176,7 +176,7 @@ def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_four_ranks(name: str, tmp_path: Path) -> None:
-    check_memory(rehearse_all((*TINY, *LAYOUTS[name]), 4, tmp_path / "job", 8), within=0.25)
+    check_memory(rehearse_all((*TINY, "8", *LAYOUTS[name]), 4, tmp_path / "job", 8), within=0.25)
 
 
 REAL_SIZE = {
@@ -249,7 +249,7 @@ def test_without_a_compiler_there_are_forward_passes_only(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = [*TINY, "--world-size", "2", "--global-batch-size", "2"]
+    words = [*TINY, "2", "--world-size", "2"]
     assert rehearse.main(words) == 0
     text = capsys.readouterr().out
     assert (
@@ -260,7 +260,7 @@ def test_without_a_compiler_there_are_forward_passes_only(
 
 @pytest.mark.distributed
 def test_data_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: Any) -> None:
-    words = [*TINY, "--world-size", "1", "--data", str(tmp_path / "nowhere")]
+    words = [*TINY, "2", "--world-size", "1", "--data", str(tmp_path / "nowhere")]
     assert rehearse.main(words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "nowhere" in error
