@@ -4,7 +4,7 @@
     exposed          communication moves data and no kernel runs, by group
     bubble           the rank waits for another pipeline stage, or has done its part of the step
     waits            the rank waits for other ranks of a group within its stage, or of a replica
-    host             nothing is queued: the host has not come so far
+    host             nothing runs: the host has not queued the next kernels so soon
 
 They add up to the step. What runs beside a kernel counts as compute alone.
 """
@@ -201,8 +201,9 @@ def make_timeline(simulation: Simulation) -> Timeline:
 
 def _slice(node: Node) -> Slice:
     assert node.end is not None
-    begin = node.ready if node.label.lane == COMPUTE else max(node.ready, node.end - node.busy)
-    return Slice(node.rank, node.label, node.ready, begin, node.end)
+    begin = max(node.ready, node.end - node.busy)
+    is_compute = node.label.lane == COMPUTE  # until `begin` its kernels are being launched
+    return Slice(node.rank, node.label, begin if is_compute else node.ready, begin, node.end)
 
 
 def _rank_time(

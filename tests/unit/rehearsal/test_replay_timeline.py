@@ -92,6 +92,8 @@ def test_a_host_that_reads_the_device_cannot_run_ahead() -> None:
     small = [Compute(flops=0.0, kernels=10)]
     assert seconds([*kernels, *small]) == pytest.approx(3.0)
     assert seconds([*kernels, HostRead(), *small]) == pytest.approx(3.1)
+    bound = run_traces({0: [Compute(flops=0.02, kernels=10)]}, costs=costs, groups={}).timeline
+    assert (bound.compute, bound.host) == (pytest.approx(0.02), pytest.approx(0.08))
 
 
 def replicas(size: int) -> dict[int, list[Event]]:
