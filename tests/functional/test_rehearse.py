@@ -17,7 +17,7 @@ from megatron_croc.rehearsal.findings import Findings, gather
 from megatron_croc.rehearsal.job import Job, Rows, settings_of
 from megatron_croc.rehearsal.run import Outcome, Rehearsal, children_at_once, perform
 
-PLANTED = Path(__file__).parents[1] / "support" / "planted_faults.py"
+ROOT = Path(__file__).parents[2]
 
 TINY = ("--recipe", "tiny/pretrain_croc", "--bf16", "--micro-batch-size", "1")
 TINY += ("--global-batch-size",)
@@ -59,6 +59,12 @@ def rehearse_all(words: Sequence[str], world_size: int, folder: Path, minutes: f
         tell=lambda line: print(line, flush=True),
     )
     return gather(rehearsal)
+
+
+def run_planted(jobs: Sequence[Path]) -> None:
+    """Run jobs with the faults that their names ask for."""
+    command = [sys.executable, "-m", "tests.support.planted_faults", "2", *jobs]
+    subprocess.run(command, check=True, timeout=400, cwd=ROOT)
 
 
 def check_memory(findings: Findings, *, within: float) -> None:
@@ -114,7 +120,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         jobs.append(folder / f"rank_0@{name}")
         rows = Rows(kind="longest", text_tokens=20.0)
         Job(settings=settings_of(run), rank=0, world_size=2, gpu="h100", rows=rows).write(jobs[-1])
-    subprocess.run([sys.executable, PLANTED, "2", *jobs], check=True, timeout=300)
+    run_planted(jobs)
     return {
         name: json.loads(job.with_suffix(".result.json").read_text())
         for name, job in zip(names, jobs, strict=True)
@@ -163,7 +169,7 @@ def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
             stands_for=list(entry.stands_for),
         ).write(path)
         jobs.append(path)
-    subprocess.run([sys.executable, PLANTED, "2", *jobs], check=True, timeout=300)
+    run_planted(jobs)
     for entry, path in zip(rank_classes(run.parallel, 2), jobs, strict=True):
         result = json.loads(path.with_suffix(".result.json").read_text())
         trace = path.with_suffix(".trace.jsonl")
