@@ -11,6 +11,7 @@ import pytest
 
 from megatron_croc.cli import rehearse
 from megatron_croc.config.run import RunConfig
+from megatron_croc.data.demo.small import write_demo
 from megatron_croc.recipes.command_line import parse_command, run_parser
 from megatron_croc.rehearsal.classes import rank_classes
 from megatron_croc.rehearsal.findings import Findings, gather
@@ -18,6 +19,11 @@ from megatron_croc.rehearsal.job import Job, Rows, settings_of
 from megatron_croc.rehearsal.run import Outcome, Rehearsal, children_at_once, perform
 
 ROOT = Path(__file__).parents[2]
+
+PLANTED = (
+    *("device_mismatch", "host_tensor_to_nccl", "strided_tensor_to_nccl"),
+    *("strided_tensor_to_triton",),
+)
 
 TINY = ("--recipe", "tiny/pretrain_croc", "--bf16", "--micro-batch-size", "1")
 TINY += ("--global-batch-size",)
@@ -110,21 +116,39 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Results of jobs with a fault each, by its name, from one process."""
+    """Results of jobs with a fault each, and of jobs on data, by name; all from one process."""
     folder = tmp_path_factory.mktemp("planted")
-    run = parse([*TINY, "2"])
-    names = ("device_mismatch", "host_tensor_to_nccl", "strided_tensor_to_nccl")
-    names += ("strided_tensor_to_triton",)
+    demo = write_demo(folder / "demo", ("pretrain_croc",), num_images=16)
+    tokenizer = ("--tokenizer-model", str(demo / "tokenizer.model"))
+    on_data, nowhere = demo / "pretrain_croc", folder / "nowhere"
+    runs = {name: parse([*TINY, "2"]) for name in PLANTED}
+    runs["data"] = parse([*TINY, "8", "--data-path", str(on_data), *tokenizer])
+    runs["no data"] = parse([*TINY, "8", "--data-path", str(nowhere), *tokenizer])
     jobs = []
-    for name in names:
+    for name, run in runs.items():
         jobs.append(folder / f"rank_0@{name}")
-        rows = Rows(kind="longest", text_tokens=20.0)
+        rows = Rows(kind="data" if name in ("data", "no data") else "longest", text_tokens=20.0)
         Job(settings=settings_of(run), rank=0, world_size=2, gpu="h100", rows=rows).write(jobs[-1])
     run_planted(jobs)
     return {
         name: json.loads(job.with_suffix(".result.json").read_text())
-        for name, job in zip(names, jobs, strict=True)
+        for name, job in zip(runs, jobs, strict=True)
     }
+
+
+@pytest.mark.distributed
+def test_rows_come_from_the_plan_of_the_data(planted: dict[str, dict[str, Any]]) -> None:
+    result = planted["data"]
+    assert result["rows"]["micro_batches"] == 4 and result["faults"] == []
+    # Captions of the demo have an image each and differ in length.
+    assert result["rows"]["images"] == 4
+    assert result["rows"]["mean_tokens"] < result["rows"]["most_tokens"] < 200
+
+
+@pytest.mark.distributed
+def test_data_that_cannot_be_read_is_one_line(planted: dict[str, dict[str, Any]]) -> None:
+    told = planted["no data"]["refused"]
+    assert "nowhere" in told and "\n" not in told
 
 
 @pytest.mark.distributed
@@ -268,11 +292,3 @@ def test_without_a_compiler_there_are_forward_passes_only(
         "forward passes only" in text and "no C++ compiler is installed (no-such-compiler)" in text
     )
     assert not list(tmp_path.rglob("*.so"))
-
-
-@pytest.mark.distributed
-def test_data_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: Any) -> None:
-    words = [*TINY, "2", "--world-size", "1", "--data", str(tmp_path / "nowhere")]
-    assert rehearse.main(words) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "nowhere" in error
