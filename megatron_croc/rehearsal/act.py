@@ -150,7 +150,7 @@ def _curve(recorder: Recorder) -> list[int]:
 def _name_groups(recorder: Recorder, pg: ProcessGroupCollection) -> None:
     """Name every group of this rank: as we call it, or as megatron describes it."""
     names = recorder.group_names
-    names[dist.group.WORLD.group_name] = "world"
+    names[distributed_c10d._get_default_group().group_name] = "world"
     for name in _GROUPS:
         group = getattr(pg, name, None)
         if isinstance(group, dist.ProcessGroup):

@@ -207,6 +207,6 @@ def _make_generators_of_the_cpu() -> None:
 
     class Generator(real):  # type: ignore[misc,valid-type]
         def __new__(cls, device: object = "cpu") -> Any:
-            return real.__new__(cls, "cpu")
+            return real.__new__(cls, "cpu")  # type: ignore[call-arg]
 
     torch.Generator = Generator  # type: ignore[misc]

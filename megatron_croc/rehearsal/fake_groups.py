@@ -139,7 +139,7 @@ def _batch(recorder: Recorder, operations: list[Any]) -> list[FakeHandle]:
             peer = "group_dst" if operation.op is dist.isend else "group_src"
             operation.op(operation.tensor, group=operation.group, **{peer: operation.group_peer})
 
-    group = operations[0].group or dist.group.WORLD
+    group = operations[0].group or distributed_c10d._get_default_group()
     work = recorder.batch(group.group_name, call_all)
     return [FakeHandle(recorder, work, [operation.tensor for operation in operations])]
 

@@ -4,6 +4,8 @@ Operations that read a value from the device are answered with ones, and recorde
 each of them makes a real host wait.
 """
 
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ _aten = torch.ops.aten
 def is_on_device(value: object) -> bool:
     """Return True for a fake tensor of the device."""
     return isinstance(value, FakeTensor) and value.device.type == "cuda"
+
+
+def device_tensors(value: object) -> Iterator[FakeTensor]:
+    """All fake tensors of the device among the arguments or results of an operation."""
+    if isinstance(value, FakeTensor):
+        if value.device.type == "cuda":
+            yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from device_tensors(item)
+    elif isinstance(value, dict):
+        yield from device_tensors(list(value.values()))
 
 
 class DeviceMode(FakeTensorMode):
@@ -63,7 +77,7 @@ class DeviceMode(FakeTensorMode):
                 return True
         elif self.host_is_real and _is_all_real(args, kwargs):
             return func(*args, **kwargs)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out: Any = super().__torch_dispatch__(func, types, args, kwargs)
         if func is _aten._to_copy.default and not isinstance(first, FakeTensor):
             out.host_value = first  # what the device would hold
         elif func is _aten._to_copy.default or func is _aten.copy_.default:
@@ -114,11 +128,10 @@ def install(recorder: Recorder) -> DeviceMode:
     FakeTensor.tolist = tolist  # type: ignore[method-assign,assignment]
     FakeTensor.numpy = to_numpy  # type: ignore[method-assign,assignment]
     torch.utils.swap_tensors = _swap_tensors
-    from torch.optim import optimizer
-
     # AdamW takes its foreach kernels on CUDA for exactly these types.
-    if FakeTensor not in optimizer._foreach_supported_types:
-        optimizer._foreach_supported_types.append(FakeTensor)
+    types: list[Any] = importlib.import_module("torch.optim.optimizer")._foreach_supported_types
+    if FakeTensor not in types:
+        types.append(FakeTensor)
     return DeviceMode(recorder)
 
 

@@ -147,7 +147,7 @@ def _class(rehearsal: Rehearsal, outcome: Outcome) -> ClassFindings:
 
 def _way_out_of(result: dict[str, Any]) -> str:
     error = result["error"]
-    if "found two different devices" in error or "different devices" in error:
+    if "DeviceMismatch" in error or "different devices" in error:
         return "move the tensor to the device with to_device() before that line"
     if "host memory" in error:
         return "take fewer --jobs"

@@ -157,7 +157,9 @@ def flash_flops(name: str, args: tuple) -> float | None:
     if name.startswith("_scaled_dot_product"):  # [B, H, S, d]
         batch, heads, length, dim = query.shape
         return products * 2.0 * batch * heads * length * key.shape[2] * dim
-    boundaries = [getattr(b, "host_value", None) for b in (args[6:8] if is_backward else args[3:5])]
+    boundaries: list[Any] = [
+        getattr(b, "host_value", None) for b in (args[6:8] if is_backward else args[3:5])
+    ]
     if any(b is None for b in boundaries):
         pairs = float(query.shape[0]) * key.shape[0] / 2
     else:

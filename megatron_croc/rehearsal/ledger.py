@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from megatron_croc.rehearsal.fake_tensors import is_on_device
+from megatron_croc.rehearsal.fake_tensors import device_tensors
 from megatron_croc.rehearsal.kernels import flash_faults, flash_flops
 from megatron_croc.rehearsal.places import place
 from megatron_croc.rehearsal.recorder import Recorder
@@ -155,11 +154,10 @@ class Ledger(TorchDispatchMode):
         self.num_operations += 1
         moved = 0
         on_device = False
-        for tensor in tree_iter((args, kwargs, out)):
-            if is_on_device(tensor):
-                on_device = True
-                moved += tensor.numel() * tensor.element_size()
-                self._see(tensor, func)
+        for tensor in device_tensors((args, kwargs, out)):
+            on_device = True
+            moved += tensor.numel() * tensor.element_size()
+            self._see(tensor, func)
         if on_device and name not in _FREE:
             self.recorder.compute(
                 name,

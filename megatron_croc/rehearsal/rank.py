@@ -7,6 +7,7 @@ that ends it prints a line: path, status, seconds.
 It changes torch for the whole process, so nothing else may import it.
 """
 
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,8 @@ def main(at_once: int, paths: list[Path]) -> None:
 
     die_with_parent()
 
+    gc.collect()
+    gc.freeze()  # the forks leave what is imported alone
     waiting, running = list(reversed(paths)), dict[int, tuple[Path, float]]()
     while waiting or running:
         if waiting and len(running) < at_once:

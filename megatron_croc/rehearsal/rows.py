@@ -79,7 +79,7 @@ def _longest(run: RunConfig, workload: Workload) -> list[tuple[int, int]]:
 
 
 def drawn_sizes(run: RunConfig, rows: Rows, dp_rank: int, number: int) -> list[tuple[int, int]]:
-    """(tokens, images) of each sample of one micro-batch of one replica, drawn by the run's seed."""
+    """(tokens, images) of each sample of a micro-batch of a replica, drawn by the run's seed."""
     workload = _workload(run, rows)
     rng = np.random.default_rng((run.training.seed, dp_rank, number, 1))
     sizes: list[tuple[int, int]] = []

@@ -11,16 +11,22 @@ import pytest
 
 from megatron_croc.cli import rehearse
 from megatron_croc.config.run import RunConfig
+from megatron_croc.data.demo.small import write_demo
 from megatron_croc.recipes.command_line import parse_command, run_parser
 from megatron_croc.rehearsal.classes import rank_classes
 from megatron_croc.rehearsal.findings import Findings, gather
 from megatron_croc.rehearsal.job import Job, Rows, settings_of
 from megatron_croc.rehearsal.run import Outcome, Rehearsal, children_at_once, perform
 
-PLANTED = Path(__file__).parents[1] / "support" / "planted_faults.py"
+ROOT = Path(__file__).parents[2]
 
-TINY = ("--recipe", "tiny/pretrain_croc", "--bf16", "--global-batch-size", "8")
-TINY += ("--micro-batch-size", "1")
+PLANTED = (
+    *("device_mismatch", "host_tensor_to_nccl", "strided_tensor_to_nccl"),
+    *("strided_tensor_to_triton",),
+)
+
+TINY = ("--recipe", "tiny/pretrain_croc", "--bf16", "--micro-batch-size", "1")
+TINY += ("--global-batch-size",)
 
 LAYOUTS = {
     "dp4": (),
@@ -61,6 +67,12 @@ def rehearse_all(words: Sequence[str], world_size: int, folder: Path, minutes: f
     return gather(rehearsal)
 
 
+def run_planted(jobs: Sequence[Path]) -> None:
+    """Run jobs with the faults that their names ask for."""
+    command = [sys.executable, "-m", "tests.support.planted_faults", "2", *jobs]
+    subprocess.run(command, check=True, timeout=400, cwd=ROOT)
+
+
 def check_memory(findings: Findings, *, within: float) -> None:
     """No fault; weights, gradients and optimizer as estimated, the peak close to it."""
     assert findings.faults == []
@@ -70,12 +82,17 @@ def check_memory(findings: Findings, *, within: float) -> None:
             # Beside buffers of the model, and padding of buckets and of small tensors.
             assert entry.parts[name] == pytest.approx(estimate, rel=0.02, abs=3e5), entry.name
         assert abs(entry.error) < within, (entry.name, entry.error)
+        for phase, estimate in (
+            ("build", entry.estimate.construction),
+            ("save", entry.estimate.saving),
+        ):
+            assert entry.peaks[phase] == pytest.approx(estimate, rel=0.03, abs=2e6), entry.name
 
 
 @pytest.mark.distributed
 def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
-    words = [*TINY, "--world-size", "4", *LAYOUTS["tp2 pp2"], "--out", str(out)]
+    words = [*TINY, "2", "--world-size", "4", *LAYOUTS["tp2 pp2"], "--out", str(out)]
     assert rehearse.main(words) == 0
     text = capsys.readouterr().out
     assert "no fault found" in text and "4 classes for 4 GPUs" in text
@@ -87,7 +104,7 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
     assert first["parts"]["weights"] > last["parts"]["weights"]  # the tower is on the first stage
     assert any("reconstruction_head" in name for name in last["parts"])
     calls = {(row["phase"], row["collective"], row["group"]): row for row in first["traffic"]}
-    assert calls["step", "send", "pp"]["count"] == calls["step", "receive", "pp"]["count"] == 8
+    assert calls["step", "send", "pp"]["count"] == calls["step", "receive", "pp"]["count"] == 2
     # The host may wait for the device at two places of a step: the gradient's norm, the metrics.
     assert sum(n for phase, *_, n in first["reads"] if phase == "step") == 2
     assert not [wait for wait in first["waits"] if wait[0] == "step" and "objects" not in wait[1]]
@@ -99,28 +116,46 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Results of jobs with a fault each, by its name, from one process."""
+    """Results of jobs with a fault each, and of jobs on data, by name; all from one process."""
     folder = tmp_path_factory.mktemp("planted")
-    run = parse([*TINY, "--global-batch-size", "2"])
-    names = ("device_mismatch", "host_tensor_to_nccl", "strided_tensor_to_nccl")
-    names += ("strided_tensor_to_triton",)
+    demo = write_demo(folder / "demo", ("pretrain_croc",), num_images=16)
+    tokenizer = ("--tokenizer-model", str(demo / "tokenizer.model"))
+    on_data, nowhere = demo / "pretrain_croc", folder / "nowhere"
+    runs = {name: parse([*TINY, "2"]) for name in PLANTED}
+    runs["data"] = parse([*TINY, "8", "--data-path", str(on_data), *tokenizer])
+    runs["no data"] = parse([*TINY, "8", "--data-path", str(nowhere), *tokenizer])
     jobs = []
-    for name in names:
+    for name, run in runs.items():
         jobs.append(folder / f"rank_0@{name}")
-        rows = Rows(kind="longest", text_tokens=20.0)
+        rows = Rows(kind="data" if name in ("data", "no data") else "longest", text_tokens=20.0)
         Job(settings=settings_of(run), rank=0, world_size=2, gpu="h100", rows=rows).write(jobs[-1])
-    subprocess.run([sys.executable, PLANTED, "2", *jobs], check=True, timeout=300)
+    run_planted(jobs)
     return {
         name: json.loads(job.with_suffix(".result.json").read_text())
-        for name, job in zip(names, jobs, strict=True)
+        for name, job in zip(runs, jobs, strict=True)
     }
+
+
+@pytest.mark.distributed
+def test_rows_come_from_the_plan_of_the_data(planted: dict[str, dict[str, Any]]) -> None:
+    result = planted["data"]
+    assert result["rows"]["micro_batches"] == 4 and result["faults"] == []
+    # Captions of the demo have an image each and differ in length.
+    assert result["rows"]["images"] == 4
+    assert result["rows"]["mean_tokens"] < result["rows"]["most_tokens"] < 200
+
+
+@pytest.mark.distributed
+def test_data_that_cannot_be_read_is_one_line(planted: dict[str, dict[str, Any]]) -> None:
+    told = planted["no data"]["refused"]
+    assert "nowhere" in told and "\n" not in told
 
 
 @pytest.mark.distributed
 def test_a_device_mismatch_is_found(planted: dict[str, dict[str, Any]]) -> None:
     result = planted["device_mismatch"]
     assert result["phase"] == "step"
-    assert "two different devices" in result["error"] and "cpu" in result["error"]
+    assert "DeviceMismatch" in result["error"] and "cpu" in result["error"], result["error"]
 
 
 @pytest.mark.distributed
@@ -128,21 +163,27 @@ def test_a_device_mismatch_is_found(planted: dict[str, dict[str, Any]]) -> None:
     ("name", "words"),
     [
         ("host_tensor_to_nccl", ("all_reduce: float64 [2] is on cpu", "step.py")),
-        ("strided_tensor_to_nccl", ("all_reduce: float64 [2] is not contiguous", "step.py")),
-        ("strided_tensor_to_triton", ("solve_images: cost", "is not contiguous", "on_gpu.py")),
+        (
+            "strided_tensor_to_nccl",
+            ("all_reduce: float64 [2] is not contiguous", "planted_faults.py"),
+        ),
+        (
+            "strided_tensor_to_triton",
+            ("solve_images: cost", "is not contiguous", "planted_faults.py"),
+        ),
     ],
 )
 def test_calls_that_would_fail_are_found(
     planted: dict[str, dict[str, Any]], name: str, words: Sequence[str]
 ) -> None:
     ((text, _),) = [fault for fault in planted[name]["faults"] if words[0] in fault[0]]
-    assert all(word in text for word in words)
+    assert all(word in text for word in words), text
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
-    run = parse([*TINY, "--global-batch-size", "2"])
+    run = parse([*TINY, "2"])
     rehearsal = Rehearsal(
         run=run, world_size=2, gpu="h100", rows=Rows(kind="longest"), folder=tmp_path
     )
@@ -158,7 +199,7 @@ def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
             stands_for=list(entry.stands_for),
         ).write(path)
         jobs.append(path)
-    subprocess.run([sys.executable, PLANTED, "2", *jobs], check=True, timeout=300)
+    run_planted(jobs)
     for entry, path in zip(rank_classes(run.parallel, 2), jobs, strict=True):
         result = json.loads(path.with_suffix(".result.json").read_text())
         trace = path.with_suffix(".trace.jsonl")
@@ -171,7 +212,7 @@ def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_four_ranks(name: str, tmp_path: Path) -> None:
-    check_memory(rehearse_all((*TINY, *LAYOUTS[name]), 4, tmp_path / "job", 8), within=0.25)
+    check_memory(rehearse_all((*TINY, "8", *LAYOUTS[name]), 4, tmp_path / "job", 8), within=0.25)
 
 
 REAL_SIZE = {
@@ -244,18 +285,10 @@ def test_without_a_compiler_there_are_forward_passes_only(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = [*TINY, "--world-size", "2", "--global-batch-size", "2"]
+    words = [*TINY, "2", "--world-size", "2"]
     assert rehearse.main(words) == 0
     text = capsys.readouterr().out
     assert (
         "forward passes only" in text and "no C++ compiler is installed (no-such-compiler)" in text
     )
     assert not list(tmp_path.rglob("*.so"))
-
-
-@pytest.mark.distributed
-def test_data_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: Any) -> None:
-    words = [*TINY, "--world-size", "1", "--data", str(tmp_path / "nowhere")]
-    assert rehearse.main(words) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "nowhere" in error

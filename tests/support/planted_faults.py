@@ -1,4 +1,4 @@
-"""The children of a rehearsal with faults planted in the code: `python planted_faults.py AT_ONCE JOB ...`.
+"""Children of a rehearsal with faults planted in the code: `planted_faults.py AT_ONCE JOB ...`.
 
 A job file of the name `rank_00001@missing_collective` gets that fault; it is planted in the fork of
 that job alone.
