@@ -37,7 +37,7 @@ def trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
             yield _metadata("thread_name", rank.rank, thread, name=lane)
     for piece in timeline.slices:
         thread = threads[piece.rank, piece.label.lane]
-        if piece.begin > piece.ready:
+        if piece.begin > piece.ready and not piece.is_compute:
             yield _complete(f"waits: {piece.label.name}", piece, thread, piece.ready, piece.begin)
         yield _complete(_name(piece), piece, thread, piece.begin, piece.end)
     for sample in timeline.memory:

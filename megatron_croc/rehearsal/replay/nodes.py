@@ -31,8 +31,19 @@ class Label:
 class Node:
     """One piece of work of one rank, or a wait of its host."""
 
-    __slots__ = ("after", "before", "busy", "end", "label", "left", "meeting", "on_ready", "rank",
-                 "ready")  # fmt: skip
+    __slots__ = (
+        "after",
+        "before",
+        "busy",
+        "end",
+        "freed",
+        "label",
+        "left",
+        "meeting",
+        "on_ready",
+        "rank",
+        "ready",
+    )
 
     def __init__(self, rank: int, label: Label, on_ready: Callable[["Node"], None]) -> None:
         """A node that depends on nothing yet."""
@@ -40,7 +51,9 @@ class Node:
         self.label = label
         self.on_ready = on_ready
         self.ready = 0.0
-        """Seconds at which all it depends on is done."""
+        """Seconds at which all it depends on is done and its host has called it."""
+        self.freed = 0.0
+        """Seconds at which all it depends on is done, whenever its host calls."""
         self.busy = 0.0
         """Seconds for which it occupies device or link."""
         self.end: float | None = None
@@ -50,6 +63,11 @@ class Node:
         """Dependencies that are not done; one more until it is closed."""
         self.before: list[Node] = []
         self.after: list[Node] = []
+
+    def depend(self, end: float) -> None:
+        """Begin no sooner than `end`."""
+        self.freed = max(self.freed, end)
+        self.ready = max(self.ready, end)
 
 
 class Board:
@@ -62,14 +80,14 @@ class Board:
 
     def submit(self, node: Node, before: Iterable[Node], *, not_before: float) -> None:
         """Add a node that depends on others, and begins no sooner than `not_before`."""
-        node.ready = not_before
+        node.ready, node.freed = not_before, 0.0
         for other in before:
             if other.end is None:
                 node.left += 1
                 node.before.append(other)
                 other.after.append(node)
-            elif other.end > node.ready:
-                node.ready = other.end
+            else:
+                node.depend(other.end)
         self._arrive(node)
         self._work()
 
@@ -90,8 +108,7 @@ class Board:
             assert node.end is not None
             self._on_done(node)
             for other in node.after:
-                if node.end > other.ready:
-                    other.ready = node.end
+                other.depend(node.end)
                 self._arrive(other)
             node.after = []
 

@@ -28,7 +28,7 @@ class Slice:
     rank: int
     label: Label
     ready: float
-    """It could begin; until `begin` it waits for other ranks."""
+    """It could begin; until `begin` kernels wait for their host, communication for other ranks."""
 
     begin: float
     end: float
@@ -201,9 +201,8 @@ def make_timeline(simulation: Simulation) -> Timeline:
 
 def _slice(node: Node) -> Slice:
     assert node.end is not None
-    begin = max(node.ready, node.end - node.busy)
-    is_compute = node.label.lane == COMPUTE  # until `begin` its kernels are being launched
-    return Slice(node.rank, node.label, begin if is_compute else node.ready, begin, node.end)
+    ready = node.freed if node.label.lane == COMPUTE else node.ready
+    return Slice(node.rank, node.label, ready, max(node.ready, node.end - node.busy), node.end)
 
 
 def _rank_time(
@@ -211,6 +210,7 @@ def _rank_time(
 ) -> RankTime:
     free: list[Interval] = [(0.0, seconds)]
     compute, free = _claim(free, [(s.begin, s.end) for s in slices if s.is_compute])
+    host, free = _claim(free, [(s.ready, s.begin) for s in slices if s.is_compute])
     moving: dict[str, list[Interval]] = defaultdict(list)
     waiting: dict[str, list[Interval]] = defaultdict(list)
     stage_waits: list[Interval] = []
@@ -235,7 +235,7 @@ def _rank_time(
         exposed={lane: s for lane, s in exposed.items() if s},
         bubble=bubble,
         waits={lane: s for lane, s in waited.items() if s},
-        host=sum(end - begin for begin, end in free),
+        host=host + sum(end - begin for begin, end in free),
     )
 
 
