@@ -158,6 +158,7 @@ def _name_groups(recorder: Recorder, pg: ProcessGroupCollection) -> None:
     for group in distributed_c10d._world.pg_map:
         described = group.group_desc.removesuffix("_GROUP").lower()
         names.setdefault(group.group_name, described)
+        recorder.groups[group.group_name] = tuple(dist.get_process_group_ranks(group))
 
 
 def _name_storages(ledger: Ledger, training: TrainingState) -> None:
