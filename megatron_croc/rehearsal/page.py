@@ -20,8 +20,8 @@ figure { margin-top: 16px; }
 svg .estimate { stroke: var(--ink); stroke-width: 2.5; }
 svg .limit { stroke: #c0392b; stroke-width: 2; stroke-dasharray: 5 4; }
 .key { display: inline-block; }
-td.number, th.number { text-align: right; }
 .wide { overflow-x: auto; }
+td:first-child { white-space: nowrap; }
 """
 
 
