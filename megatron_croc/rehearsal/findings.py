@@ -66,9 +66,14 @@ class ClassFindings:
         return max(self.peaks.items(), key=lambda item: item[1])
 
     @property
-    def error(self) -> float:
-        """Relative difference of the estimate from the rehearsed peak of the step."""
-        return self.estimate.total / self.step_peak - 1
+    def error(self) -> float | None:
+        """Relative difference of the estimate from the rehearsed peak of the step, if there is one."""
+        return self.estimate.total / self.peaks["step"] - 1 if "step" in self.peaks else None
+
+    @property
+    def error_text(self) -> str:
+        """The error in percent, or a dash."""
+        return "-" if self.error is None else f"{self.error:+.1%}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def _memory(findings: Findings) -> Iterator[str]:
         rows.append(
             [
                 *(entry.name, str(entry.num_ranks), *peaks, f"{entry.estimate.total / size:.2f}"),
-                *(f"{entry.error:+.1%}", f"{entry.seconds:.0f}"),
+                *(entry.error_text, f"{entry.seconds:.0f}"),
             ]
         )
     yield from _table(f"highest memory of one rank ({unit})", rows)

@@ -81,7 +81,7 @@ def check_memory(findings: Findings, *, within: float) -> None:
             estimate = getattr(entry.estimate, name)
             # Beside buffers of the model, and padding of buckets and of small tensors.
             assert entry.parts[name] == pytest.approx(estimate, rel=0.02, abs=3e5), entry.name
-        assert abs(entry.error) < within, (entry.name, entry.error)
+        assert entry.error is not None and abs(entry.error) < within, (entry.name, entry.error)
         for phase, estimate in (
             ("build", entry.estimate.construction),
             ("save", entry.estimate.saving),
