@@ -56,18 +56,13 @@ class ClassFindings:
     waits: list[list[Any]]
 
     @property
-    def step_peak(self) -> int:
-        """Bytes at the peak of the step; of validation if nothing was trained."""
-        return self.peaks.get("step", self.peaks.get("evaluate", 0))
-
-    @property
     def highest(self) -> tuple[str, int]:
         """Phase with the highest peak, and its bytes."""
         return max(self.peaks.items(), key=lambda item: item[1])
 
     @property
     def error(self) -> float | None:
-        """Relative difference of the estimate from the rehearsed peak of the step, if there is one."""
+        """Relative difference of the estimate from the rehearsed peak of the step; None: no step."""
         return self.estimate.total / self.peaks["step"] - 1 if "step" in self.peaks else None
 
     @property
