@@ -29,6 +29,19 @@ class Replay:
     """The step; after a deadlock, all that was done before it."""
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Pause the garbage collector: millions of live nodes would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_collector()
 def replay(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None) -> Replay:
     """Take all ranks of a job through their traces by the rules of its backend.
 
@@ -47,8 +60,7 @@ def replay(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None)
             f"the trace is of backend {job.header.backend}; there are rules for {', '.join(RULES)}"
         )
     simulation = Simulation(job, costs, RULES[job.header.backend])
-    with _without_collector():
-        simulation.run()
+    simulation.run()
     deadlock = find_deadlock(simulation)
     if deadlock is None:
         simulation.communication.find_other_orders()
@@ -57,18 +69,6 @@ def replay(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None)
     if deadlock is None:
         faults += _unreceived(simulation)
     return Replay(faults, make_timeline(simulation))
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Pause the garbage collector: millions of live nodes would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _unreceived(simulation: Simulation) -> list[str]:
