@@ -160,11 +160,13 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> 
     # DDP allocates both buffers of a model chunk before it frees the weights that it copies.
     copied = trained * element / (parallel.virtual_pipeline_model_parallel_size or 1)
     state, building = weights + gradients + optimizer, weights + gradients + copied
-    # A piece of the optimizer's state is gathered while the piece before it is still there.
-    gathered = 2 * min(GATHERED, _MAIN_AND_MOMENTS * trained) * (1 + 0.5 / spread)
+    # A piece of the optimizer's state is gathered while the piece before it is still there, and
+    # with this rank's own part of it.
+    gathered = min(_MAIN_AND_MOMENTS * trained, 2 * GATHERED)
+    gathered += min(_MAIN_AND_MOMENTS * trained, GATHERED) / spread
     return MemoryEstimate(
         construction=max(state, building),
-        saving=state + (gathered if trained else 0.0),
+        saving=state + gathered,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,

@@ -8,16 +8,13 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from megatron_croc.checkpoint.sharded import checkpoint_content
@@ -36,7 +33,8 @@ from megatron_croc.rehearsal.trace import AXES, STEP_PHASES, Header, Mark, Memor
 from megatron_croc.rehearsal.versions import installed_versions
 from megatron_croc.training import batch_broadcast
 from megatron_croc.training.batch_broadcast import BatchBroadcaster
-from megatron_croc.training.build import TrainingState, build_training_state
+from megatron_croc.training.build import TrainingState, build_model, build_training_state
+from megatron_croc.training.step import TrainStep
 
 MOST_POINTS = 600
 """Points of the curve of memory over the step."""
@@ -56,7 +54,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
     Returns:
         the rank's part of the report, JSON's types only.
     """
-    run, began = job.run(), time.monotonic()
+    run, began = _from_the_start(job.run()), time.monotonic()
     kernels.replace_fused_swiglu()
     kernels.replace_flex(recorder)
     start_world(recorder, rank=job.rank, world_size=job.world_size)
@@ -82,20 +80,22 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
             rows = make_rows(run, job.rows, dp_rank=pg.dp.rank(), dp_size=pg.dp.size())
         with phase("build"):
             recorder.mode.host_is_real = False  # weights are drawn on the CPU
-            training = build_training_state(run, pg, train_iters=1000)
-            recorder.mode.host_is_real = True
-        _name_storages(ledger, training)
-        _follow(ledger, run, training)
-        marks.install(recorder, training, num_microbatches=len(rows))
-        after_build = ledger.held_by_purpose()
-        with phase("step" if recorder.forward_only is None else "evaluate"):
-            batches = _share(recorder, run, pg, rows)
-            step = training.train_step
+            training = None
             if recorder.forward_only is None:
+                training = build_training_state(run, pg, train_iters=1000)
+            step = training.train_step if training else TrainStep(run, [*build_model(run, pg)], pg)
+            recorder.mode.host_is_real = True
+        _name_storages(ledger, step.chunks, training)
+        _follow(ledger, run, step)
+        marks.install(recorder, step, num_microbatches=len(rows))
+        after_build = ledger.held_by_purpose()
+        with phase("step" if training else "evaluate"):
+            batches = _share(recorder, run, pg, rows)
+            if training:
                 step.train(batches, training.optimizer, training.scheduler)
-        if recorder.forward_only is None:
-            with phase("evaluate"):
-                step.evaluate(batches)
+        with phase("evaluate"):
+            step.evaluate(batches)
+        if training:
             with phase("save"):
                 _save(training)
         ledger.end()
@@ -104,7 +104,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         rank=job.rank,
         world_size=job.world_size,
         sizes=sizes,
-        vpp=len(training.chunks),
+        vpp=len(step.chunks),
         stands_for=tuple(job.stands_for),
         versions=installed_versions(),
     )
@@ -158,12 +158,22 @@ def _name_groups(recorder: Recorder, pg: ProcessGroupCollection) -> None:
     for group in distributed_c10d._world.pg_map:
         described = group.group_desc.removesuffix("_GROUP").lower()
         names.setdefault(group.group_name, described)
+        recorder.groups[group.group_name] = tuple(dist.get_process_group_ranks(group))
 
 
-def _name_storages(ledger: Ledger, training: TrainingState) -> None:
+def _from_the_start(run: RunConfig) -> RunConfig:
+    """The run without the checkpoints that it would read and write."""
+    unread = replace(run.checkpoint, load=None, save=None, pretrained_checkpoint=None)
+    return replace(run, checkpoint=unread)
+
+
+def _name_storages(ledger: Ledger, chunks: list[nn.Module], training: TrainingState | None) -> None:
     """Weights, gradients and optimizer state, by what holds them."""
-    for chunk in training.chunks:
-        ledger.name_storages("weights", [*chunk.parameters(), *torch.nn.Module.buffers(chunk)])
+    for chunk in chunks:
+        ledger.name_storages("weights", [*chunk.parameters(), *nn.Module.buffers(chunk)])
+    if training is None:
+        return
+    for chunk in chunks:
         buffers: Any = [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]
         for buffer in buffers:
             ledger.name_storages("gradients", [buffer.grad_data])
@@ -174,15 +184,15 @@ def _name_storages(ledger: Ledger, training: TrainingState) -> None:
         if inner is None:
             continue
         state = [t for s in inner.state.values() for t in s.values() if isinstance(t, Tensor)]
-        own = {id(p) for c in training.chunks for p in c.parameters()}
+        own = {id(p) for chunk in chunks for p in chunk.parameters()}
         main = [p for group in inner.param_groups for p in group["params"] if id(p) not in own]
         ledger.name_storages("optimizer", [*main, *state])
 
 
-def _follow(ledger: Ledger, run: RunConfig, training: TrainingState) -> None:
+def _follow(ledger: Ledger, run: RunConfig, step: TrainStep) -> None:
     tp = run.parallel.tensor_model_parallel_size
     columns = padded_vocab_size(run.model.language_model.vocab_size, tp) // tp
-    for model in unwrap_model(training.chunks, DistributedDataParallel):
+    for model in step.models:
         ledger.follow(model, PARTS, logit_columns=columns)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_croc.planning.gpus import Gpu
+from megatron_croc.rehearsal.fake_tensors import DEVICE
 from megatron_croc.rehearsal.recorder import Recorder
 
 _CAPABILITY = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}
@@ -20,8 +21,6 @@ _CAPABILITY = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}
 
 _PINNED_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like")
 """Functions that pin host memory in C++, before a mode sees the call."""
-
-DEVICE = torch.device("cuda", 0)
 
 
 class FakeStream:

@@ -17,6 +17,9 @@ from megatron_croc.rehearsal.recorder import Recorder
 
 _aten = torch.ops.aten
 
+DEVICE = torch.device("cuda", 0)
+"""With its index: without the shim torch cannot ask for the current one."""
+
 
 def is_on_device(value: object) -> bool:
     """Return True for a fake tensor of the device."""
@@ -128,6 +131,7 @@ def install(recorder: Recorder) -> DeviceMode:
     FakeTensor.tolist = tolist  # type: ignore[method-assign,assignment]
     FakeTensor.numpy = to_numpy  # type: ignore[method-assign,assignment]
     torch.utils.swap_tensors = _swap_tensors
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor.to(DEVICE)  # type: ignore[method-assign]
     # AdamW takes its foreach kernels on CUDA for exactly these types.
     types: list[Any] = importlib.import_module("torch.optim.optimizer")._foreach_supported_types
     if FakeTensor not in types:

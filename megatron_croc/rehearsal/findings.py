@@ -56,19 +56,19 @@ class ClassFindings:
     waits: list[list[Any]]
 
     @property
-    def step_peak(self) -> int:
-        """Bytes at the peak of the step; of validation if nothing was trained."""
-        return self.peaks.get("step", self.peaks.get("evaluate", 0))
-
-    @property
     def highest(self) -> tuple[str, int]:
         """Phase with the highest peak, and its bytes."""
         return max(self.peaks.items(), key=lambda item: item[1])
 
     @property
-    def error(self) -> float:
-        """Relative difference of the estimate from the rehearsed peak of the step."""
-        return self.estimate.total / self.step_peak - 1
+    def error(self) -> float | None:
+        """Relative difference of the estimate from the rehearsed peak of the step; None: no step."""
+        return self.estimate.total / self.peaks["step"] - 1 if "step" in self.peaks else None
+
+    @property
+    def error_text(self) -> str:
+        """The error in percent, or a dash."""
+        return "-" if self.error is None else f"{self.error:+.1%}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,7 @@ def gather(rehearsal: Rehearsal) -> Findings:
         prediction = predict(rehearsal, costs)
         findings.timeline = prediction.timeline
         findings.faults += [
-            Fault(ranks="replay", text=text, way_out="let both sides call the same in one order")
-            for text in prediction.faults
+            Fault(ranks="replay", text=text, way_out="") for text in prediction.faults
         ]
     return findings
 

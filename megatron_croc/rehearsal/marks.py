@@ -8,16 +8,16 @@ from megatron.core.pipeline_parallel import schedules
 
 from megatron_croc.rehearsal.recorder import Recorder
 from megatron_croc.training import build, step
-from megatron_croc.training.build import TrainingState
+from megatron_croc.training.step import TrainStep
 
 _PHASES = {"summing gradients": "gradients", "updating weights": "optimizer"}
 """Phase of the heartbeat -> phase of the trace; of others the recorder's own."""
 
 
-def install(recorder: Recorder, training: TrainingState, *, num_microbatches: int) -> None:
+def install(recorder: Recorder, train_step: TrainStep, *, num_microbatches: int) -> None:
     """Let megatron's schedule and the training step mark where they are."""
-    config = training.train_step.models[0].config
-    num_chunks = len(training.chunks)
+    config = train_step.models[0].config
+    num_chunks = len(train_step.chunks)
     group_size = config.microbatch_group_size_per_vp_stage  # type: ignore[union-attr]
     table = schedules.get_schedule_table(num_microbatches, num_chunks, group_size)
 

@@ -20,8 +20,8 @@ figure { margin-top: 16px; }
 svg .estimate { stroke: var(--ink); stroke-width: 2.5; }
 svg .limit { stroke: #c0392b; stroke-width: 2; stroke-dasharray: 5 4; }
 .key { display: inline-block; }
-td.number, th.number { text-align: right; }
 .wide { overflow-x: auto; }
+td:first-child { white-space: nowrap; }
 """
 
 
@@ -69,8 +69,8 @@ def _tiles(rehearsal: Rehearsal, findings: Findings) -> str:
         phase, peak = fullest.highest
         where = f"{PHASES[phase]} on {fullest.name}, of {findings.device.memory / GIB:.1f}"
         tiles.append(("GiB at most", f"{peak / GIB:.1f}", where))
-        largest = max(findings.classes, key=lambda entry: abs(entry.error))
-        tiles.append(("croc check", f"{largest.error:+.1%}", f"at most off, {largest.name}"))
+        largest = max(findings.classes, key=lambda entry: abs(entry.error or 0.0))
+        tiles.append(("croc check", largest.error_text, f"at most off, {largest.name}"))
     tiles.append(("took", f"{rehearsal.seconds:.0f} s", "on this machine, without a GPU"))
     cells = "".join(
         f'<div class="tile"><span>{a}</span><b>{b}</b><i>{html.escape(c)}</i></div>'
@@ -174,7 +174,7 @@ def _classes(findings: Findings) -> str:
         rows.append(
             [
                 *(entry.name, f"{entry.num_ranks:,}", *peaks, f"{entry.estimate.total / GIB:.2f}"),
-                *(f"{entry.error:+.1%}", str(entry.rows["micro_batches"])),
+                *(entry.error_text, str(entry.rows["micro_batches"])),
                 *(f"{entry.rows['most_tokens']:,}", str(entry.rows["images"])),
             ]
         )

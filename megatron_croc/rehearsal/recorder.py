@@ -86,7 +86,9 @@ class Recorder:
     group_names: dict[str, str] = field(default_factory=dict)
     """torch's name of a group -> ours: tp, pp, dp, ..."""
 
-    _groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """torch's name of each group of this rank -> its global ranks."""
+
     _segment: dict[tuple[int, str, str], _Work] = field(default_factory=dict)
     _batch: list[trace.Transfer] | None = None
     _done: set[int] = field(default_factory=set)
@@ -137,7 +139,7 @@ class Recorder:
 
     def _count(self, name: str, group: str, ranks: Sequence[int], tensors: Sequence[Tensor]) -> int:
         """Add to the traffic, and check what NCCL gets; returns the bytes."""
-        self._groups.setdefault(group, tuple(ranks))
+        self.groups.setdefault(group, tuple(ranks))
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if len(ranks) > 1:
             label = self.group_names.get(group, group)
@@ -276,9 +278,9 @@ class Recorder:
 
     def write(self, path: Path, header: trace.Header) -> None:
         """Write the trace; in it a group has the name that its like has on every rank."""
-        names = {group: self.group_names.get(group, group) for group in self._groups}
+        names = {group: self.group_names.get(group, group) for group in self.groups}
         assert len(set(names.values())) == len(names), f"two groups of one name: {names}"
-        groups = tuple(trace.Group(name=names[g], ranks=ranks) for g, ranks in self._groups.items())
+        groups = tuple(trace.Group(name=names[g], ranks=ranks) for g, ranks in self.groups.items())
         events = (
             replace(event, group=names[event.group])
             if isinstance(event, trace.Collective | trace.Exchange)

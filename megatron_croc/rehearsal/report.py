@@ -68,7 +68,7 @@ def _memory(findings: Findings) -> Iterator[str]:
         rows.append(
             [
                 *(entry.name, str(entry.num_ranks), *peaks, f"{entry.estimate.total / size:.2f}"),
-                *(f"{entry.error:+.1%}", f"{entry.seconds:.0f}"),
+                *(entry.error_text, f"{entry.seconds:.0f}"),
             ]
         )
     yield from _table(f"highest memory of one rank ({unit})", rows)
@@ -76,17 +76,18 @@ def _memory(findings: Findings) -> Iterator[str]:
 
 def _parts(findings: Findings) -> Iterator[str]:
     unit, size = _unit(findings)
-    by_class = [grouped(entry.parts) for entry in findings.classes]
+    stages = first_of_each_stage(findings)
+    by_class = [grouped(entry.parts) for entry in stages]
     names = Counter[str]()
     for parts in by_class:
         names.update(parts)
     shown = [name for name, total in names.most_common() if total > 0.002 * names.total()]
     rows = [["class", *shown, "rest"]]
-    for entry, parts in zip(findings.classes, by_class, strict=True):
+    for entry, parts in zip(stages, by_class, strict=True):
         parts["rest"] = sum(held for name, held in parts.items() if name not in shown)
         held = (f"{parts.get(name, 0) / size:.2f}" for name in (*shown, "rest"))
         rows.append([entry.name, *held])
-    title = f"at the peak of the step ({unit})"
+    title = f"at the peak of the step ({unit}), the first class of each pipeline stage"
     yield from _table(title, [list(row) for row in zip(*rows, strict=True)])
 
 

@@ -81,7 +81,7 @@ def check_memory(findings: Findings, *, within: float) -> None:
             estimate = getattr(entry.estimate, name)
             # Beside buffers of the model, and padding of buckets and of small tensors.
             assert entry.parts[name] == pytest.approx(estimate, rel=0.02, abs=3e5), entry.name
-        assert abs(entry.error) < within, (entry.name, entry.error)
+        assert entry.error is not None and abs(entry.error) < within, (entry.name, entry.error)
         for phase, estimate in (
             ("build", entry.estimate.construction),
             ("save", entry.estimate.saving),
@@ -101,8 +101,9 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
     assert [entry["rank"] for entry in report["classes"]] == [0, 1, 2, 3]
     first, last = report["classes"][0], report["classes"][2]
     assert set(first["peaks"]) == {"build", "step", "evaluate", "save"}
-    assert first["parts"]["weights"] > last["parts"]["weights"]  # the tower is on the first stage
-    assert any("reconstruction_head" in name for name in last["parts"])
+    held = [" ".join(entry["parts"]) for entry in (first, last)]
+    assert "projector" in held[0] and "projector" not in held[1]
+    assert "reconstruction_head" in held[1] and "reconstruction_head" not in held[0]
     calls = {(row["phase"], row["collective"], row["group"]): row for row in first["traffic"]}
     assert calls["step", "send", "pp"]["count"] == calls["step", "receive", "pp"]["count"] == 2
     # The host may wait for the device at two places of a step: the gradient's norm, the metrics.
@@ -205,7 +206,9 @@ def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
         trace = path.with_suffix(".trace.jsonl")
         rehearsal.outcomes.append(Outcome(of=entry, result=result, trace=trace))
     faults = gather(rehearsal).faults
-    assert faults and "all_reduce" in faults[0].text and "dp" in faults[0].text
+    (text,) = [fault.text for fault in faults]
+    assert text.startswith("deadlock") and "rank 0 waits in" in text and "use of dp of" in text
+    assert "training/step.py" in text and "rank 1 waits in" in text
 
 
 @pytest.mark.distributed

@@ -97,6 +97,10 @@ def test_start_and_saving_by_hand():
     state = memory.weights + memory.gradients + memory.optimizer
     assert memory.saving == state + 2 * (128 * 2**20) * (1 + 1 / 16)
     assert memory.peak == memory.total == sum(memory.parts.values())
+    small = get_recipe("tiny/finetune")
+    memory = largest(small, world_size=2)
+    whole = memory.saving - memory.weights - memory.gradients - memory.optimizer
+    assert whole == memory.gradients / 4 * 12 * 1.5
     alone = largest(run, world_size=1)
     assert alone.construction == alone.weights + alone.gradients + alone.optimizer
 
