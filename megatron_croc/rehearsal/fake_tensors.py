@@ -23,13 +23,14 @@ DEVICE = torch.device("cuda", 0)
 
 def is_on_device(value: object) -> bool:
     """Return True for a fake tensor of the device."""
-    return isinstance(value, FakeTensor) and value.device.type == "cuda"
+    # Not `.device`, which is an operation of its own while modes are active.
+    return isinstance(value, FakeTensor) and value.fake_device.type == "cuda"
 
 
 def device_tensors(value: object) -> Iterator[FakeTensor]:
     """All fake tensors of the device among the arguments or results of an operation."""
     if isinstance(value, FakeTensor):
-        if value.device.type == "cuda":
+        if value.fake_device.type == "cuda":
             yield value
     elif isinstance(value, list | tuple):
         for item in value:
@@ -57,6 +58,8 @@ class DeviceMode(FakeTensorMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operation on shapes, or really if all of it is on the CPU."""
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = dict(kwargs or {})
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False

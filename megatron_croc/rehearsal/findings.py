@@ -62,7 +62,7 @@ class ClassFindings:
 
     @property
     def error(self) -> float | None:
-        """Relative difference of the estimate from the rehearsed peak of the step; None: no step."""
+        """Relative difference of the estimate from the rehearsed peak; None without a step."""
         return self.estimate.total / self.peaks["step"] - 1 if "step" in self.peaks else None
 
     @property
