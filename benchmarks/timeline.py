@@ -4,13 +4,12 @@
 
 Runs forward and backward of the tiny recipe on two gloo ranks at PP 2, PP 2 x VPP 2, TP 2 with
 sequence parallelism and DP 2, each with 1 to 16 equal micro-batches. The costs of every segment of
-a pass are measured in the run of 4 micro-batches alone; from them and the order of calls, the replay
-predicts the time of all others. Two clocks: seconds on the wall, which other processes stretch, and
-the CPU seconds along the longest path through both ranks, which they do not.
+a pass are measured in the run of 4 micro-batches alone; from them and the order of calls, the
+replay predicts the time of all others. Two clocks: seconds on the wall, which other processes
+stretch, and the CPU seconds along the longest path through both ranks, which they do not.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -103,13 +102,7 @@ def work(layout: str, folder: Path) -> None:
             groups=tuple(Group(name=n, ranks=r, is_ready=True) for n, r in recorder.groups.items()),
             backend="gloo",
         )
-        named = [
-            dataclasses.replace(event, operation=f"rank {rank}: {event.operation}")
-            if event.event == "compute"
-            else event
-            for event in recorder.events
-        ]
-        write_trace(folder / f"{count}.{rank}.jsonl", header, named)  # type: ignore[arg-type]
+        write_trace(folder / f"{count}.{rank}.jsonl", header, recorder.events)
         tables = {"wall": dict(recorder.wall), "cpu": dict(recorder.cpu)}
         mine = {"ends": list(ends), "waited": dict(recorder.waited), **tables}
         everyone: list[Any] = [None] * dist.get_world_size()
@@ -129,8 +122,8 @@ def counts_of(layout: str) -> tuple[int, ...]:
 def costs_of(ranks: list[Any], clock: str) -> dict[str, Any]:
     """Table of costs from one run."""
     operations = {
-        f"rank {rank}: {key}": {"each": median(seconds) if clock == "cpu" else fmean(seconds)}
-        for rank, its in enumerate(ranks)
+        key: {"each": median(seconds) if clock == "cpu" else fmean(seconds)}
+        for its in ranks
         for key, seconds in its[clock].items()
     }
     kinds: dict[str, list[float]] = {}

@@ -160,7 +160,7 @@ class Ledger(TorchDispatchMode):
             on_device = True
             moved += tensor.numel() * tensor.element_size()
             self._see(tensor, func)
-        if on_device and not _is_free(name):
+        if on_device and name not in _FREE:
             self.recorder.compute(
                 name,
                 flops=self._flops(func, args, kwargs, out),
@@ -245,11 +245,7 @@ _FREE = {
     "empty_like", "empty_strided", "new_empty", "new_empty_strided", "chunk", "unflatten",
     "set_", "resize_", "lift_fresh", "_local_scalar_dense", "_pin_memory",
 }  # fmt: skip
-"""Operations that launch no kernel, beside those of `prim::` (properties of a tensor)."""
-
-
-def _is_free(name: str) -> bool:
-    return name in _FREE or name.startswith("prim::")
+"""Operations that launch no kernel."""
 
 
 def _name(func: Any) -> str:
