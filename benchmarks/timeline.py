@@ -78,7 +78,7 @@ def work(layout: str, folder: Path) -> None:
 
     step.run_schedule = timed
     chunks = len(training.chunks)
-    group_size = training.train_step.models[0].config.microbatch_group_size_per_vp_stage
+    group_size: Any = training.train_step.models[0].config.microbatch_group_size_per_vp_stage
     batch = make_step(run, 0, dp_rank=0, dp_size=pg.dp.size(), images=(1,))[:1]
     results: dict[int, Any] = {}
     for count in counts_of(layout):
