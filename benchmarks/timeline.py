@@ -3,20 +3,20 @@
     python benchmarks/timeline.py [--layouts pp2 tp2] [--out benchmarks/results]
 
 Runs forward and backward of the tiny recipe on two gloo ranks at PP 2, PP 2 x VPP 2, TP 2 with
-sequence parallelism and DP 2, each with 1 to 16 equal micro-batches. The costs of every segment of a
-pass are measured in the run of 4 micro-batches alone; from them and the order of calls, the replay
-predicts the time of all others. Two clocks: seconds on the wall, which other processes stretch, and
-the CPU seconds along the longest path through both ranks, which they do not.
+sequence parallelism and DP 2, each with 1 to 16 equal micro-batches. The costs of every segment of
+a pass are measured in the run of 4 micro-batches alone; from them and the order of calls, the
+replay predicts the time of all others. Two clocks: seconds on the wall, which other processes
+stretch, and the CPU seconds along the longest path through both ranks, which they do not.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -57,9 +57,8 @@ def work(layout: str, folder: Path) -> None:
     pg = start_distributed(run.parallel, seed=1)
     rank = dist.get_rank()
     if rank == 0:
-        np_file = folder / "mailbox"
-        np_file.touch()
-        os.truncate(np_file, SLOTS * 8)
+        (folder / "mailbox").touch()
+        os.truncate(folder / "mailbox", SLOTS * 8)
     dist.barrier()
     training = build_training_state(run, pg, train_iters=1000)
     recorder = Recorder(folder / "mailbox")
@@ -69,8 +68,6 @@ def work(layout: str, folder: Path) -> None:
     ends = []
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        import time
-
         dist.barrier()
         began = time.perf_counter()
         recorder.start()
@@ -81,7 +78,7 @@ def work(layout: str, folder: Path) -> None:
 
     step.run_schedule = timed
     chunks = len(training.chunks)
-    group_size = training.train_step.models[0].config.microbatch_group_size_per_vp_stage
+    group_size: Any = training.train_step.models[0].config.microbatch_group_size_per_vp_stage
     batch = make_step(run, 0, dp_rank=0, dp_size=pg.dp.size(), images=(1,))[:1]
     results: dict[int, Any] = {}
     for count in counts_of(layout):
@@ -105,13 +102,7 @@ def work(layout: str, folder: Path) -> None:
             groups=tuple(Group(name=n, ranks=r, is_ready=True) for n, r in recorder.groups.items()),
             backend="gloo",
         )
-        named = [
-            dataclasses.replace(event, operation=f"rank {rank}: {event.operation}")
-            if event.event == "compute"
-            else event
-            for event in recorder.events
-        ]
-        write_trace(folder / f"{count}.{rank}.jsonl", header, named)  # type: ignore[arg-type]
+        write_trace(folder / f"{count}.{rank}.jsonl", header, recorder.events)
         tables = {"wall": dict(recorder.wall), "cpu": dict(recorder.cpu)}
         mine = {"ends": list(ends), "waited": dict(recorder.waited), **tables}
         everyone: list[Any] = [None] * dist.get_world_size()
@@ -131,8 +122,8 @@ def counts_of(layout: str) -> tuple[int, ...]:
 def costs_of(ranks: list[Any], clock: str) -> dict[str, Any]:
     """Table of costs from one run."""
     operations = {
-        f"rank {rank}: {key}": {"each": median(seconds) if clock == "cpu" else fmean(seconds)}
-        for rank, its in enumerate(ranks)
+        key: {"each": median(seconds) if clock == "cpu" else fmean(seconds)}
+        for its in ranks
         for key, seconds in its[clock].items()
     }
     kinds: dict[str, list[float]] = {}
@@ -209,14 +200,16 @@ def report(rows: list[dict[str, Any]]) -> str:
         "|---" * 11 + "|",
     ]
     for row in rows:
-        cpu, wall = row["cpu"], row["wall"]
-        lines.append(
-            f"| {row['layout']} | {row['micro_batches']} | {cpu['measured'] * 1e3:.1f} | "
-            f"{cpu['predicted'] * 1e3:.1f} | {cpu['error']:+.1%} | {cpu['bubble_measured']:.1%} | "
-            f"{cpu['bubble_predicted']:.1%} | {row['formula']:.1%} | {wall['measured'] * 1e3:.1f} | "
-            f"{wall['predicted'] * 1e3:.1f} | {wall['error']:+.1%} |"
-        )
+        cells = [row["layout"], row["micro_batches"], *_cells(row["cpu"])]
+        cells += [f"{row['cpu'][name]:.1%}" for name in ("bubble_measured", "bubble_predicted")]
+        cells += [f"{row['formula']:.1%}", *_cells(row["wall"])]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _cells(clock: dict[str, float]) -> list[str]:
+    measured, predicted = clock["measured"] * 1e3, clock["predicted"] * 1e3
+    return [f"{measured:.1f}", f"{predicted:.1f}", f"{clock['error']:+.1%}"]
 
 
 def main() -> None:

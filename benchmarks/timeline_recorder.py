@@ -90,6 +90,7 @@ class Recorder:
         key = f"{self._where} {self._position}"
         if self._where.startswith("after"):
             key = self._where
+        key = f"rank {dist.get_rank()}: {key}"
         seconds = wall - self._last[0], cpu - self._last[1]
         self.wall[key].append(seconds[0])
         self.cpu[key].append(seconds[1])

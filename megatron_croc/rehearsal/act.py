@@ -25,11 +25,11 @@ from megatron_croc.parallel.groups import start_distributed
 from megatron_croc.rehearsal import kernels, marks
 from megatron_croc.rehearsal.fake_groups import record_object, start_world
 from megatron_croc.rehearsal.job import Job
-from megatron_croc.rehearsal.ledger import Ledger
+from megatron_croc.rehearsal.ledger import Ledger, Peak
 from megatron_croc.rehearsal.loads import replica_loads
 from megatron_croc.rehearsal.recorder import Recorder
 from megatron_croc.rehearsal.rows import Replay, describe_rows, largest_pack, make_rows
-from megatron_croc.rehearsal.trace import AXES, STEP_PHASES, Header, Mark, Memory
+from megatron_croc.rehearsal.trace import AXES, LATER_STEP, STEP_PHASES, Header, Mark, Memory
 from megatron_croc.rehearsal.versions import installed_versions
 from megatron_croc.training import batch_broadcast
 from megatron_croc.training.batch_broadcast import BatchBroadcaster
@@ -93,6 +93,9 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
             batches = _share(recorder, run, pg, rows)
             if training:
                 step.train(batches, training.optimizer, training.scheduler)
+        if training and run.optimizer.overlap_grad_reduce:
+            with phase(LATER_STEP):
+                step.train(batches, training.optimizer, training.scheduler)
         with phase("evaluate"):
             step.evaluate(batches)
         if training:
@@ -120,7 +123,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         "loads": replica_loads(run, job.rows, dp_size=sizes["dp"]) if job.rank == 0 else None,
         "pack": asdict(largest_pack(rows)),
         "after_build": after_build,
-        "peaks": {name: asdict(peak) for name, peak in ledger.peaks.items()},
+        "peaks": {name: asdict(peak) for name, peak in _peaks(ledger).items()},
         "curve": _curve(recorder),
         "flops": dict(recorder.flops.most_common()),
         "kernels": dict(recorder.kernels.most_common()),
@@ -134,12 +137,23 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
     }
 
 
+def _peaks(ledger: Ledger) -> dict[str, Peak]:
+    """The peak of each phase; the step's is that of its fuller one."""
+    peaks = dict(ledger.peaks)
+    later = peaks.pop(LATER_STEP, None)
+    if later is not None and later.total > peaks["step"].total:
+        peaks["step"] = later
+    return peaks
+
+
 def _curve(recorder: Recorder) -> list[int]:
     """Bytes over the training step, its peaks kept, in at most MOST_POINTS numbers."""
     phases: list[str] = []
     sizes: list[int] = []
     for event in recorder.events:
         if isinstance(event, Mark):
+            if event.phase == LATER_STEP:
+                break
             phases.append(event.phase)
         elif isinstance(event, Memory) and phases and phases[-1] in STEP_PHASES:
             sizes.append(event.peak)

@@ -29,6 +29,10 @@ AXES: tuple[str, ...] = ("tp", "cp", "dp", "pp")
 STEP_PHASES = ("step", "gradients", "optimizer")
 """Phases of marks that are the training step; others: groups, rows, build, evaluate, save."""
 
+LATER_STEP = "later step"
+"""Phase that begins a second training step, up to `evaluate`. The first does not overlap: megatron
+learns in it which gradients belong to a bucket, and reduces them at its end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:

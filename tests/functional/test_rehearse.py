@@ -181,16 +181,50 @@ def test_calls_that_would_fail_are_found(
     assert all(word in text for word in words), text
 
 
+PP2 = ("--pipeline-model-parallel-size", "2")
+
+DEADLOCKS: dict[str, tuple[tuple[int, ...], Sequence[str], Sequence[str]]] = {
+    "missing_collective": (
+        (1,),
+        (),
+        ("rank 0 waits in", "use of dp of", "training/step.py", "rank 1 waits in"),
+    ),
+    "channel_not_opened": (
+        (0, 1),
+        PP2,
+        ("rank 0 waits in the first use of embd, the pair", "target_channel.py", "rank 1 waits in"),
+    ),
+    "wait_beside_an_open_send": (
+        (0, 1),
+        PP2,
+        ("rank 0 waits in synchronize", "for its send to rank 1 (embd)", "target_channel.py"),
+    ),
+    "target_not_received": (
+        (1,),
+        PP2,
+        ("its send to rank 1 (embd)", "target_channel.py", "rank 1"),
+    ),
+    "both_send_first": (
+        (0, 1),
+        PP2,
+        ("rank 0 waits", "send to rank 1 (world", "rank 1 waits", "send to rank 0 (world"),
+    ),
+}
+"""Planted fault -> ranks that have it, flags of the job, words of the message."""
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
-    run = parse([*TINY, "2"])
+@pytest.mark.parametrize("name", DEADLOCKS)
+def test_a_deadlock_is_found_with_both_its_sides(name: str, tmp_path: Path) -> None:
+    ranks, flags, words = DEADLOCKS[name]
+    run = parse([*TINY, "2", *flags])
     rehearsal = Rehearsal(
         run=run, world_size=2, gpu="h100", rows=Rows(kind="longest"), folder=tmp_path
     )
     jobs = []
     for entry in rank_classes(run.parallel, 2):
-        path = tmp_path / f"rank_{entry.rank}{'@missing_collective' if entry.rank else ''}"
+        path = tmp_path / f"rank_{entry.rank}{f'@{name}' if entry.rank in ranks else ''}"
         Job(
             settings=settings_of(run),
             rank=entry.rank,
@@ -205,10 +239,9 @@ def test_a_collective_that_one_rank_leaves_out_is_found(tmp_path: Path) -> None:
         result = json.loads(path.with_suffix(".result.json").read_text())
         trace = path.with_suffix(".trace.jsonl")
         rehearsal.outcomes.append(Outcome(of=entry, result=result, trace=trace))
-    faults = gather(rehearsal).faults
-    (text,) = [fault.text for fault in faults]
-    assert text.startswith("deadlock") and "rank 0 waits in" in text and "use of dp of" in text
-    assert "training/step.py" in text and "rank 1 waits in" in text
+    texts = [fault.text for fault in gather(rehearsal).faults]
+    print(*texts, sep="\n")
+    assert texts[0].startswith("deadlock") and all(word in texts[0] for word in words), texts
 
 
 @pytest.mark.distributed

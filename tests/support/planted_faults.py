@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_croc.rehearsal import rank
 
@@ -32,6 +33,52 @@ def missing_collective() -> None:
     from megatron_croc.training import step
 
     step.all_reduce = lambda *_, **__: None  # type: ignore[assignment]
+
+
+def channel_not_opened() -> None:
+    """The target channel's first use lies inside the schedule."""
+    from megatron_croc.parallel.target_channel import TargetChannel
+
+    TargetChannel._connect = lambda self: None  # type: ignore[method-assign]
+
+
+def wait_beside_an_open_send() -> None:
+    """The pipeline waits for the whole device, while the target's send may be open."""
+    from megatron_croc.parallel.pipeline import PipelineCommunicator
+
+    real: Any = PipelineCommunicator._communicate
+
+    def communicate(self: Any, **arguments: Any) -> Any:
+        torch.cuda.synchronize()
+        return real(self, **arguments)
+
+    PipelineCommunicator._communicate = communicate  # type: ignore[method-assign]
+
+
+def target_not_received() -> None:
+    """The last stage makes up the target instead of receiving it."""
+    from megatron_croc.parallel.target_channel import TargetChannel
+
+    def get(self: Any, shape: Any, *, dtype: Any, device: Any) -> Any:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    TargetChannel.get = get  # type: ignore[method-assign]
+
+
+def both_send_first() -> None:
+    """Two stages exchange a number outside a batch, each sending first."""
+    from megatron_croc.training import step
+
+    real: Any = step.measure_gradients
+
+    def measure(*arguments: Any) -> Any:
+        mine, other = torch.ones(1, device="cuda"), torch.empty(1, device="cuda")
+        peer = 1 - dist.get_rank()
+        dist.send(mine, dst=peer)
+        dist.recv(other, src=peer)
+        return real(*arguments)
+
+    step.measure_gradients = measure  # type: ignore[assignment]
 
 
 def host_tensor_to_nccl() -> None:
@@ -72,6 +119,10 @@ FAULTS: dict[str, Callable[[], None]] = {
     for plant in (
         device_mismatch,
         missing_collective,
+        channel_not_opened,
+        wait_beside_an_open_send,
+        target_not_received,
+        both_send_first,
         host_tensor_to_nccl,
         strided_tensor_to_nccl,
         strided_tensor_to_triton,

@@ -159,10 +159,13 @@ class Timeline:
             if ratio > 1.005:
                 lines.append(f"  longest compute: {word} {value}, {ratio - 1:.1%} above the mean")
         if self.folded:
-            kept = ", ".join(f"{axis} {', '.join(map(str, v))}" for axis, v in self.folded.items())
+            kept = ", ".join(
+                f"{len(values)} {axis} coordinate{'s' * (len(values) > 1)}"
+                for axis, values in self.folded.items()
+            )
             number = sum(rank.stands_for for rank in self.ranks)
             lines.append(
-                f"  {len(self.ranks)} of {number} ranks simulated ({kept}): others are equal"
+                f"  {len(self.ranks)} of {number} ranks simulated ({kept}): the others are equal"
             )
         return lines
 
