@@ -27,10 +27,11 @@ def lines(rehearsal: Rehearsal, findings: Findings) -> Iterator[str]:
         yield ""
         yield from findings.timeline.lines()
     yield ""
+    cpu = sum(entry.cpu_seconds for entry in findings.classes)
     hosts = max((entry.host_bytes for entry in findings.classes), default=0)
     yield (
         f"{len(rehearsal.outcomes)} classes for {rehearsal.world_size} GPUs in "
-        f"{rehearsal.seconds:.0f} s, {hosts / GIB:.1f} GiB each at most"
+        f"{rehearsal.seconds:.0f} s ({cpu:.0f} s of CPU), {hosts / GIB:.1f} GiB each at most"
     )
     if rehearsal.forward_only:
         yield (
