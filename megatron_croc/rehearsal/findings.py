@@ -152,7 +152,7 @@ def _way_out_of(result: dict[str, Any]) -> str:
         return "move the tensor to the device with to_device() before that line"
     if "host memory" in error:
         return "take fewer --jobs"
-    return f"it ends the {PHASES.get(result.get('phase', ''), 'start')}; --keep keeps its full log"
+    return f"it ends the {PHASES.get(result.get('phase', ''), 'start')}; with --out its log stays"
 
 
 def _names(ranks: list[int]) -> str:
