@@ -3,4 +3,7 @@
 from setuptools import find_packages, setup
 
 # convert/remote_code, the model code that an export carries along, is a package like the others.
-setup(packages=find_packages(include=["megatron_croc", "megatron_croc.*"]))
+setup(
+    packages=find_packages(include=["megatron_croc", "megatron_croc.*"]),
+    package_data={"megatron_croc.rehearsal": ["*.cpp"]},  # compiled at its first use
+)

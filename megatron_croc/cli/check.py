@@ -207,9 +207,10 @@ def _rank_table(run: RunConfig) -> Iterator[list[str]]:
 
 
 def _memory_table(fit: Fit) -> Iterator[list[str]]:
-    yield ["pipeline stage", "total", *vars(fit.stages[0])]
+    yield ["pipeline stage", "highest", "start", "saving", "step", *fit.stages[0].parts]
     for stage, memory in enumerate(fit.stages):
-        sizes = (memory.total, *vars(memory).values())
+        sizes = (memory.peak, memory.construction, memory.saving, memory.total)
+        sizes = (*sizes, *memory.parts.values())
         yield [str(stage), *(f"{size / GIB:.1f}" for size in sizes)]
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "recipes": ("recipes:main", "the named complete configurations"),
     "doctor": ("doctor.command:main", "versions and devices here, and which of them are wrong"),
     "plan": ("plan:main", "the fastest layouts for a number of GPUs"),
+    "rehearse": ("rehearse:main", "a training step of any job on one CPU, before a GPU is taken"),
     "convert": ("convert:main", "weights from and to Hugging Face: import, export, verify"),
     "generate": ("generate:main", "answers to questions about images"),
     "eval": ("eval:main", "metrics of a model on local tasks: yes or no, VQA, exact match"),

@@ -26,16 +26,17 @@ def tie_processes_together() -> None:
         return
     _installed = True
     if "TORCHELASTIC_RUN_ID" in os.environ:  # another parent may be a shell that the user closes
-        _die_with_parent()
+        die_with_parent()
     os.register_at_fork(after_in_child=_tie_child)
 
 
 def _tie_child() -> None:
-    _die_with_parent()
+    die_with_parent()
     _close_inherited_connections()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let this process be killed when the thread that started it ends."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     except (AttributeError, OSError):  # not Linux

@@ -58,7 +58,7 @@ class Fit:
     @property
     def tensors(self) -> float:
         """Bytes of the tensors on the fullest rank, as `croc plan` lists them."""
-        return max(stage.total for stage in self.stages)
+        return max(stage.peak for stage in self.stages)
 
     @property
     def needed(self) -> float:

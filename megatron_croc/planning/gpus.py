@@ -15,6 +15,9 @@ class Gpu:
     memory: float
     """Bytes a process can use; NVIDIA's data sheet, in GB."""
 
+    memory_rate: float
+    """Bytes per second of its memory; NVIDIA's data sheet."""
+
     peak: float
     """Dense bf16 operations per second; NVIDIA's data sheet."""
 
@@ -48,10 +51,11 @@ _AMPERE_EFFICIENCY = 0.64
 _AMPERE_SOURCE = f"fitted to {_LLM_FOUNDRY}, A100 80GB: MPT-7b, 13b (64.2 %, 59.6 % MFU)"
 
 
-def _hopper(name: str, gigabytes: float) -> Gpu:
+def _hopper(name: str, gigabytes: float, *, memory_rate: float) -> Gpu:
     return Gpu(
         name=name,
         memory=gigabytes * 1e9,
+        memory_rate=memory_rate,
         peak=989e12,
         efficiency=_HOPPER_EFFICIENCY,
         efficiency_source=_HOPPER_SOURCE,
@@ -60,10 +64,11 @@ def _hopper(name: str, gigabytes: float) -> Gpu:
     )
 
 
-def _ampere(name: str, gigabytes: float) -> Gpu:
+def _ampere(name: str, gigabytes: float, *, memory_rate: float) -> Gpu:
     return Gpu(
         name=name,
         memory=gigabytes * 1e9,
+        memory_rate=memory_rate,
         peak=312e12,
         efficiency=_AMPERE_EFFICIENCY,
         efficiency_source=_AMPERE_SOURCE,
@@ -75,10 +80,10 @@ def _ampere(name: str, gigabytes: float) -> Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _hopper("h100", 80),
-        _hopper("h200", 141),
-        _ampere("a100", 80),
-        _ampere("a100-40", 40),
+        _hopper("h100", 80, memory_rate=3.35e12),
+        _hopper("h200", 141, memory_rate=4.8e12),
+        _ampere("a100", 80, memory_rate=2.039e12),
+        _ampere("a100-40", 40, memory_rate=1.555e12),
     )
 }
 """Name -> GPU. H200: assumed as fast as H100, whose compute dies it has."""

@@ -18,6 +18,10 @@ _MAIN_AND_MOMENTS = 12  # bytes: a float32 copy of each bf16 weight, and Adam's 
 _MOMENTS = 8  # bytes: float32 weights are their own main copy
 
 
+GATHERED = 2**27
+"""Bytes of optimizer state that saving gathers at once (checkpoint/shares.py, MAX_GATHERED)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Bytes on one rank of a pipeline stage."""
@@ -43,10 +47,26 @@ class MemoryEstimate:
     workspace: float
     """Temporary tensors of the running layer, or of the loss where those are larger."""
 
+    construction: float
+    """All there is at the fullest moment of the start; not a part of the step."""
+
+    saving: float
+    """All there is while a checkpoint is gathered; not a part of the step."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes of each part of the step's peak."""
+        return {k: v for k, v in vars(self).items() if k not in ("construction", "saving")}
+
     @property
     def total(self) -> float:
-        """Sum of all parts, in bytes."""
-        return sum(vars(self).values())
+        """Peak of a step in bytes: the sum of its parts."""
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> float:
+        """Peak of the whole run in bytes: of the start, a step or a checkpoint."""
+        return max(self.total, self.construction, self.saving)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +156,20 @@ def _estimate_stage(run: RunConfig, world_size: int, stage: int, pack: Pack) -> 
         if run.reconstructs:
             after += _head_activations(run, pack)
     copy = logits / 2 if run.training.bf16 else 0.0  # the bf16 logits, later their gradient
+    weights, gradients, optimizer = held * element, trained * 4, trained * per_parameter / spread
+    # DDP allocates both buffers of a model chunk before it frees the weights that it copies.
+    copied = trained * element / (parallel.virtual_pipeline_model_parallel_size or 1)
+    state, building = weights + gradients + optimizer, weights + gradients + copied
+    # A piece of the optimizer's state is gathered while the piece before it is still there, and
+    # with this rank's own part of it.
+    gathered = min(_MAIN_AND_MOMENTS * trained, 2 * GATHERED)
+    gathered += min(_MAIN_AND_MOMENTS * trained, GATHERED) / spread
     return MemoryEstimate(
-        weights=held * element,
-        gradients=trained * 4,
-        optimizer=trained * per_parameter / spread,
+        construction=max(state, building),
+        saving=state + gathered,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=activations + after,
         logits=logits,
         recomputed=max(0.0, redone - after - logits),

@@ -140,8 +140,11 @@ def reason(candidate: Candidate, best: Candidate) -> str:
     """Main reason for preferring the best layout to this one."""
     if candidate.free < 0:
         stages = candidate.fit.stages
-        stage = max(range(len(stages)), key=lambda n: stages[n].total)
-        parts = vars(stages[stage])
+        stage = max(range(len(stages)), key=lambda n: stages[n].peak)
+        memory = stages[stage]
+        parts = memory.parts
+        if memory.peak > memory.total:
+            parts = {"construction": memory.construction, "saving": memory.saving}
         largest = max(parts, key=lambda name: parts[name])
         return (
             f"lacks {-candidate.free / GIB:.0f} GiB on stage {stage}, even at "

@@ -25,7 +25,7 @@ def price_table(grid: Grid) -> str:
         hours = step.total * steps * grid.world_size / 3600
         total += hours
         memory = estimate_memory(run, grid.world_size, workload.pack(run))
-        worst = max(stage.total for stage in memory) / 2**30
+        worst = max(stage.peak for stage in memory) / 2**30
         lines.append(
             f"| {entry.name} | {entry.num_parameters:,} | {entry.num_samples:,} | {steps:,} | "
             f"{worst:.2f} | {hours:,.4g} |"

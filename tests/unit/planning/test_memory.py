@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.planning.memory import MemoryEstimate, Pack, estimate_memory
+from megatron_croc.planning.memory import GATHERED, MemoryEstimate, Pack, estimate_memory
 from megatron_croc.recipes import get_recipe
 
 
@@ -91,3 +91,38 @@ def test_context_parallel_ranks_share_the_images_of_the_head():
     one = 20 * 576 * 4096 * 2 + 2 * 576 * 4096 * 4
     assert images[1] == images[2]  # one image on each rank at most
     assert images[3] == images[4] == images[2] + one
+
+
+def test_start_and_saving_by_hand():
+    run = get_recipe("croc_7b/finetune")
+    run.parallel.tensor_model_parallel_size = 1
+    run.parallel.sequence_parallel = False
+    trained = 6_738_415_616 + 20_979_712
+    memory = largest(run)
+    # The weights, both of DDP's buffers; the optimizer's eighth comes after the copy is gone.
+    assert memory.construction == memory.weights + memory.gradients + 2 * trained
+    state = memory.weights + memory.gradients + memory.optimizer
+    assert memory.saving == state + 2 * (128 * 2**20) * (1 + 1 / 16)
+    assert memory.peak == memory.total == sum(memory.parts.values())
+    small = get_recipe("tiny/finetune")
+    memory = largest(small, world_size=2)
+    whole = memory.saving - memory.weights - memory.gradients - memory.optimizer
+    assert whole == memory.gradients / 4 * 12 * 1.5
+    alone = largest(run, world_size=1)
+    assert alone.construction == alone.weights + alone.gradients + alone.optimizer
+
+
+def test_the_start_can_need_more_than_a_recomputed_step():
+    run = get_recipe("croc_7b/pretrain_croc")
+    run.training.recompute_granularity = "full"
+    run.training.micro_batch_size = 1
+    memory = max(
+        estimate_memory(run, 64, Pack(tokens=300, images=1, labels=50)), key=lambda s: s.peak
+    )
+    assert memory.peak == memory.construction > memory.total
+
+
+def test_saving_gathers_what_the_estimate_says():
+    from megatron_croc.checkpoint.shares import MAX_GATHERED
+
+    assert GATHERED == 4 * MAX_GATHERED

@@ -17,6 +17,7 @@ from megatron_croc.recipes import get_recipe
 GPU = Gpu(
     name="made-up",
     memory=1e12,
+    memory_rate=1e12,
     peak=1e12,
     efficiency=0.5,
     efficiency_source="made up",
