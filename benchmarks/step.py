@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from megatron.core.utils import get_model_config
+from megatron_croc.planning.flops import Work, count_flops
 
 from megatron_croc.config.model import AttentionBackend, MaskType
 from megatron_croc.config.run import RunConfig
@@ -42,7 +43,6 @@ from megatron_croc.parallel.device import (
 )
 from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.parallel.stopwatch import MegatronTimers, drop_stopwatch, start_stopwatch
-from megatron_croc.planning.flops import Work, count_flops
 from megatron_croc.recipes import get_recipe
 from megatron_croc.training.build import TrainingState, build_training_state
 from megatron_croc.training.reporting.reporting import peak_flops
