@@ -10,6 +10,7 @@ manifest; keys and names inside a tar are never used as paths. shard_writer.py d
 """
 
 import bisect
+import functools
 import hashlib
 import io
 import itertools
@@ -99,8 +100,8 @@ class ShardedDataset:
         ]
         counts = (shard.num_samples for shard in self._shards)
         self._starts = list(itertools.accumulate(counts, initial=0))
-        self._copies = cache
-        self._files = _Recent(self._open_tar, MAX_OPEN_FILES)
+        # No method of its own: a dataset in a cycle would keep its files until the next collection.
+        self._files = _Recent(functools.partial(_open_tar, cache), MAX_OPEN_FILES)
         self._indexes = _Recent(_Index, MAX_OPEN_INDEXES)
         if len(self._shards) <= CHECKED_AT_ONCE:
             for shard in self._shards:
@@ -170,11 +171,12 @@ class ShardedDataset:
         except DataError as error:
             raise DataError(f"sample {sample_id}: {error}") from error
 
-    def _open_tar(self, shard: "_Shard") -> Storage:
-        file = open_storage(shard.tar)
-        if self._copies is None or not is_remote(shard.tar):
-            return file
-        return self._copies.open(file, digest=shard.info.tar_sha256, size=shard.info.tar_bytes)
+
+def _open_tar(copies: StorageCache | None, shard: "_Shard") -> Storage:
+    file = open_storage(shard.tar)
+    if copies is None or not is_remote(shard.tar):
+        return file
+    return copies.open(file, digest=shard.info.tar_sha256, size=shard.info.tar_bytes)
 
 
 def _parse(text: bytes, shard: "_Shard", sample_id: str) -> dict[str, Any]:

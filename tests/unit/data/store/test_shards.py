@@ -1,5 +1,6 @@
 """Stored samples are read back; damaged and unfinished folders are refused by name."""
 
+import gc
 import hashlib
 import io
 import json
@@ -129,6 +130,23 @@ def test_threads_share_few_open_files(tmp_path, monkeypatch):
         for number, sample in zip(order, pool.map(dataset.read, order), strict=True):
             assert sample.image_bytes == [data for _, data in images(number)]
     assert len(dataset._files._files) <= 2
+
+
+def test_files_are_closed_with_the_last_reference(tmp_path):
+    """Without the collector of cycles, which may come after hundreds of validations."""
+    folder = write(tmp_path / "a")
+    gc.collect()
+    gc.disable()
+    try:
+        open_before = os.listdir("/proc/self/fd")
+        dataset = ShardedDataset(folder)
+        dataset.read(0)
+        dataset.read(5)
+        assert len(os.listdir("/proc/self/fd")) > len(open_before)
+        del dataset
+        assert os.listdir("/proc/self/fd") == open_before
+    finally:
+        gc.enable()
 
 
 def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
