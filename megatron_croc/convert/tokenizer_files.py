@@ -143,16 +143,22 @@ def check_same_tokenizer(source: Path, data: DataConfig, vocab_size: int) -> Non
     if named is None or not named.exists():
         return
     trained = _training_tokenizer(named, _tokenizer_type(named, data.tokenizer_type))
-    different = [probe for probe in _PROBES if given.encode(probe) != trained.encode(probe)]
+    different = differences(given, trained)
     if given.special_ids != trained.special_ids or given.size != trained.size:
         different.append("special tokens")
-    if given.adds_prefix and given.legacy != trained.legacy:
-        different.append("a text after a special token (`legacy` in tokenizer_config.json)")
     if different:
         raise CheckpointError(
             f"--tokenizer {source}: is not the tokenizer of the run, {named}: other ids for "
             f"{different[0]!r}; export with --tokenizer {named}"
         )
+
+
+def differences(given: Tokenizer, trained: Tokenizer) -> list[str]:
+    """Return texts, and kinds of texts, that two tokenizers encode differently."""
+    different = [probe for probe in _PROBES if given.encode(probe) != trained.encode(probe)]
+    if given.adds_prefix and given.legacy != trained.legacy:
+        different.append("a text after a special token (`legacy` in tokenizer_config.json)")
+    return different
 
 
 def _present(source: Path) -> list[Path]:

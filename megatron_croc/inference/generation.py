@@ -22,6 +22,7 @@ from megatron_croc.convert.configs import EXPORT, RELEASES, read_conversation, r
 from megatron_croc.convert.export_loader import load_export
 from megatron_croc.convert.exported_tokenizer import is_own_tokenizer, read_exported
 from megatron_croc.convert.tensor_files import read_json
+from megatron_croc.convert.tokenizer_files import differences
 from megatron_croc.data.batch import IMAGE_TOKEN_INDEX
 from megatron_croc.data.sample.tokenization import (
     Tokenizer,
@@ -261,4 +262,10 @@ def _open_tokenizer(export: Path, data: DataConfig, given: Path | None) -> Token
             f"{export}: has no tokenizer of this program (exported without one, or saved again by "
             "another library); give the run's with --tokenizer"
         )
-    return build_tokenizer(data.tokenizer_type, str(source))
+    opened = build_tokenizer(data.tokenizer_type, str(source))
+    if is_own_tokenizer(export) and (others := differences(opened, read_exported(export))):
+        raise DataError(
+            f"--tokenizer {source}: is not the tokenizer that {export} was exported with: other "
+            f"ids for {others[0]!r}; leave --tokenizer out"
+        )
+    return opened

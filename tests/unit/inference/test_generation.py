@@ -343,6 +343,19 @@ def test_a_lost_tokenizer(checkpoint, tmp_path, capsys):
     assert "--tokenizer" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_is_not_the_exports(export, demo, tmp_path, capsys):
+    from megatron_croc.cli.generate import main
+
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes((demo / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    words = ["--model", str(export), "--prompt", "a", "--max-new-tokens", "1"]
+    assert main([*words, "--tokenizer", str(demo / "tokenizer.model")]) == 0
+    assert main([*words, "--tokenizer", str(other)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is not the tokenizer that" in error and "leave --tokenizer out" in error
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_answered(generator, questions):
     from megatron_croc.errors import DataError
 
