@@ -26,6 +26,8 @@ def lines(rehearsal: Rehearsal, findings: Findings) -> Iterator[str]:
     if findings.timeline is not None:
         yield ""
         yield from findings.timeline.lines()
+        if rehearsal.rows.kind == "data" and rehearsal.outcomes[0].result.get("loads") is None:
+            yield "  replicas count as equal: the data has no stored lengths (croc data lengths)"
     yield ""
     cpu = sum(entry.cpu_seconds for entry in findings.classes)
     hosts = max((entry.host_bytes for entry in findings.classes), default=0)

@@ -295,6 +295,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (("--text-tokens", "-1"), "--text-tokens -1.0: must lie between"),
         (("--time-limit", "0"), "--time-limit 0: must be above 0"),
         (("--data", "x", "--text-tokens", "10"), "give one of them"),
+        (("--data", "/nowhere"), "/nowhere"),
         (("--transformer-impl", "te"), "transformer_impl=te"),
     ],
 )

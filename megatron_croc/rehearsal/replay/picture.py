@@ -22,8 +22,8 @@ TRAFFIC, WAITING, MEMORY = "#3a9a5c", "#c9d8cf", "#8a4fa3"
 MOST_ROWS = 16
 """Most ranks that are drawn."""
 
-LEAST_PIXELS = 0.3
-"""Kernels closer than this many pixels are drawn as one."""
+LEAST_PIXELS = 0.4
+"""Kernels closer than this many pixels are drawn as one; communication from twice that on."""
 
 
 def draw_timeline(timeline: Timeline, *, title: str = "") -> str:
@@ -100,7 +100,7 @@ def _row(rank: RankTime, slices: Sequence[Slice], top: int, scale: float) -> Ite
         color = COLORS[direction][min(chunk, 1)]
         x, width = LEFT + begin * scale, max((end - begin) * scale, LEAST_PIXELS)
         yield (
-            f'<rect x="{x:.2f}" y="{top}" width="{width:.2f}" height="{ROW}" fill="{color}" '
+            f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{ROW}" fill="{color}" '
             'stroke="white" stroke-width="0.4"/>'
         )
         if micro_batch is not None and width > 14:
@@ -116,7 +116,7 @@ def _row(rank: RankTime, slices: Sequence[Slice], top: int, scale: float) -> Ite
         for begin, end in _joined(intervals, scale):
             width = max((end - begin) * scale, LEAST_PIXELS)
             yield (
-                f'<rect x="{LEFT + begin * scale:.2f}" y="{lane}" width="{width:.2f}" '
+                f'<rect x="{LEFT + begin * scale:.1f}" y="{lane}" width="{width:.1f}" '
                 f'height="{height}" fill="{color}"/>'
             )
 
@@ -142,7 +142,7 @@ def _joined(intervals: Sequence[tuple[float, float]], scale: float) -> list[tupl
     for begin, end in sorted(intervals):
         if end <= begin:
             continue
-        if joined and (begin - joined[-1][1]) * scale < LEAST_PIXELS:
+        if joined and (begin - joined[-1][1]) * scale < 2 * LEAST_PIXELS:
             joined[-1] = joined[-1][0], max(joined[-1][1], end)
         else:
             joined.append((begin, end))
