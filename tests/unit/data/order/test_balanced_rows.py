@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -166,6 +167,19 @@ def test_replicas_of_every_step_finish_together(monkeypatch, kind, layout):
         assert (np.diff(costs, axis=1) <= 1e-9).all()  # the costliest micro-batch comes first
     assert np.mean(seen) < 0.02
     assert len(costliest) > 1  # not always the same replica
+
+
+@pytest.mark.parametrize("packs_before", [0, 7, 23])
+def test_steps_of_packs_begin_where_steps_do(packs_before):
+    """After a number of packs that is not one of samples: groups of alike packs lie in one step."""
+    arrange = plan_of("packed", [600], [1]).arrangement.arrange
+    packs, _, sample_costs = arrange(np.arange(600), 600, packs_before)
+    costs = np.array([sample_costs[pack].sum() for pack in packs])
+    first = -packs_before % GLOBAL
+    steps = costs[first : first + (costs.size - first) // GLOBAL * GLOBAL].reshape(-1, GLOBAL)
+    groups = sorted(np.sort(steps, axis=1).reshape(-1, REPLICAS).tolist())
+    assert len(groups) > 40
+    assert sum(a[-1] > b[0] + 1e-9 for a, b in pairwise(groups)) <= 2
 
 
 def test_a_seed_decides_the_order_and_the_rest_is_part_of_its_identity():
