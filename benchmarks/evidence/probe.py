@@ -94,15 +94,16 @@ def table(rows: Sequence[dict]) -> list[list[str]]:
     num_layers = len(rows[0]["attention_to_image"])
     head = [f"{fact}, layer {n}" for fact in ("colour", "shape") for n in range(num_layers + 1)]
     attention = [f"attention, layer {n + 1}" for n in range(num_layers)]
-    lines = [["arm", *head, *attention]]
+    lines = [["arm", "seeds", *head, *attention]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [r for r in rows if r["arm"] == arm]
         cells = []
         for key in ("colour", "shape", "attention_to_image"):
             for values in zip(*(row[key] for row in own), strict=True):
                 mean = mean_of(values)
-                cells.append(f"{mean.value:.1%} ± {100 * mean.error:.1f}")
-        lines.append([arm, *cells])
+                error = f" ± {100 * mean.error:.1f}" if mean.num_seeds > 1 else ""
+                cells.append(f"{mean.value:.1%}{error}")
+        lines.append([arm, str(len(own)), *cells])
     return lines
 
 
