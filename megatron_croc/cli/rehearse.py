@@ -125,6 +125,10 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
         images=options.images,
         spread=options.text_spread,
     )
+    if options.data is not None:
+        from megatron_croc.data.order.blend import read_blend  # numpy: only where there is data
+
+        read_blend(run.data.data_path)
     if run.training.transformer_impl == "te" or run.training.fp8_format is not None:
         setting = "transformer_impl=te" if run.training.fp8_format is None else "fp8_format"
         raise ConfigError(

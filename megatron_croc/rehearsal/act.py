@@ -118,6 +118,7 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         "place": {axis: getattr(pg, axis).rank() for axis in AXES},
         "sizes": sizes,
         "seconds": {**seconds, "all": time.monotonic() - began},
+        "cpu_seconds": time.process_time(),  # since the fork
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rows": describe_rows(rows),
         "loads": replica_loads(run, job.rows, dp_size=sizes["dp"]) if job.rank == 0 else None,

@@ -35,6 +35,7 @@ class ClassFindings:
     stage: int
     num_ranks: int
     seconds: float
+    cpu_seconds: float
     host_bytes: int
     peaks: dict[str, int]
     """Phase -> bytes."""
@@ -130,6 +131,7 @@ def _class(rehearsal: Rehearsal, outcome: Outcome) -> ClassFindings:
         stage=stage,
         num_ranks=len(outcome.of.stands_for),
         seconds=outcome.seconds,
+        cpu_seconds=result["cpu_seconds"],
         host_bytes=result["host_bytes"],
         peaks=peaks,
         parts=step["parts"],
@@ -150,7 +152,7 @@ def _way_out_of(result: dict[str, Any]) -> str:
         return "move the tensor to the device with to_device() before that line"
     if "host memory" in error:
         return "take fewer --jobs"
-    return f"it ends the {PHASES.get(result.get('phase', ''), 'start')}; --keep keeps its full log"
+    return f"it ends the {PHASES.get(result.get('phase', ''), 'start')}; with --out its log stays"
 
 
 def _names(ranks: list[int]) -> str:

@@ -20,7 +20,7 @@ import torch
 
 from megatron_croc.errors import CrocError
 from megatron_croc.planning.gpus import get_gpu
-from megatron_croc.rehearsal import fake_cuda, fake_tensors, kernels
+from megatron_croc.rehearsal import fake_cuda, fake_tensors, kernels, without_shim
 from megatron_croc.rehearsal.job import Job
 from megatron_croc.rehearsal.places import blame
 from megatron_croc.rehearsal.recorder import Recorder
@@ -63,6 +63,7 @@ def become_device(gpu: str, recorder: Recorder) -> str | None:
         load_shim()
     except ShimError as error:
         reason = str(error)
+        without_shim.install()
     torch.autograd.set_multithreading_enabled(False)
     torch.set_num_threads(1)
     fake_cuda.install(recorder, get_gpu(gpu))

@@ -29,10 +29,11 @@ def lines(rehearsal: Rehearsal, findings: Findings) -> Iterator[str]:
         if rehearsal.rows.kind == "data" and rehearsal.outcomes[0].result.get("loads") is None:
             yield "  replicas count as equal: the data has no stored lengths (croc data lengths)"
     yield ""
+    cpu = sum(entry.cpu_seconds for entry in findings.classes)
     hosts = max((entry.host_bytes for entry in findings.classes), default=0)
     yield (
         f"{len(rehearsal.outcomes)} classes for {rehearsal.world_size} GPUs in "
-        f"{rehearsal.seconds:.0f} s, {hosts / GIB:.1f} GiB each at most"
+        f"{rehearsal.seconds:.0f} s ({cpu:.0f} s of CPU), {hosts / GIB:.1f} GiB each at most"
     )
     if rehearsal.forward_only:
         yield (

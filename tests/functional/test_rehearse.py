@@ -119,7 +119,7 @@ def test_a_job_of_four_ranks_from_the_command(tmp_path: Path, capsys: Any) -> No
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of jobs with a fault each, and of jobs on data, by name; all from one process."""
     folder = tmp_path_factory.mktemp("planted")
-    demo = write_demo(folder / "demo", ("pretrain_croc",), num_images=16)
+    demo = write_demo(folder / "demo", ("pretrain_croc",), num_images=40)
     tokenizer = ("--tokenizer-model", str(demo / "tokenizer.model"))
     on_data, nowhere = demo / "pretrain_croc", folder / "nowhere"
     runs = {name: parse([*TINY, "2"]) for name in PLANTED}
@@ -295,6 +295,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (("--text-tokens", "-1"), "--text-tokens -1.0: must lie between"),
         (("--time-limit", "0"), "--time-limit 0: must be above 0"),
         (("--data", "x", "--text-tokens", "10"), "give one of them"),
+        (("--data", "/nowhere"), "/nowhere"),
         (("--transformer-impl", "te"), "transformer_impl=te"),
     ],
 )

@@ -1,6 +1,8 @@
 import pytest
 
 from megatron_croc.config.run import RunConfig
+from megatron_croc.planning.fit import Fit, gpu_memory
+from megatron_croc.planning.gpus import get_gpu
 from megatron_croc.planning.memory import GATHERED, MemoryEstimate, Pack, estimate_memory
 from megatron_croc.recipes import get_recipe
 
@@ -120,6 +122,8 @@ def test_the_start_can_need_more_than_a_recomputed_step():
         estimate_memory(run, 64, Pack(tokens=300, images=1, labels=50)), key=lambda s: s.peak
     )
     assert memory.peak == memory.construction > memory.total
+    fit = Fit(device=gpu_memory(get_gpu("h100")), stages=[memory])
+    assert fit.tensors == memory.construction
 
 
 def test_saving_gathers_what_the_estimate_says():

@@ -36,6 +36,7 @@ def result(rank: int, stage: int, **changes: Any) -> dict[str, Any]:
     return {
         "rank": rank,
         "forward_only": None,
+        "cpu_seconds": 12.0,
         "host_bytes": GIB // 2,
         "rows": {"micro_batches": 8, "mean_tokens": 3040.0, "most_tokens": 3040, "images": 16},
         "pack": PACK,
@@ -87,6 +88,7 @@ def test_classes_stand_beside_the_estimate(rehearsal: Rehearsal) -> None:
     text = "\n".join(lines(rehearsal, found))
     assert "42x  torch.cuda.synchronize  p2p.py:242" in text and "x.py" not in text
     assert "send        pp of 2  8 x 1.00" in text and text.endswith("no fault found")
+    assert "4 classes for 4 GPUs in 0 s (48 s of CPU), 0.5 GiB each at most" in text
     tree = json.loads(as_json(rehearsal, found))
     assert tree["classes"][3]["peaks"]["build"] == 7 * GIB and tree["faults"] == []
     page = as_page(rehearsal, found)

@@ -18,7 +18,10 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\necho 'fake_cuda.cpp:1: error: no header' >&2\nexit 1\n")
+    compiler.write_text(
+        '#!/bin/sh\nfor word; do [ "$before" = -o ] && : > "$word"; before=$word; done\n'
+        "echo 'fake_cuda.cpp:1: error: no header' >&2\nexit 1\n"
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(compiler))
