@@ -156,7 +156,8 @@ class Ledger(TorchDispatchMode):
         self.num_operations += 1
         moved = 0
         on_device = False
-        for tensor in device_tensors((args, kwargs, out)):
+        counted = (args, kwargs) if name in _ONLY_WRITE else (args, kwargs, out)
+        for tensor in device_tensors(counted):
             on_device = True
             moved += tensor.numel() * tensor.element_size()
             self._see(tensor, func)
@@ -238,6 +239,9 @@ def _by_purpose(sums: Counter[tuple[str, str]]) -> dict[str, int]:
         totals[purpose] += size
     return {purpose: size for purpose, size in totals.most_common() if size}
 
+
+_ONLY_WRITE = {"copy_", "fill_", "normal_", "uniform_", "zero_"}
+"""Operations that write a tensor in place without reading it: they move its bytes once."""
 
 _FREE = {
     "view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze",

@@ -19,7 +19,7 @@ COLORS = {
     "": ("#7a7a7a", "#7a7a7a"),
 }
 TRAFFIC, WAITING, MEMORY = "#3a9a5c", "#c9d8cf", "#8a4fa3"
-MOST_ROWS = 16
+MOST_STAGES, MOST_REPLICAS = 16, 6
 """Most ranks that are drawn."""
 
 LEAST_PIXELS = 0.4
@@ -27,13 +27,14 @@ LEAST_PIXELS = 0.4
 
 
 def draw_timeline(timeline: Timeline, *, title: str = "") -> str:
-    """An SVG picture of the ranks that matter: a rank of each stage, in the slowest replica."""
+    """An SVG picture of the ranks that matter."""
     ranks = _drawn(timeline)
     by_rank: dict[int, list[Slice]] = {rank.rank: [] for rank in ranks}
     for piece in timeline.slices:
         if piece.rank in by_rank:
             by_rank[piece.rank].append(piece)
     has_memory = bool(timeline.memory)
+    has_stages = len({rank.coordinates["pp"] for rank in timeline.ranks}) > 1
     each = ROW + LANE + GAP + (MEMORY_HEIGHT if has_memory else 0)
     height = 52 + each * len(ranks) + 44
     scale = (WIDTH - LEFT - 12) / (timeline.seconds or 1.0)
@@ -47,7 +48,7 @@ def draw_timeline(timeline: Timeline, *, title: str = "") -> str:
     ]
     for number, rank in enumerate(ranks):
         top = 52 + number * each
-        lines += _row(rank, by_rank[rank.rank], top, scale)
+        lines += _row(rank, by_rank[rank.rank], top, scale, has_stages=has_stages)
         if has_memory:
             lines += _memory(timeline, rank, top + ROW + LANE + 4, scale)
     lines += _axis(timeline.seconds, height - 34, scale)
@@ -56,15 +57,16 @@ def draw_timeline(timeline: Timeline, *, title: str = "") -> str:
 
 
 def _drawn(timeline: Timeline) -> list[RankTime]:
+    """A rank of each stage in the slowest replica; with one stage, of slow and fast replicas."""
+    first = [r for r in timeline.ranks if not r.coordinates["tp"] + r.coordinates["cp"]]
     replica, _ = timeline.longest_over_mean("dp")
-    ranks = [
-        rank
-        for rank in timeline.ranks
-        if rank.coordinates["dp"] == replica and not rank.coordinates["tp"] + rank.coordinates["cp"]
-    ]
-    if len(ranks) == 1 and len(timeline.ranks) > 1:  # no pipeline: show some of the others
-        ranks = list(timeline.ranks)
-    return sorted(ranks, key=lambda rank: rank.rank)[:MOST_ROWS]
+    ranks = [rank for rank in first if rank.coordinates["dp"] == replica]
+    if len(ranks) == 1:
+        ranks = sorted(first, key=lambda rank: -rank.compute)
+        last = max(1, min(MOST_REPLICAS, len(ranks)) - 1)
+        places = {round(n * (len(ranks) - 1) / last) for n in range(last + 1)}
+        return [ranks[place] for place in sorted(places)]
+    return sorted(ranks, key=lambda rank: rank.rank)[:MOST_STAGES]
 
 
 def _headline(timeline: Timeline, title: str) -> str:
@@ -92,8 +94,11 @@ def _legend() -> Iterator[str]:
         x += 28 + 7 * len(name)
 
 
-def _row(rank: RankTime, slices: Sequence[Slice], top: int, scale: float) -> Iterator[str]:
-    name = f"stage {rank.coordinates['pp']}, rank {rank.rank}"
+def _row(
+    rank: RankTime, slices: Sequence[Slice], top: int, scale: float, *, has_stages: bool
+) -> Iterator[str]:
+    name = f"stage {rank.coordinates['pp']}" if has_stages else f"replica {rank.coordinates['dp']}"
+    name += f", rank {rank.rank}"
     yield f'<text x="8" y="{top + 17}">{name}</text>'
     yield f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - 12}" height="{ROW}" fill="#f2f2f2"/>'
     for begin, end, direction, micro_batch, chunk in _merged(slices, scale):
