@@ -49,17 +49,19 @@ _NAMES: dict[str, tuple[str, int]] = {
 class FakeHandle:
     """Handle of an operation; waiting for it makes the current stream wait.
 
-    Like torch's, it keeps the operation's tensors until then.
+    As in torch, the group keeps the operation's tensors until then, or until the operation is done
+    if nobody waits for it.
     """
 
     def __init__(self, recorder: Recorder, number: int, tensors: Sequence[Tensor] = ()) -> None:
         """Wrap the operation `number` of the trace."""
-        self._recorder, self._number, self._tensors = recorder, number, tensors
+        self._recorder, self._number = recorder, number
+        if tensors:
+            recorder.in_flight[number] = tensors
 
     def wait(self, timeout: object = None) -> bool:
         """Make the current stream wait for the operation."""
         self._recorder.wait_for(self._number)
-        self._tensors = ()
         return True
 
     def is_completed(self) -> bool:

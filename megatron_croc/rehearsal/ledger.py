@@ -126,6 +126,7 @@ class Ledger(TorchDispatchMode):
     def start_phase(self, phase: str) -> Peak:
         """Begin a phase; its peak begins at the present memory."""
         self._snapshot()
+        self.recorder.settle()
         self.recorder.phase = phase
         self.recorder.mark()
         peak = self.peaks.setdefault(phase, Peak())

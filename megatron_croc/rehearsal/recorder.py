@@ -90,6 +90,9 @@ class Recorder:
     """torch's name of each group of this rank -> its global ranks."""
 
     _segment: dict[tuple[int, str, str], _Work] = field(default_factory=dict)
+    in_flight: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    """Handle -> tensors of an operation that nobody has waited for."""
+
     _batch: list[trace.Transfer] | None = None
     _done: set[int] = field(default_factory=set)
     _sent: set[int] = field(default_factory=set)
@@ -246,6 +249,13 @@ class Recorder:
         """The current stream waits for an operation, unless it has done so."""
         if work not in self._done:
             self.add(trace.Wait(work=work, stream=self.stream, place=place()))
+        self.in_flight.pop(work, None)
+
+    def settle(self) -> None:
+        """The device has done all that was asked for; what groups have kept till then is freed."""
+        for tensors in self.in_flight.values():
+            self._sent -= {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.in_flight.clear()
 
     def release(self, storage: int) -> None:
         """A storage is freed."""

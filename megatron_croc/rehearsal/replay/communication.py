@@ -166,8 +166,10 @@ class Communication:
         the kernels of both fit the device at once.
         """
         keys = sorted({key for host in self._hosts.values() for key in host.calls})
-        for one, other in itertools.combinations(keys, 2):
-            both = sorted(set(one[1]) & set(other[1]) & self._hosts.keys())
+        members = {key: frozenset(key[1]) & self._hosts.keys() for key in keys}
+        shared = [key for key in keys if len(members[key]) > 1]
+        for one, other in itertools.combinations(shared, 2):
+            both = sorted(members[one] & members[other])
             if len(both) < 2:
                 continue
             orders = [[k for k in self._hosts[rank].order if k in (one, other)] for rank in both]

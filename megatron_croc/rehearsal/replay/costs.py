@@ -1,12 +1,13 @@
 """Seconds of kernels, collectives and transfers: from a table, or from peak x efficiency.
 
     {"hardware": "...", "launch": 5e-6, "connect": 0.0,
-     "operations":  {"aten::mm": {"each": 1e-5, "per_flop": 2e-15, "per_byte": 0.0}, ...},
+     "operations":  {"matmul": {"each": 1e-5, "per_flop": 2e-15, "per_byte": 0.0}, ...},
      "collectives": {"all_reduce": {"each": 2e-5, "per_byte": 5e-12}, "all_reduce/8": ...},
      "transfer":    {"each": 1e-5, "per_byte": 2.5e-11}}
 
 is a table: seconds of one call, and for each floating-point operation and byte of it. A collective
 may be measured for one number of ranks (`all_reduce/8`); "*" stands for all that is not named.
+Operations of a rehearsal are matmul, attention, elementwise, triton.NAME (rehearsal/recorder.py).
 """
 
 import math
