@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from beside.case import SIZES, Peer, Size
-from beside.processes import Pair, add_peer_options, chosen_peers, start_pair
+from beside.processes import Pair, Worker, add_peer_options, chosen_peers, start_pair
 
 NUM_BATCHES = 4
 """Different micro-batches."""
@@ -35,7 +35,7 @@ SAME_LOSS = 1e-4
 
 def measure(pair: Pair, repeats: int) -> dict[str, Any]:
     """Steps in turn, the order of the two reversed every time; then one with its parts."""
-    names = {"released": pair.released, "ours": pair.ours}
+    names: dict[str, Worker] = {"released": pair.released, "ours": pair.ours}
     first = {name: worker.ask({"step": 0, "dropout": False}) for name, worker in names.items()}
     error = abs(first["ours"]["loss"] / first["released"]["loss"] - 1.0)
     if not error < SAME_LOSS:
@@ -111,7 +111,9 @@ def main() -> None:
         for name in options.sizes:
             for vocab_size in options.vocabularies:
                 size = SIZES[name].with_vocabulary(vocab_size)
-                with start_pair(peer, size, folder, python, num_batches=NUM_BATCHES) as pair:
+                with start_pair(
+                    peer, size, folder, python, num_batches=NUM_BATCHES, learning_rate=1e-3
+                ) as pair:
                     result = measure(pair, options.repeats)
                 print_result(peer, size, result)
                 results["comparisons"][f"{peer}/{name}/{vocab_size}"] = {

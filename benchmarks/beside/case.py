@@ -16,7 +16,6 @@ IGNORE_INDEX, IMAGE_TOKEN_INDEX = -100, -200
 POOL_SIZE = 2048
 """Pool tokens; the released Croc has this number in its code."""
 
-LEARNING_RATE = 1e-3
 CLIP_GRAD = 1.0
 
 

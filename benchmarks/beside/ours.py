@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from beside.case import CLIP_GRAD, LEARNING_RATE, Inputs, Size, make_inputs
+from beside.case import CLIP_GRAD, Inputs, Size, make_inputs
 from beside.worker import TakeStep, serve
 from megatron_croc.convert.names import CROC, VICTOR, build_rules
 from megatron_croc.convert.state import load_state
@@ -31,7 +31,7 @@ def build(size: Size, order: dict[str, Any]) -> TakeStep:
     run = build_run(case, tp=1, pp=1, sequence_parallel=False)
     run.training.freeze_ViT = is_croc
     optim = run.optimizer
-    optim.lr = optim.min_lr = LEARNING_RATE
+    optim.lr = optim.min_lr = order["learning_rate"]
     optim.lr_decay_style, optim.lr_warmup_fraction = "constant", 0.0
     optim.clip_grad = CLIP_GRAD
     groups = start_distributed(run.parallel, seed=run.training.seed)

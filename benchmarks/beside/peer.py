@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beside.case import CLIP_GRAD, LEARNING_RATE, POOL_SIZE, Inputs, Size
+from beside.case import CLIP_GRAD, POOL_SIZE, Inputs, Size
 from beside.worker import TakeStep, serve
 
 
@@ -90,13 +90,17 @@ def _watch_losses(seen: dict[str, float]) -> None:
 def build(size: Size, order: dict[str, Any]) -> TakeStep:
     """Build the released model with the AdamW that transformers' Trainer gives it."""
     sys.path.insert(0, order["folder"])
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # of the weights: the control has the same
     is_croc = order["peer"] == "croc"
     model = (_build_croc if is_croc else _build_victor)(size, order).float()
-    _save_weights(model, Path(order["weights"]))
+    if order.get("nudge"):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.0 + 2.0**-23)
+    else:
+        _save_weights(model, Path(order["weights"]))
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=LEARNING_RATE,
+        lr=order["learning_rate"],
         weight_decay=0.0,
     )
     arguments: dict[str, Any] = {} if is_croc else {"victor_stage": True}

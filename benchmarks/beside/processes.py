@@ -7,7 +7,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,14 +59,29 @@ class Pair(NamedTuple):
 
     released: Worker
     ours: Worker
+    control: Worker | None
+    """The released code again, from weights that differ in the last bits."""
 
 
 @contextmanager
 def start_pair(
-    peer: Peer, size: Size, folder: Path, python: str, *, num_batches: int
+    peer: Peer,
+    size: Size,
+    folder: Path,
+    python: str,
+    *,
+    num_batches: int,
+    learning_rate: float,
+    with_control: bool = False,
 ) -> Iterator[Pair]:
     """Start the released code's process, then ours with the weights that it saved."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as started:
+
+        def start(python: str, module: str, **more: object) -> Worker:
+            worker = Worker(python, module, {**order, **more})
+            started.callback(worker.close)
+            return worker
+
         order = {
             "size": size.to_json(),
             "peer": peer,
@@ -74,16 +89,12 @@ def start_pair(
             "scratch": scratch,
             "weights": f"{scratch}/weights.safetensors",
             "num_batches": num_batches,
+            "learning_rate": learning_rate,
         }
-        released = Worker(python, "beside.peer", order)
-        try:
-            ours = Worker(sys.executable, "beside.ours", order)
-            try:
-                yield Pair(released, ours)
-            finally:
-                ours.close()
-        finally:
-            released.close()
+        released = start(python, "beside.peer")
+        ours = start(sys.executable, "beside.ours")
+        control = start(python, "beside.peer", nudge=True) if with_control else None
+        yield Pair(released, ours, control)
 
 
 def add_peer_options(parser: ArgumentParser) -> None:

@@ -26,6 +26,7 @@ from megatron_croc.model.sharded_weights import WeightSource, fill_weights
 from megatron_croc.model.transformer_configs import language_model_config
 from megatron_croc.parallel.device import current_device
 from megatron_croc.parallel.target_channel import TargetChannel
+from megatron_croc.training.groups_of_one import skip_groups_of_one
 from megatron_croc.training.optimizer import build_optimizer, build_scheduler
 from megatron_croc.training.reporting.reporting import Reporter
 from megatron_croc.training.reporting.time_split import TimeSplit
@@ -81,6 +82,7 @@ def wrap_model(
     run: RunConfig, models: list[CrocModel], pg_collection: ProcessGroupCollection
 ) -> list[nn.Module]:
     """Wrap every chunk in DistributedDataParallel, and set the schedule's gradient hooks."""
+    skip_groups_of_one()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
