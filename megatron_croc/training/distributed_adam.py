@@ -20,6 +20,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_croc.libraries import name_unknown_version
+from megatron_croc.parallel.device import has_cuda
+
+_OF_THE_MACHINE = ("fused", "foreach")
+"""Settings of torch's AdamW that choose a kernel; each machine keeps its own on a resume."""
 
 
 class AdamDistributedOptimizer(DistributedOptimizer):
@@ -28,6 +32,9 @@ class AdamDistributedOptimizer(DistributedOptimizer):
     def allocate_state(self) -> None:
         """Allocate the moments of every owned parameter, and a step count in every group."""
         counts_per_parameter = isinstance(self.optimizer, torch.optim.AdamW)
+        if counts_per_parameter and not has_cuda():
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # one pass over the memory instead of eight
         for group in self.optimizer.param_groups:
             group.setdefault("step", 0)
             for parameter in group["params"]:
@@ -50,7 +57,7 @@ class AdamDistributedOptimizer(DistributedOptimizer):
     def state_dict(self) -> dict:
         """State without the per-parameter tensors, which are saved sharded."""
         kept = [
-            {k: v for k, v in group.items() if k != "params"}
+            {k: v for k, v in group.items() if k not in ("params", *_OF_THE_MACHINE)}
             for group in self.optimizer.param_groups
         ]
         return {"optimizer": {"param_groups": kept}}
@@ -65,7 +72,8 @@ class AdamDistributedOptimizer(DistributedOptimizer):
         saved_groups = {_identity(g): g for g in state_dict["optimizer"]["param_groups"]}
         for group in self.optimizer.param_groups:
             saved = saved_groups[_identity(group)]
-            group.update({k: v for k, v in saved.items() if k in group and k != "params"})
+            kept = ("params", *_OF_THE_MACHINE)
+            group.update({k: v for k, v in saved.items() if k in group and k not in kept})
         if "param_state" in state_dict:
             self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
         for group in self.optimizer.param_groups:

@@ -1,5 +1,7 @@
 """Readable reference: scaled-dot-product attention with the dense mask of each sample."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,9 +16,11 @@ def attend_dense(
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     outputs = []
-    blocks = zip(mask.bounds, mask.bounds[1:], _sample_masks(mask), strict=False)
-    for begin, end, visible in blocks:
-        q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    # One split has one backward; a slice for each sample would fill a whole pack of zeros each.
+    lengths = [end - begin for begin, end in pairwise([*mask.bounds, len(query)])]
+    samples = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    for (q, k, v), visible in zip(samples, _sample_masks(mask), strict=False):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=softmax_scale
         )

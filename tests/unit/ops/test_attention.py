@@ -218,3 +218,22 @@ def test_mixed_dtypes_are_refused():
     query, key, value = draw(1, 1)
     with pytest.raises(ValueError, match=r"float64, torch\.float32, torch\.float64"):
         attend(query, key.float(), value, MASKS["causal"], softmax_scale=1.0)
+
+
+def test_a_sample_of_a_dense_pack_costs_no_pass_over_the_pack():
+    """The backward pass of a slice fills zeros of the whole pack, for every sample and layer."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_croc.ops.attention.dense import attend_dense
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    mask = MixedMask.build([0, 5, 9, 12], [(0, 3)], length=14)
+    query, key, value = (torch.randn(14, 2, 8, requires_grad=True) for _ in range(3))
+    with Names():
+        attend_dense(query, key, value, mask, softmax_scale=0.3).sum().backward()
+    assert names.count("aten::slice_backward") <= 1  # the padding

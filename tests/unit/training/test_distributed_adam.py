@@ -103,3 +103,19 @@ def test_a_run_goes_on_with_another_adam(
     for name, parameter in second.chunks[0].module.named_parameters():
         # A step moves a weight by about the rate, 1e-3.
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_the_kernel_of_an_adam_is_a_choice_of_the_machine(pg_collection, use):
+    """One pass on a CPU; a checkpoint neither holds the choice nor changes it."""
+    use("torch")
+    training = build(tiny_run(), pg_collection)
+    (optimizer,) = training.optimizer.chained_optimizers
+    groups = optimizer.optimizer.param_groups
+    assert all(group["fused"] for group in groups)
+    state = optimizer.state_dict()
+    saved = state["optimizer"]["param_groups"]
+    assert saved and not any({"fused", "foreach"} & group.keys() for group in saved)
+    for group in saved:  # as an earlier version wrote it
+        group.update(fused=None, foreach=True)
+    optimizer.load_state_dict(state)
+    assert all(group["fused"] and not group["foreach"] for group in groups)
