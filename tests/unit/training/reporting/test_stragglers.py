@@ -96,7 +96,7 @@ def test_imbalance_is_compared_step_by_step_inside_each_stage():
     from megatron_croc.parallel.stopwatch import REGIONS
     from megatron_croc.training.reporting.time_split import IntervalTimes
 
-    seconds = [[3.0, 1.0], [2.0, 2.0], [1.0, 3.0], [2.0, 2.0]]
+    seconds = [[3.0, 1.0], [5.0, 5.0], [1.0, 3.0], [5.0, 5.0]]
     interval = IntervalTimes(
         ranks=[{**dict.fromkeys(REGIONS, 0.0), "forward": 4.0}] * 4,
         num_steps=2,
