@@ -37,13 +37,14 @@ import psutil
 from megatron_croc.training.safety.heartbeat import beat_file, read_beat
 from megatron_croc.verification.faults.launch import free_port
 from megatron_croc.verification.faults.runs import STAGE, make_data, train_words
+from megatron_croc.verification.faults.soak import RSS_GROWTH
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = 200
 """Measurements of the long run."""
 
-BOUNDS = {"rss_mib": 4.0, "files": 0.5, "threads": 0.5, "processes": 0.5, "shm_mib": 0.5}
-"""Largest slope that counts as flat, per 1,000 steps."""
+BOUNDS = {"rss_mib": RSS_GROWTH, "files": 0.5, "threads": 0.5, "processes": 0.5, "shm_mib": 0.5}
+"""Largest slope that counts as flat, per 1,000 steps and rank."""
 
 WARM_UP = 10
 """First steps of a run that are not timed."""
@@ -197,8 +198,8 @@ def watch(processes: Sequence[psutil.Popen], save: Path, every: int) -> list[dic
     return rows[:-1]  # the last one may stand in the end of the run
 
 
-def slopes(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Slope of each figure over the second half, per 1,000 steps, and its upper 95 % end.
+def slopes(rows: Sequence[dict[str, float]], ranks: int) -> dict[str, tuple[float, float]]:
+    """Slope of each figure over the second half, per 1,000 steps and rank, and its upper 95 % end.
 
     The interval comes from a moving-block bootstrap of the residuals: neighbours are alike.
     """
@@ -208,7 +209,7 @@ def slopes(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
     block = max(1, len(half) // 10)
     found = {}
     for name in BOUNDS:
-        values = np.array([row[name] for row in half], dtype=float)
+        values = np.array([row[name] for row in half], dtype=float) / ranks
         slope, base = np.polyfit(steps, values, 1)
         residuals = values - slope * steps - base
         drawn = []
@@ -245,8 +246,8 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     for name, (slope, upper) in result["slopes"].items():
         flat = "flat" if upper <= BOUNDS[name] else "GROWS"
         yield (
-            f"{name}: {slope:+.2f} per 1,000 steps in the second half, at most {upper:+.2f} "
-            f"(95 %; bound {BOUNDS[name]}): {flat}"
+            f"{name}: {slope:+.2f} per 1,000 steps and rank in the second half, at most "
+            f"{upper:+.2f} (95 %; bound {BOUNDS[name]}): {flat}"
         )
     yield (
         f"second half against first: wall {result['halves']['wall']:.3f}, "
@@ -289,7 +290,7 @@ def main() -> int:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
             "steps": options.steps,
             "ranks": options.ranks,
-            "slopes": slopes(rows),
+            "slopes": slopes(rows, options.ranks),
             "halves": {
                 "wall": float(np.median(second[:, 0]) / np.median(first[:, 0])),
                 "cpu": float(second[:, 1].mean() / first[:, 1].mean()),

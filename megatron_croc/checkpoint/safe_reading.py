@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     StorageMeta,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -127,10 +126,9 @@ def _check_places(index: Metadata, path: Path) -> None:
 def _check_tensors(index: Metadata, path: Path) -> None:
     """Refuse shapes that are none, and pieces that lie outside of their tensor."""
     for key, entry in index.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata) and isinstance(key, str):
+        if isinstance(entry, BytesStorageMetadata):
             continue
-        is_tensor = isinstance(entry, TensorStorageMetadata) and isinstance(key, str)
-        if not is_tensor or not isinstance(entry.properties.dtype, torch.dtype):
+        if not isinstance(key, str) or not isinstance(entry.properties.dtype, torch.dtype):
             raise CheckpointError(f"{path}: damaged: {key!r:.80} is no tensor of a known type")
         shape = _lengths(entry.size)
         for chunk in entry.chunks:

@@ -245,7 +245,7 @@ def test_indexes_of_checkpoints(tmp_path: Path):
     [
         (lambda index: setattr(index, "storage_data", [1]), "damaged"),
         (lambda index: setattr(index, "state_dict_metadata", None), "damaged"),
-        (lambda index: index.state_dict_metadata.update(c=3), "'c' is no tensor of a known type"),
+        (lambda index: index.state_dict_metadata.update(c=3), "damaged"),
         (
             lambda index: setattr(index.state_dict_metadata["b"], "size", (-4,)),
             r"\(-4,\) are no lengths",
