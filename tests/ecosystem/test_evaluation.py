@@ -62,7 +62,7 @@ def test_lmms_eval_gives_the_answers_and_numbers_of_croc_eval(tmp_path: Path):
     export_huggingface(tmp_path / "save", tmp_path / "hf", tokenizer=demo / "tokenizer.model")
     tasks = [word for path in write_tasks(demo) for word in ("--task", path)]
     croc("eval", "--model", tmp_path / "hf", *tasks, "--output", tmp_path / "ours")
-    croc("eval", "lmms-task", *tasks, "--to", tmp_path / "lmms")
+    croc("lmms-task", *tasks, "--to", tmp_path / "lmms")
     arguments = f"pretrained={tmp_path / 'hf'},dtype=float32,device=cpu"
     names = ",".join(f"demo_{kind}" for kind in IN_LMMS)
     done = run(
