@@ -1,6 +1,6 @@
 """Write local tasks as tasks of lmms-eval, which then judges any model it knows on them.
 
-    croc eval lmms-task --task existence.yaml --to lmms-tasks
+    croc lmms-task --task existence.yaml --to lmms-tasks
     lmms-eval --model croc --model_args pretrained=croc-hf --include_path lmms-tasks \\
         --tasks existence --batch_size 8
 
@@ -21,7 +21,7 @@ from megatron_croc.errors import ConfigError
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tasks; return the exit status."""
     parser = CommandParser(
-        prog="croc eval lmms-task",
+        prog="croc lmms-task",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

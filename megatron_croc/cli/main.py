@@ -27,7 +27,7 @@ COMMANDS = {
     "convert": ("convert:main", "weights from and to Hugging Face: import, export, verify"),
     "generate": ("generate:main", "answers to questions about images"),
     "eval": ("eval:main", "metrics of a model on local tasks: yes or no, VQA, exact match"),
-    "eval lmms-task": ("lmms_task:main", "a local task for lmms-eval"),
+    "lmms-task": ("lmms_task:main", "a local task for lmms-eval"),
     "chat": ("chat:main", "a conversation with a model, in the terminal or a local page"),
     "serve": ("serve:main", "a model behind OpenAI's interface, with vLLM"),
     "data preprocess": ("data.preprocess:main", "images and texts to shards for training"),

@@ -67,7 +67,7 @@ _IMPORTS: dict[Kind, str] = {
 }
 
 _UTILS = '''\
-"""Questions of a local task, for lmms-eval; written by croc eval lmms-task."""
+"""Questions of a local task, for lmms-eval; written by croc lmms-task."""
 
 {imports}from PIL import Image
 

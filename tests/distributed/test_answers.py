@@ -84,13 +84,18 @@ def answers_of(demo: Path, checkpoint: Path, changes: dict) -> tuple[int, int, l
     return counts.num_answers, counts.num_right, ids
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    folder = write_demo(tmp_path_factory.mktemp("demo"), ("finetune",))
+def write_first_task(folder: Path) -> None:
+    """Write a task of the first samples, which train_small evaluates."""
     task = dict(task="heart", kind="exact_match", questions="first.json", images="images")
     (folder / "task.yaml").write_text(json.dumps(task | {"max_new_tokens": NEW_TOKENS}))
     records = json.loads((folder / "finetune.json").read_text())[:NUM_SAMPLES]
     (folder / "first.json").write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = write_demo(tmp_path_factory.mktemp("demo"), ("finetune",))
+    write_first_task(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Exports in other programs: transformers 4.57 and 5 with peft, and vLLM's server.
+"""Exports in other programs: transformers 4.57 and 5 with peft, vLLM's server, lmms-eval.
 
 `make ecosystem` makes the environments in build/ecosystem; CROC_ECOSYSTEM names another folder.
 """
@@ -51,6 +51,13 @@ def run(*command: object, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         words, capture_output=True, text=True, timeout=450, check=False, env=environment
     )
+
+
+def croc(*words: object) -> str:
+    """Output of a command of this package, which must succeed."""
+    done = run(sys.executable, "-m", "megatron_croc", *words, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("version", VERSIONS)

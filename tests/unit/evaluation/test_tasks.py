@@ -83,11 +83,11 @@ def test_faults_in_one_line(folder, records, settings, words):
 
 
 def test_files_that_are_no_tasks(folder):
-    with pytest.raises(DataError, match="gone.yaml: cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.yaml: cannot be read"):
         read_task(folder / "gone.yaml")
     (folder / "list.yaml").write_text("[1]")
-    with pytest.raises(DataError, match="list.yaml: an object is needed"):
+    with pytest.raises(DataError, match=r"list\.yaml: an object is needed"):
         read_task(folder / "list.yaml")
     one, two = (write(folder, [YES], name=name) for name in ("one.yaml", "two.yaml"))
-    with pytest.raises(DataError, match="two.yaml: another task is named t too"):
+    with pytest.raises(DataError, match=r"two\.yaml: another task is named t too"):
         read_tasks([one, two])
