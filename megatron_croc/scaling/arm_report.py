@@ -253,7 +253,7 @@ def draw(result: Result, path: Path) -> None:
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
         left.set_xlabel("all questions, % right; grey: each seed")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="lower left")
         others = result.arms[1:]
         for row, arm in enumerate(others):
             shift = (row - (len(others) - 1) / 2) * 0.7 / max(len(others), 1)
