@@ -19,6 +19,7 @@ from megatron_croc.scaling.launch import read_metrics
 from megatron_croc.scaling.report import markdown
 from megatron_croc.scaling.statistics import (
     LEVEL,
+    MIN_SEEDS,
     Difference,
     Mean,
     difference_of,
@@ -176,14 +177,17 @@ def describe(result: Result) -> Iterator[str | Table]:
                     *(arm.arm, kind, str(one.num_seeds)),
                     f"{100 * one.value:+.1f} ± {100 * one.error:.1f}",
                     f"{100 * one.low:+.1f} to {100 * one.high:+.1f}",
-                    *(f"{one.p:.3f}", f"{p:.3f}", verdict(p)),
+                    *("-" if math.isnan(x) else f"{x:.3f}" for x in (one.p, p)),
+                    verdict(p),
                 ]
             )
     yield table
 
 
 def verdict(p: float) -> str:
-    """Word for an adjusted p-value."""
+    """Word for an adjusted p-value; nan where there are too few seeds to test."""
+    if math.isnan(p):
+        return f"not tested (under {MIN_SEEDS} seeds)"
     return "significant" if p < LEVEL else "not significant"
 
 
@@ -249,7 +253,7 @@ def draw(result: Result, path: Path) -> None:
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
         left.set_xlabel("all questions, % right; grey: each seed")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="lower left")
         others = result.arms[1:]
         for row, arm in enumerate(others):
             shift = (row - (len(others) - 1) / 2) * 0.7 / max(len(others), 1)

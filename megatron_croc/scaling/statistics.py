@@ -16,6 +16,10 @@ LEVEL = 0.05
 """Probability of at least one false finding among tests that belong together."""
 
 
+MIN_SEEDS = 3
+"""Seeds below which a difference is not tested: two that agree by accident look certain."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mean:
     """Mean over seeds."""
@@ -36,7 +40,7 @@ class Difference(Mean):
     """Bounds of the 95 % interval (of this difference alone); nan for one seed."""
 
     p: float
-    """Two-sided p-value of Student's t for pairs, not adjusted; nan for one seed."""
+    """Two-sided p-value of Student's t for pairs, not adjusted; nan below MIN_SEEDS seeds."""
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -66,8 +70,9 @@ def difference_of(values: Sequence[float], reference: Sequence[float]) -> Differ
         freedom = mean.num_seeds - 1
         half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * mean.error
         low, high = mean.value - half, mean.value + half
+    if mean.num_seeds >= MIN_SEEDS:
         if mean.error > 0:
-            p = float(2 * stats.t.sf(abs(mean.value) / mean.error, freedom))
+            p = float(2 * stats.t.sf(abs(mean.value) / mean.error, mean.num_seeds - 1))
         else:
             p = float(mean.value == 0)
     return Difference(**vars(mean), low=low, high=high, p=p)

@@ -233,6 +233,7 @@ def test_runs_that_are_missing_are_named(tmp_path, commands):
     assert list(croc.by_seed) == [1, 2, 3] and croc.differences["all"].num_seeds == 2
     text = write_arm_report(tmp_path, [result]).read_text()
     assert "Not finished, and so not counted: none, seed 1; captions, seed 3." in text
+    assert "| - | - | not tested (under 3 seeds) |" in text and "| significant" not in text
 
 
 def test_the_command(tmp_path, capsys):

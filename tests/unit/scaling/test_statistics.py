@@ -25,9 +25,11 @@ def test_a_difference_is_taken_seed_by_seed():
 
 
 def test_differences_that_do_not_vary():
-    assert difference_of([1, 2], [1, 2]).p == 1
-    assert difference_of([2, 3], [1, 2]).p == 0
-    assert math.isnan(difference_of([2], [1]).p)
+    assert difference_of([1, 2, 3], [1, 2, 3]).p == 1
+    assert difference_of([2, 3, 4], [1, 2, 3]).p == 0
+    assert math.isnan(difference_of([2], [1]).p) and math.isnan(difference_of([2], [1]).low)
+    two = difference_of([2, 3], [1, 2])  # agree by accident: not tested
+    assert math.isnan(two.p) and two.low == two.high == 1
     with pytest.raises(ValueError):
         difference_of([1, 2], [1])
 
