@@ -44,7 +44,8 @@ def work(layout: str, folder: Path) -> None:
     from megatron_croc.data.synthetic import make_step
     from megatron_croc.parallel.groups import start_distributed
     from megatron_croc.recipes import get_recipe
-    from megatron_croc.rehearsal.trace import Group, Header, write_trace
+    from megatron_croc.rehearsal.trace import Group, Header
+    from megatron_croc.rehearsal.trace_file import write_trace
     from megatron_croc.training import step
     from megatron_croc.training.build import build_training_state
 
@@ -146,7 +147,7 @@ def measure(layout: str) -> list[dict[str, Any]]:
     """Run one layout and predict each of its runs."""
     from megatron_croc.rehearsal.replay.costs import table_costs
     from megatron_croc.rehearsal.replay.replay import replay
-    from megatron_croc.rehearsal.trace import read_trace
+    from megatron_croc.rehearsal.trace_file import read_trace
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

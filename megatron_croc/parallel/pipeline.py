@@ -40,6 +40,7 @@ class PipelineCommunicator(P2PCommunicator):
         super().__init__(pp, config)
         assert config.variable_seq_lengths, "megatron calls _communicate_shapes only then"
         is_first, is_last = pp.rank() == 0, pp.rank() == pp.size() - 1
+        self._sends: list[_HeldSend] = []
         self._from_previous = self._received_shapes(shapes, wraps_around=is_first)
         self._from_next = self._received_shapes(shapes, wraps_around=is_last)
 
@@ -77,7 +78,14 @@ class PipelineCommunicator(P2PCommunicator):
         if isinstance(requests, dict) and "send_next" in requests:
             memory = arguments["tensor_send_next"].detach()
             requests["send_next"] = _HeldSend(requests["send_next"], memory)
+            self._sends.append(requests["send_next"])
         return received
+
+    def flush(self) -> None:
+        """Wait for the sends that the schedule has left open; call it at its end."""
+        for send in self._sends:
+            send.wait()
+        self._sends.clear()
 
 
 class _HeldSend:
@@ -88,6 +96,7 @@ class _HeldSend:
         self._tensor: Tensor | None = tensor
 
     def wait(self) -> None:
-        """Wait for the send, then release its memory."""
-        self._work.wait()
-        self._tensor = None
+        """Wait for the send, then release its memory; does nothing the second time."""
+        if self._tensor is not None:
+            self._work.wait()
+            self._tensor = None

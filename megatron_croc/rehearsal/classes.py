@@ -1,7 +1,7 @@
 """Classes of ranks: one rank of each is rehearsed and stands for the others.
 
-Ranks of one pipeline stage do the same work, but for: the first tensor-parallel rank (it reads and
-shares data), a context-parallel rank other than the first, a replica other than the first.
+Ranks of one pipeline stage do the same work, but for the first tensor-parallel and the first
+context-parallel rank, which share the data with the others, and the first replica.
 """
 
 from collections.abc import Mapping
@@ -46,12 +46,13 @@ def rank_classes(parallel: ParallelConfig, world_size: int) -> list[RankClass]:
     members: dict[tuple[int, str], list[int]] = {}
     for rank in range(world_size):
         at = _coordinates(rank, sizes)
-        kind = "dp" if at["dp"] else "cp" if at["cp"] else "tp" if at["tp"] else "first"
+        others = [axis for axis in ("cp", "tp") if at[axis]]
+        kind = "dp" if at["dp"] else " ".join(others)
         members.setdefault((at["pp"], kind), []).append(rank)
     classes: list[RankClass] = []
     for (_, kind), ranks in sorted(members.items(), key=lambda item: item[1][0]):
         # The last tensor-parallel rank, the one most unlike the first; else the first other one.
-        rank = ranks[-1] if kind == "tp" else ranks[0]
+        rank = ranks[-1] if kind.endswith("tp") else ranks[0]
         place = _coordinates(rank, sizes)
         classes.append(RankClass(rank=rank, place=place, stands_for=tuple(ranks)))
     return classes

@@ -14,8 +14,8 @@ from megatron_croc.rehearsal.trace import (
     Event,
     Mark,
     Trace,
-    read_trace,
 )
+from megatron_croc.rehearsal.trace_file import read_trace
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_croc.rehearsal import trace
 from megatron_croc.rehearsal.places import place
+from megatron_croc.rehearsal.trace_file import write_trace
 
 NCCL_DTYPES = (
     torch.int8,
@@ -297,7 +298,7 @@ class Recorder:
             else event
             for event in self.events
         )
-        trace.write_trace(path, replace(header, groups=groups), events)
+        write_trace(path, replace(header, groups=groups), events)
 
 
 def _kind(name: str, flops: float) -> str:

@@ -38,7 +38,8 @@ def run_schedule(
     cut = pg_collection.cp.size() * (pg_collection.tp.size() if config.sequence_parallel else 1)
     shapes = [(length // cut, 1, config.hidden_size) for length in pack_lengths]
     iterators = [iter(micro_batches) for _ in chunks]
-    return get_forward_backward_func()(
+    communicator = PipelineCommunicator(pg_collection.pp, config, shapes)
+    losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -46,6 +47,8 @@ def run_schedule(
         seq_length=max(pack_lengths),
         micro_batch_size=1,  # one pack holds micro_batch_size samples
         forward_only=forward_only,
-        p2p_communicator=PipelineCommunicator(pg_collection.pp, config, shapes),
+        p2p_communicator=communicator,
         pg_collection=pg_collection,
     )
+    communicator.flush()
+    return losses

@@ -22,9 +22,8 @@ from megatron_croc.rehearsal.trace import (
     Transfer,
     Wait,
     WaitEvent,
-    read_trace,
-    write_trace,
 )
+from megatron_croc.rehearsal.trace_file import read_trace, write_trace
 
 HEADER = Header(
     rank=5,
