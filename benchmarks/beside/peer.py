@@ -110,7 +110,7 @@ def build(size: Size, order: dict[str, Any]) -> TakeStep:
     def take_step(inputs: Inputs, dropout: bool) -> dict[str, float]:
         model.train()
         if is_croc:  # the only part with dropout
-            model.transform_block.train(dropout)  # type: ignore[union-attr]
+            model.get_submodule("transform_block").train(dropout)
         else:  # its default, one entry, cuts the batch to one sample
             arguments["modalities"] = ["image"] * len(inputs.input_ids)
         torch.manual_seed(inputs.seed)
