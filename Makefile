@@ -9,8 +9,9 @@
 # make docs         the pages of docs/ as a site in build/site; a broken link is an error
 # make clean        remove .venv and everything that was made
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 \
-	|| command -v python3)
+# The first of them that starts: a name on PATH may be a shim of a version that is not installed.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '' 2>/dev/null && command -v $$p && break; done)
 # For Linux, PyPI only has torch with CUDA (about 2.5 GB with what it needs). PyTorch's own index has
 # a CPU build (about 200 MB); where it cannot be reached, pip takes PyPI's.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu

@@ -41,6 +41,11 @@ def test_figures_add_up():
     assert not expected_fit(run, 8, short, load).fits
 
 
+def test_figures_are_told_in_gib():
+    fit = expected_fit(run_of(), 8, gpu_memory(H100), from_numbers(run_of(), text_tokens=200))
+    assert f"of {80e9 / 1024**3:.1f} GiB" in str(fit) and "of 74.5 GiB" in str(fit)
+
+
 def test_the_planner_decides_by_the_same_figures():
     run, load = run_of(), from_numbers(run_of(), text_tokens=200)
     assert assess(run, 8, H100, load).fit == expected_fit(run, 8, gpu_memory(H100), load)
