@@ -95,7 +95,7 @@ def build(size: Size, order: dict[str, Any]) -> TakeStep:
     model = (_build_croc if is_croc else _build_victor)(size, order).float()
     if order.get("nudge"):
         with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(1.0 + 2.0**-23)
+            model.get_parameter("model.embed_tokens.weight").mul_(1.0 + 2.0**-23)
     else:
         _save_weights(model, Path(order["weights"]))
     optimizer = torch.optim.AdamW(
@@ -109,8 +109,8 @@ def build(size: Size, order: dict[str, Any]) -> TakeStep:
 
     def take_step(inputs: Inputs, dropout: bool) -> dict[str, float]:
         model.train()
-        if is_croc:  # the only part with dropout
-            model.get_submodule("transform_block").train(dropout)
+        if is_croc:
+            model.get_submodule("transform_block").train(dropout)  # the only part with dropout
         else:  # its default, one entry, cuts the batch to one sample
             arguments["modalities"] = ["image"] * len(inputs.input_ids)
         torch.manual_seed(inputs.seed)
