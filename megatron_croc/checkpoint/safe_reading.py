@@ -106,7 +106,7 @@ def _check_places(index: Metadata, path: Path) -> None:
     """Refuse files outside the folder, and bytes that a file does not have."""
     folder = path.parent
     sizes: dict[str, int] = {}
-    for place in (index.storage_data or {}).values():
+    for place in index.storage_data.values():
         name = place.relative_path if isinstance(place, _StorageInfo) else None
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(

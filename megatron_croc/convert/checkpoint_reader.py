@@ -4,6 +4,7 @@ Needs no model and no process group, and runs no code from the files (checkpoint
 """
 
 import io
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,10 @@ class CheckpointReader:
         offsets = (layer, *(0 for _ in shape[1:])) if stacked else (0,) * len(shape)
         sizes = (1, *shape[1:]) if stacked else shape
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-        whole = torch.empty(sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(key, entry, [chunk])
-        if sum(item.lengths.numel() for item in items) != whole.numel():
+        if sum(item.lengths.numel() for item in items) != math.prod(sizes):
             raise CheckpointError(f"{self.folder}: {key} is not complete, layer {layer}")
+        whole = torch.empty(sizes, dtype=entry.properties.dtype)  # as large as its pieces
         try:
             self._reader.read_data(LoadPlan(items), _Planner(whole)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:

@@ -244,6 +244,7 @@ def test_indexes_of_checkpoints(tmp_path: Path):
     ("change", "said"),
     [
         (lambda index: setattr(index, "storage_data", [1]), "damaged"),
+        (lambda index: setattr(index, "storage_data", None), "damaged"),
         (lambda index: setattr(index, "state_dict_metadata", None), "damaged"),
         (lambda index: index.state_dict_metadata.update(c=3), "damaged"),
         (
