@@ -6,8 +6,9 @@
 Each kind is timed at several sizes, and a line is laid through the times: `each` seconds for a call
 and so many for each operation or byte (least squares of the relative error, nothing below 0). With
 several processes collectives are timed over all of them (`all_reduce/8`), and messages between the
-first two. Matrix products and attention are bfloat16 on a GPU; on a CPU they are float32 and small,
-which shows that the script runs. The form of the table is in megatron_croc/rehearsal/replay/costs.py.
+first two; with one, links have the rates of the GPU's data sheet, and `hardware` says so. Matrix
+products and attention are bfloat16 on a GPU; on a CPU they are float32 and small, which shows that
+the script runs. The form of the table is in megatron_croc/rehearsal/replay/costs.py.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +38,8 @@ from megatron_croc.parallel.device import (
     set_local_device,
     synchronize,
 )
+from megatron_croc.planning.gpus import get_gpu
+from megatron_croc.planning.step_time import LATENCY
 
 Line = dict[str, float]
 """`each`, and `per_flop` or `per_byte`."""
@@ -80,8 +85,8 @@ def operations(repeats: int, *, is_small: bool) -> dict[str, Line]:
     for length in lengths:
         q = torch.randn(1, heads, length, dim, device=device, dtype=dtype)
         sizes.append(2.0 * heads * length**2 * dim)  # causal: half of the two products
-        call = lambda q=q: scaled_dot_product_attention(q, q, q, is_causal=True)  # noqa: E731
-        times.append(seconds_of(call, repeats))
+        attend = partial(scaled_dot_product_attention, q, q, q, is_causal=True)
+        times.append(seconds_of(attend, repeats))
     found["attention"] = line(sizes, times, "per_flop")
     sizes, times = [], []
     for width in widths:
@@ -141,6 +146,16 @@ def links(repeats: int, *, is_small: bool) -> tuple[dict[str, Line], Line]:
     return found, measure(message)
 
 
+def data_sheet_links(name: str) -> dict[str, Any] | None:
+    """Rows of collectives and messages from the planner's table; None for another device."""
+    known = [key for key in ("h100", "h200", "a100") if key in name.lower()]
+    if not known:
+        return None
+    message = {"each": LATENCY, "per_byte": 1.0 / get_gpu(known[0]).link}
+    twice = {"each": LATENCY, "per_byte": 2.0 * message["per_byte"]}
+    return {"collectives": {"all_reduce": twice, "*": message}, "transfer": message}
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(
@@ -153,16 +168,20 @@ def main() -> None:
     set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
     is_small = not has_cuda()
     name = device_name() if has_cuda() else f"cpu, {platform.machine()}"
-    table = {
+    table: dict[str, Any] = {
         "hardware": f"{name}, torch {torch.__version__}",
         "launch": launch_seconds(),
         "operations": operations(options.repeats, is_small=is_small),
     }
     rank = 0
+    if (sheet := data_sheet_links(name)) is not None:
+        table |= sheet
+        table["hardware"] += "; links: not measured, of the data sheet"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(distributed_backend())
         rank = dist.get_rank()
         table["collectives"], table["transfer"] = links(options.repeats, is_small=is_small)
+        table["hardware"] = f"{dist.get_world_size()} x {name}, torch {torch.__version__}"
         dist.destroy_process_group()
     if rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of all parts")
     parser.add_argument("--num-batches", type=int, default=8, help="different micro-batches")
-    parser.add_argument("--out", type=Path, help="folder for losses_PEER.json and .png (docs/evidence has the pictures)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for losses_PEER.json and .png",
+    )
     options = parser.parse_args()
     size = SIZES[options.size]
 

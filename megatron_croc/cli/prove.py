@@ -44,9 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.cards_only:
         return _write_cards(options.out, options.cards)
     checkout = _find_checkout(options.checkout)
-    peer = options.peer.resolve() if options.peer is not None else None
-    if peer is not None and not peer.is_dir():
-        raise ConfigError(f"--peer {options.peer}: no such folder")
 
     from megatron_croc.verification.prove.machine import look
     from megatron_croc.verification.prove.runner import Job, run_stages
@@ -65,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkout=checkout,
         machine=machine,
         is_small=options.small,
-        peer=peer,
     )
     job = Job(
         out=out,
@@ -99,7 +95,6 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cards-only", action="store_true", help="from the results in --out; nothing is run"
     )
-    parser.add_argument("--peer", type=Path, metavar="DIR", help="folder of the released code")
     parser.add_argument("--checkout", type=Path, default=Path(), help="the repository (default: .)")
     parser.add_argument("--list", action="store_true", help="the stages, and exit")
     return parser

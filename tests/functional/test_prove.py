@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_croc.rehearsal.replay.costs import read_costs
 from megatron_croc.verification.prove.result import read_result
 from megatron_croc.verification.prove.stages import STAGES
 
@@ -29,6 +30,7 @@ def test_every_stage_runs(tmp_path: Path):
         assert result is not None, (name, told)
         assert result.status == ("skipped" if name in GPU_ONLY else "passed"), (name, told)
         assert result.is_small
+    read_costs(tmp_path / "costs" / "costs.json")  # `croc rehearse` can use it
     # Each script writes what the cards read.
     with_figures = {stage.name for stage in STAGES if stage.figures.__name__ != "no_figures"}
     for name in with_figures - GPU_ONLY - {"attention"}:  # its figures are about a row with a span

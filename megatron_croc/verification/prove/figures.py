@@ -69,6 +69,20 @@ def of_layouts(folder: Path) -> Figures:
     }
 
 
+def of_costs(folder: Path) -> Figures:
+    """Rates of matrix products, attention and memory, and the seconds of a launch."""
+    table = _content(folder / "costs.json")
+    rows = table.get("operations", {}).items()
+    units = {"per_flop": ("TFLOP/s", 1e-12), "per_byte": ("TB/s", 1e-12)}
+    found = {
+        f"{units[key][0]} ({name})": round(units[key][1] / rate, 2)
+        for name, row in rows
+        for key, rate in row.items()
+        if key in units and rate > 0
+    }
+    return found | ({"seconds of a launch": table["launch"]} if "launch" in table else {})
+
+
 def of_golden(folder: Path) -> Figures:
     """Worst relative error over the cases."""
     worst = [

@@ -29,9 +29,6 @@ class Place:
     is_small: bool
     """True for a dry run: the same commands at sizes for a CPU."""
 
-    peer: Path | None = None
-    """Folder of the released code, where the user has it."""
-
     def croc(self, *words: object, **environment: str) -> "Command":
         """The command `croc` of this Python."""
         return self.python("-m", "megatron_croc", *words, **environment)

@@ -144,6 +144,16 @@ def _network(place: Place) -> Sequence[Command]:
     return [place.torchrun(processes, "doctor", "--network", "--brief")]
 
 
+def _costs(place: Place) -> Sequence[Command]:
+    script = place.checkout / "benchmarks" / "kernel_costs.py"
+    words = (script, "--out", place.folder, "--repeats", 2 if place.is_small else 20)
+    if place.machine.num_gpus < 2 and not place.is_small:
+        return [place.python(*words)]
+    processes = 2 if place.is_small else place.machine.num_gpus
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    return [place.python("-m", *launcher, *words)]
+
+
 def _needs_gpu(place: Place) -> str | None:
     return None if place.machine.num_gpus else "needs a GPU"
 
@@ -230,6 +240,14 @@ STAGES = (
         figures=figures.of_loader,
         recipes=("croc_7b",),
         missing=_needs_dali,
+    ),
+    Stage(
+        name="costs",
+        shows="table of costs for croc rehearse --costs",
+        minutes=0.7,
+        commands=_costs,
+        figures=figures.of_costs,
+        recipes=("tiny",),
     ),
     Stage(
         name="layouts",

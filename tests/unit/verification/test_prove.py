@@ -98,7 +98,7 @@ def test_a_damaged_result_is_no_result(tmp_path: Path, text: str):
 
 
 def test_time_that_is_used_up_is_told(job: Job):
-    stages = [stage("slow", "import time; time.sleep(0.5)", minutes=1), stage("late", "1")]
+    stages = [stage("slow", "import time; time.sleep(60)", minutes=25), stage("late", "1")]
     results = run_stages(stages, replace(job, minutes=0.2 / 60))
     assert [r.status for r in results] == ["timed out", "not reached"]
 
@@ -154,6 +154,16 @@ def test_figures_of_a_step(tmp_path: Path):
     assert figures.of_step(tmp_path / "none") == {}
 
 
+def test_figures_of_costs(tmp_path: Path):
+    rows = {"matmul": {"each": 1e-5, "per_flop": 2e-15}, "elementwise": {"per_byte": 4e-13}}
+    (tmp_path / "costs.json").write_text(json.dumps({"launch": 5e-6, "operations": rows}))
+    assert figures.of_costs(tmp_path) == {
+        "TFLOP/s (matmul)": 500.0,
+        "TB/s (elementwise)": 2.5,
+        "seconds of a launch": 5e-6,
+    }
+
+
 def test_cards_are_written_from_results_of_another_machine(job: Job, tmp_path: Path, capsys):
     result = Result(stage="doctor", status="passed", date="2026-01-02", machine=MACHINE)
     result.write(tmp_path)
@@ -179,7 +189,6 @@ def test_the_boxes_are_those_of_a_loan_and_names_are_unique():
         (["--minutes", "0"], "--minutes 0.0: a number of minutes above 0"),
         (["--minutes", "nan"], "--minutes nan"),
         (["--checkout", "/"], "no benchmarks/ there"),
-        (["--peer", "/none"], "--peer /none: no such folder"),
         (["--small", "--cards", "cards"], "--cards with --small"),
         (["--cards-only"], "--cards-only: name their folder with --cards"),
     ],
