@@ -232,5 +232,5 @@ def _share(recorder: Recorder, run: RunConfig, pg: ProcessGroupCollection, rows:
 
 
 def _save(training: TrainingState) -> None:
-    """What saving does on the device: gather the optimizer's state, and copy it to the host."""
+    """Do the device's side of saving: gather the optimizer's state, and copy it to the host."""
     checkpoint_content(training.chunks, training.optimizer, training.pg_collection)

@@ -20,7 +20,7 @@ from megatron_croc.rehearsal.trace_file import read_trace
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the replay says."""
+    """Step time and parts, from the replay."""
 
     faults: list[str]
     """Deadlocks and disagreements of ranks, from the start to saving."""

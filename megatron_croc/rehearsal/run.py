@@ -26,7 +26,7 @@ CHILD_BYTES = 1.2e9
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of one class."""
+    """End of one class of ranks."""
 
     of: RankClass
     result: dict[str, Any]

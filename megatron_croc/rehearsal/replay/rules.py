@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a backend orders, keeps and waits for."""
+    """Order, buffers and waits of a communication backend."""
 
     meets_at_first_use: bool
     """The first use of a communicator holds the host until all its ranks have come to it, and the

@@ -14,7 +14,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a stage runs, and on what."""
+    """Folders, machine and size of a stage's run."""
 
     folder: Path
     """Folder of this stage; it exists."""
