@@ -4,7 +4,7 @@
 # make wheel        build the wheel, install it in an empty folder and run its commands
 # make check        lint, test, wheel, and whether the pinned versions agree: what a change must pass
 # make libraries    tests against the real Python of Transformer Engine and flash-attn (10 MB from PyPI)
-# make ecosystem    exports in transformers 4.57 and 5, peft and vLLM (CPU; 3 GB from PyPI)
+# make ecosystem    exports in transformers 4.57 and 5, peft and vLLM (CPU; 3 GB, more where PyTorch's index is out of reach)
 # make mutations    plant one-line faults in a copy, list those no test sees; ARGS="--sample 60"
 # make docs         the pages of docs/ as a site in build/site; a broken link is an error
 # make clean        remove .venv and everything that was made
