@@ -8,7 +8,7 @@ alike. --sweep tries micro-batches of 1, 2, 4 and 8 samples with and without rec
 layers; a setting that does not fit has its reason in place of figures. A 7B model with its
 optimizer's state is 18 bytes a parameter, about 120 GB: it is meant for one GPU of 141 GB, and
 --num-layers takes less of the language model. MFU counts the useful operations, those of
-megatron_croc/planning/flops.py. On a CPU the tiny recipe runs, and its times say nothing about a
+megatron_croc/costs/flops.py. On a CPU the tiny recipe runs, and its times say nothing about a
 GPU. Not run on a GPU so far.
 """
 
@@ -25,10 +25,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from megatron.core.utils import get_model_config
-from megatron_croc.planning.flops import Work, count_flops
 
 from megatron_croc.config.model import AttentionBackend, MaskType
 from megatron_croc.config.run import RunConfig
+from megatron_croc.costs.flops import Work, count_flops
 from megatron_croc.data.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Batch
 from megatron_croc.data.sample.collate import ReadySample, expand_sample
 from megatron_croc.data.sample.tokenization import TokenizedSample

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron_croc.inference.questions import ask
 
+from megatron_croc.evaluation.questions import ask
 from megatron_croc.inference.generation import Generator, open_generator
 from megatron_croc.scaling.arm_launch import is_finished
 from megatron_croc.scaling.arms import ArmRun, read_plan

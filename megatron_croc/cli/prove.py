@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--minutes {options.minutes}: a number of minutes above 0 is needed")
     if options.cards is not None and options.small:
         raise ConfigError("--cards with --small: cards quote a GPU, leave one of the two out")
-    if options.cards_only and options.cards is None:
-        raise ConfigError("--cards-only: name their folder with --cards")
+    cards: Path | None = options.cards
     if options.cards_only:
-        return _write_cards(options.out, options.cards)
+        if cards is None:
+            raise ConfigError("--cards-only: name their folder with --cards")
+        return _write_cards(options.out, cards)
     checkout = _find_checkout(options.checkout)
 
     from megatron_croc.verification.prove.machine import look
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     results = run_stages(stages, job, again=options.again)
-    if options.cards is not None:
-        _write_cards(out, options.cards)
+    if cards is not None:
+        _write_cards(out, cards)
     failed = [result.stage for result in results if result.status in ("failed", "timed out")]
     passed = sum(result.status == "passed" for result in results)
     print(f"{passed} of {len(results)} passed" + (f"; not: {', '.join(failed)}" if failed else ""))

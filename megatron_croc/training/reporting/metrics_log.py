@@ -11,7 +11,7 @@ from megatron_croc.file_reading import UnreadableError, parse_json, read_json_li
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 
-_TIMED = ("per_second", "seconds", "per_device", "mfu", "_share", "timers")
+_TIMED = ("per_second", "seconds", "per_device", "mfu", "_share", "timers", "imbalance_seen")
 """Fragments of the names of metrics that depend on the clock."""
 
 
