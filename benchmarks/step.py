@@ -45,6 +45,7 @@ from megatron_croc.parallel.groups import start_distributed, stop_distributed
 from megatron_croc.parallel.stopwatch import MegatronTimers, drop_stopwatch, start_stopwatch
 from megatron_croc.recipes import get_recipe
 from megatron_croc.training.build import TrainingState, build_training_state
+from megatron_croc.training.reporting.metrics import StepTotals
 from megatron_croc.training.reporting.reporting import peak_flops
 
 TEXT_BEFORE, TEXT_AFTER = 35, 300
@@ -116,17 +117,12 @@ def make_step(run: RunConfig, mask_type: MaskType) -> list[Batch]:
     ]
 
 
-def work_of(batches: list[Batch]) -> Work:
-    """Size of a step."""
-    work = Work(num_tokens=0, num_pairs=0, num_labels=0, num_images=0)
+def work_of(training: TrainingState, batches: list[Batch]) -> Work:
+    """Size of a step, as the trainer's metrics count it."""
+    totals = StepTotals(training.run, training.pg_collection)
     for batch in batches:
-        work += Work.from_lengths(
-            batch.mixed_mask.cu_seqlens.diff().tolist(),
-            num_labels=batch.num_label_tokens,
-            num_images=batch.num_images,
-            span_lengths=batch.mixed_mask.spans.diff(dim=1).flatten().tolist(),
-        )
-    return work
+        totals.count_batch(batch)
+    return totals.work
 
 
 def measure(
@@ -171,7 +167,7 @@ def rows_of(
     rows = []
     for mask, (seconds, parts) in results.items():
         run.model.attention_mask_type = mask
-        work = work_of(steps[mask])
+        work = work_of(training, steps[mask])
         rate = sum(count_flops(run, work).values()) / seconds
         rows.append(
             {
