@@ -22,8 +22,6 @@ from pathlib import Path
 from megatron_croc.config.parser import CommandParser
 from megatron_croc.errors import ConfigError
 
-DEFAULT_MINUTES = 25.0
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the list, print a line for each stage, and write the cards when asked."""
@@ -82,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    from megatron_croc.verification.prove.runner import LIST_MINUTES
+
     parser = CommandParser(
         prog="croc prove", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of the whole list")
+    parser.add_argument("--minutes", type=float, default=LIST_MINUTES, help="of the whole list")
     parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="for results and logs")
     parser.add_argument(
         "--only", action="append", choices=names, metavar="NAME", help="one stage; repeatable"
