@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Error of a scaling law's prediction: the predicted loss beside those of runs made afterwards.
 
-    python benchmarks/evidence/prediction.py --fit small/fit.json --runs larger/runs --out prediction.json
+    python benchmarks/evidence/prediction.py --fit small/fit.json --runs larger/runs --out FILE
 
-`croc scaling fit` writes the prediction before the larger runs begin; their dates are in the result.
+`croc scaling fit` writes the prediction before the larger runs begin; the dates are in the result.
 """
 
 import argparse
