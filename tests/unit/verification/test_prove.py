@@ -237,3 +237,15 @@ def test_figures_of_the_released_step(tmp_path: Path):
         "s a step (croc/wide/32000, released)": 0.2,
         "GiB at the peak (croc/wide/32000, released)": 4.0,
     }
+
+
+def test_what_an_interrupted_attempt_left_is_in_nobodys_way(job: Job):
+    left = job.out / "export" / "hf"
+    left.mkdir(parents=True)
+    (job.out / "export" / "0.log").touch()
+    (found,) = run_stages([stage("export", f"import os; os.mkdir({str(left)!r})")], job)
+    assert found.status == "passed", found.reason
+    another = job.out / "results" / "mine"
+    another.mkdir(parents=True)
+    run_stages([stage("results", "1")], job)
+    assert another.exists()
