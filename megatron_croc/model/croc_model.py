@@ -18,8 +18,8 @@ Letters in shapes, here and in the other modules of this folder:
 A suffix of capital letters on a variable is its shape: `visual_nND` is [n, N, D]. megatron's own
 tensors are [S, B, D].
 
-A micro-batch without images leaves the tower out and runs the projector on dummy features with weight
-zero. All ranks then take part in the same gradient collectives.
+A micro-batch without images runs the projector on dummy features with weight zero, and a rank without
+images leaves the tower out. All ranks then take part in the same gradient collectives.
 """
 
 import logging
@@ -147,6 +147,10 @@ class CrocModel(MegatronModule):
             self.language_model.share_embeddings_and_output_weights
         )
         self.embeds_ahead = pre_process and self._can_embed_ahead()
+        # Buckets are reduced as gradients get ready, and gathered as modules are called: in the same
+        # order on all ranks only if all call the tower. Some wait for others' images anyway.
+        overlaps = run.optimizer.overlap_grad_reduce or run.optimizer.overlap_param_gather
+        self.calls_tower_always = overlaps and not training.freeze_ViT
 
     def _can_embed_ahead(self) -> bool:
         """Return True if images may be embedded, and their matching started, a micro-batch early.
@@ -250,9 +254,17 @@ class CrocModel(MegatronModule):
         """
         assert self.vision_tower is not None
         if self.image_share is None:
-            return self.vision_tower(pixels)
-        own = self.vision_tower(self.image_share.own(pixels))
+            return self._own_features(self.vision_tower, pixels)
+        own = self._own_features(self.vision_tower, self.image_share.own(pixels))
         return self.image_share.gather(own, len(pixels))
+
+    def _own_features(self, tower: VisionTower, pixels: Tensor) -> Tensor:
+        """Vision tower over the images of this rank, which may be none."""
+        if len(pixels):
+            return tower(pixels)
+        if self.calls_tower_always:
+            return tower(pixels.new_zeros(1, *pixels.shape[1:]))[:0]
+        return tower.no_features().requires_grad_(torch.is_grad_enabled())
 
     @region("matching")
     def _replace(

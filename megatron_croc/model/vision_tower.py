@@ -16,7 +16,6 @@ from megatron_croc.config.model import VisionTowerConfig
 from megatron_croc.model.layer_specs import vision_tower_spec
 from megatron_croc.model.norm import Norm
 from megatron_croc.model.transformer_engine import Implementation
-from megatron_croc.model.without_input import leave_out
 
 
 class VisionTower(MegatronModule):
@@ -90,12 +89,11 @@ class VisionTower(MegatronModule):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels [n, 3, height, width], uint8 or normalised -> visual_features [n, N, D_v]."""
         x = self.normalise(pixel_values)[..., : self.covered, : self.covered]
-        if len(x) == 0:
-            return leave_out(self, self._no_features())
         features = self.vit(x)
         return features[:, 1:] if self.vit.add_class_token else features
 
-    def _no_features(self) -> Tensor:
+    def no_features(self) -> Tensor:
+        """Visual features of no image, [0, N, D_v]."""
         weight = self.vit.conv1.weight
         return weight.new_empty(0, self.vision.num_visual_tokens, self.vision.vision_hidden_size)
 
