@@ -24,9 +24,9 @@ class ParallelConfig:
     """Cut activations between tensor-parallel regions along the sequence; needs TP > 1."""
 
     split_vision: Literal["heads", "images"] = "heads"
-    """Work of the vision tower on the ranks that hold a micro-batch. heads: each tensor-parallel rank
-    has a part of every layer, for all images, and context-parallel ranks repeat it. images: each
-    TP x CP rank has the whole tower, and its share of the images."""
+    """Work of the vision tower on the ranks that hold a micro-batch. heads: each tensor-parallel
+    rank has a part of every layer, for all images, and context-parallel ranks repeat it. images:
+    each TP x CP rank has the whole tower, and its share of the images."""
 
     decoder_first_pipeline_num_layers: int | None = None
     """Language-model layers of the first pipeline stage, which also runs the vision tower."""

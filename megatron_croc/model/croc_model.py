@@ -18,8 +18,8 @@ Letters in shapes, here and in the other modules of this folder:
 A suffix of capital letters on a variable is its shape: `visual_nND` is [n, N, D]. megatron's own
 tensors are [S, B, D].
 
-A micro-batch without images runs the projector on dummy features with weight zero, and a rank without
-images leaves the tower out. All ranks then take part in the same gradient collectives.
+A micro-batch without images runs the projector on dummy features with weight zero, and a rank
+without images leaves the tower out. All ranks then take part in the same gradient collectives.
 """
 
 import logging
@@ -147,7 +147,7 @@ class CrocModel(MegatronModule):
             self.language_model.share_embeddings_and_output_weights
         )
         self.embeds_ahead = pre_process and self._can_embed_ahead()
-        # Buckets are reduced as gradients get ready, and gathered as modules are called: in the same
+        # Buckets are reduced as gradients get ready, and gathered as modules are called: in one
         # order on all ranks only if all call the tower. Some wait for others' images anyway.
         overlaps = run.optimizer.overlap_grad_reduce or run.optimizer.overlap_param_gather
         self.calls_tower_always = overlaps and not training.freeze_ViT

@@ -195,8 +195,8 @@ def _tower_seconds(run: RunConfig, work: Work, flops: Flops, tokens: float, gpu:
 def _vision_traffic(run: RunConfig, work: Work, gpu: Gpu) -> float:
     """Seconds of one micro-batch that collectives of the vision tower add to the first stage.
 
-    heads: two all-reduces of each layer, in backward too if the tower is trained. images: one gather
-    of features, and in backward their sum over context-parallel ranks.
+    heads: two all-reduces of each layer, in backward too if the tower is trained. images: one
+    gather of features, and in backward their sum over context-parallel ranks.
     """
     config, parallel = run.model.vision_tower, run.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
