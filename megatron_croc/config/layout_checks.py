@@ -114,16 +114,20 @@ def _language_model_faults(run: RunConfig) -> Iterator[str]:
 def _tensor_parallel_faults(run: RunConfig) -> Iterator[str]:
     vision, llm, parallel = run.model.vision_tower, run.model.language_model, run.parallel
     tp = parallel.tensor_model_parallel_size
-    # Both towers are cut over the same tensor-parallel group.
-    for name, size in {
+    sizes = {
         "num_attention_heads": llm.num_attention_heads,
         "num_query_groups": llm.num_query_groups,
         "ffn_hidden_size": llm.ffn_hidden_size,
         "hidden_size": llm.hidden_size,
-        "vision_num_attention_heads": vision.vision_num_attention_heads,
-        "vision_ffn_hidden_size": vision.vision_ffn_hidden_size,
-        "vision_hidden_size": vision.vision_hidden_size,
-    }.items():
+    }
+    if parallel.vision_tensor_parallel_size > 1:
+        # Both towers are cut over the same tensor-parallel group.
+        sizes |= {
+            "vision_num_attention_heads": vision.vision_num_attention_heads,
+            "vision_ffn_hidden_size": vision.vision_ffn_hidden_size,
+            "vision_hidden_size": vision.vision_hidden_size,
+        }
+    for name, size in sizes.items():
         if size % tp:
             yield (
                 f"tensor_model_parallel_size={tp}: must divide {name}={size}; "

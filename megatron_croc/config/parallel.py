@@ -1,6 +1,7 @@
 """Settings of the parallel layout."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,11 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel regions along the sequence; needs TP > 1."""
 
+    split_vision: Literal["heads", "images"] = "heads"
+    """Work of the vision tower on the ranks that hold a micro-batch. heads: each tensor-parallel
+    rank has a part of every layer, for all images, and context-parallel ranks repeat it. images:
+    each TP x CP rank has the whole tower, and its share of the images."""
+
     decoder_first_pipeline_num_layers: int | None = None
     """Language-model layers of the first pipeline stage, which also runs the vision tower."""
 
@@ -31,6 +37,18 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 30.0
     """Longest time of a collective before torch ends the run. torch cannot name the rank that
     caused it; the watchdog of `reliability` can, so its limits must be shorter."""
+
+    @property
+    def vision_tensor_parallel_size(self) -> int:
+        """Ranks that share every layer of the vision tower."""
+        return self.tensor_model_parallel_size if self.split_vision == "heads" else 1
+
+    @property
+    def image_share_size(self) -> int:
+        """Ranks that share the images of a micro-batch in the vision tower."""
+        if self.split_vision == "heads":
+            return 1
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
     @property
     def model_parallel_size(self) -> int:

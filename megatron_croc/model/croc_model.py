@@ -18,8 +18,8 @@ Letters in shapes, here and in the other modules of this folder:
 A suffix of capital letters on a variable is its shape: `visual_nND` is [n, N, D]. megatron's own
 tensors are [S, B, D].
 
-A micro-batch without images computes the same graph on a dummy image with weight zero. All ranks
-then take part in the same gradient collectives.
+A micro-batch without images runs the projector on dummy features with weight zero, and a rank
+without images leaves the tower out. All ranks then take part in the same gradient collectives.
 """
 
 import logging
@@ -56,6 +56,7 @@ from megatron_croc.model.vision_tower import VisionTower
 from megatron_croc.ops.reconstruction_loss import reconstruction_loss_sum
 from megatron_croc.ops.special_ids import IGNORE_INDEX
 from megatron_croc.parallel.context import gather_sequence, split_sequence
+from megatron_croc.parallel.image_share import ImageShare
 from megatron_croc.parallel.stopwatch import region
 from megatron_croc.parallel.target_channel import TargetChannel
 
@@ -101,6 +102,7 @@ class CrocModel(MegatronModule):
         parallel, training = run.parallel, run.training
         vision, hidden_size = run.model.vision_tower, run.model.language_model.hidden_size
         implementation = resolve_transformer_impl(run.training)
+        self.image_share = ImageShare(pg_collection) if parallel.image_share_size > 1 else None
         self.vision_tower = self.projector = self.prompt_pool = None
         if pre_process:
             self.vision_tower = VisionTower(
@@ -145,6 +147,10 @@ class CrocModel(MegatronModule):
             self.language_model.share_embeddings_and_output_weights
         )
         self.embeds_ahead = pre_process and self._can_embed_ahead()
+        # Buckets are reduced as gradients get ready, and gathered as modules are called: in one
+        # order on all ranks only if all call the tower. Some wait for others' images anyway.
+        overlaps = run.optimizer.overlap_grad_reduce or run.optimizer.overlap_param_gather
+        self.calls_tower_always = overlaps and not training.freeze_ViT
 
     def _can_embed_ahead(self) -> bool:
         """Return True if images may be embedded, and their matching started, a micro-batch early.
@@ -228,20 +234,37 @@ class CrocModel(MegatronModule):
 
     @region("vision")
     def _embed_images(self, inputs: ModelInputs) -> EmbeddedImages:
-        """Vision tower and projector over the images, or over a dummy image if there are none."""
+        """Vision tower and projector over the images; without images, dummy features."""
         assert self.vision_tower is not None and self.projector is not None
-        pixels = inputs.pixel_values
-        assert pixels is not None, "the first stage needs pixel_values"
-        is_dummy = pixels.shape[0] == 0
-        if is_dummy:
-            pixels = pixels.new_zeros(1, *pixels.shape[1:])
+        assert inputs.pixel_values is not None, "the first stage needs pixel_values"
         trains_tower = self.training and not self.run.training.freeze_ViT
         with torch.set_grad_enabled(trains_tower and torch.is_grad_enabled()):
-            features = self.vision_tower(pixels)
-        visual_nND = self.projector(features)
-        if is_dummy:
+            features = self._visual_features(inputs.pixel_values)
+        if len(features) == 0:
+            dummy = features.new_zeros(1, *features.shape[1:]) + features.sum()
+            visual_nND = self.projector(dummy)
             return EmbeddedImages(visual_nND[:0], 0.0 * visual_nND.sum())
-        return EmbeddedImages(visual_nND, 0.0)
+        return EmbeddedImages(self.projector(features), 0.0)
+
+    def _visual_features(self, pixels: Tensor) -> Tensor:
+        """Vision tower over all images, or over this rank's share and gathered: [n, N, D_v].
+
+        Features are gathered, not visual embeddings: they are smaller, and a frozen tower then
+        needs no exchange in backward.
+        """
+        assert self.vision_tower is not None
+        if self.image_share is None:
+            return self._own_features(self.vision_tower, pixels)
+        own = self._own_features(self.vision_tower, self.image_share.own(pixels))
+        return self.image_share.gather(own, len(pixels))
+
+    def _own_features(self, tower: VisionTower, pixels: Tensor) -> Tensor:
+        """Vision tower over the images of this rank, which may be none."""
+        if len(pixels):
+            return tower(pixels)
+        if self.calls_tower_always:
+            return tower(pixels.new_zeros(1, *pixels.shape[1:]))[:0]
+        return tower.no_features().requires_grad_(torch.is_grad_enabled())
 
     @region("matching")
     def _replace(
@@ -310,6 +333,12 @@ class CrocModel(MegatronModule):
         """Images that this context-parallel rank reconstructs."""
         cp = self.pg_collection.cp
         return per_image[cp.rank() :: cp.size()]
+
+    def image_shared_parameters(self) -> frozenset[Tensor]:
+        """Trained parameters with gradients of this rank's share of the images alone."""
+        if self.image_share is None or self.vision_tower is None:
+            return frozenset()
+        return frozenset(p for p in self.vision_tower.parameters() if p.requires_grad)
 
     # Methods that megatron-core's schedules and gradient finalisation call.
 

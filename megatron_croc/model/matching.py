@@ -1,7 +1,7 @@
 """Matching of replaced tokens and pool tokens, split over ranks and concurrent with other work.
 
-tokens [n, R, D]   of the TP x CP ranks with the same images, rank r matches images
-    |                  r, r + TP * CP, r + 2 TP * CP, ...
+tokens [n, R, D]   of the TP x CP ranks with the same images, each matches its share
+    |                  (parallel/image_share.py)
   start            cost, then the search: in a thread, or on a side stream
     :                  (this process computes something else)
   wait             waits for the search, then an all-gather: all these ranks get the same result
@@ -28,8 +28,8 @@ from megatron_croc.ops.assignment import (
     nearest,
     pairwise_cost,
 )
-from megatron_croc.parallel.collectives import all_gather
 from megatron_croc.parallel.device import SideWork, beside, to_device
+from megatron_croc.parallel.image_share import ImageShare
 
 
 class MatchingSample(NamedTuple):
@@ -90,7 +90,7 @@ class Matcher:
         """Set the solver, and the groups that split the work."""
         self.assign_mode: Literal["hungarian", "nearest"] = config.assign_mode
         self.assign_backend: Backend = config.assign_backend
-        self.tp, self.cp = pg_collection.tp, pg_collection.cp
+        self.share = ImageShare(pg_collection)
 
     @torch.no_grad()
     def start(self, tokens: Tensor, pool: Tensor, *, ahead: bool = False) -> Pending:
@@ -102,9 +102,7 @@ class Matcher:
             ahead: other work comes before `wait`; the search is concurrent with it.
         """
         started = time.perf_counter()
-        size = self.tp.size() * self.cp.size()
-        rank = self.cp.rank() * self.tp.size() + self.tp.rank()
-        mine = tokens[rank::size]
+        mine = self.share.own(tokens)
         with beside(enabled=ahead) as side:
             # The search would raise on this rank alone for values that are not finite. Any match is
             # good enough for them: they reach the loss, which all ranks refuse together.
@@ -144,7 +142,7 @@ class Matcher:
         index = found.index if found.index.device == cost.device else to_device(found.index)
         distance = cost.gather(2, index.unsqueeze(2)).squeeze(2)
         sample = MatchingSample(cost[0], index[0]) if len(cost) else None
-        if self.tp.size() * self.cp.size() > 1 and pending.num_images:
+        if self.share.size > 1:
             index, distance = self._exchange(index, distance, pending.num_images)
         seconds = pending.seconds + time.perf_counter() - started
         hidden = max(0.0, searched - waited)
@@ -152,15 +150,8 @@ class Matcher:
 
     def _exchange(self, index: Tensor, distance: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
         """[m, R] of this rank -> [n, R] of all ranks, in the order of the images."""
-        size = self.tp.size() * self.cp.size()
-        per_rank = -(-num_images // size)  # ranks with one image less send zeros for it
-        packed = index.new_zeros((per_rank, index.shape[1], 2), dtype=torch.float64)
-        packed[: len(index), :, 0] = index.double()
-        packed[: len(index), :, 1] = distance.double()
-        for group in (self.tp, self.cp):
-            packed = all_gather(packed, group)
-        everyone = packed.view(size, per_rank, -1, 2).transpose(0, 1)
-        everyone = everyone.flatten(0, 1)[:num_images]
+        packed = torch.stack([index.double(), distance.double()], dim=-1)
+        everyone = self.share.gather(packed, num_images)
         return everyone[..., 0].long(), everyone[..., 1].float()
 
 

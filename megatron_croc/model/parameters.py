@@ -1,7 +1,8 @@
 """Numbers of parameters of each part and pipeline stage, from the configuration alone.
 
 `cut` parameters are split over the tensor-parallel ranks, `whole` parameters are on each of them.
-Vision tower, projector and language model are tensor-parallel; pool and head are not.
+Vision tower, projector and language model are tensor-parallel; pool and head are not, nor is a
+tower whose images are shared out (`split_vision` images).
 """
 
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ def stage_parameters(
     stages: list[dict[Part, Parameters]] = [
         {"language_model": share} for share in language_model_stages(model.language_model, parallel)
     ]
-    stages[0]["vision_tower"] = vision_tower(model.vision_tower)
+    tower = vision_tower(model.vision_tower)
+    is_cut = parallel.split_vision == "heads"
+    stages[0]["vision_tower"] = tower if is_cut else Parameters(whole=tower.total)
     stages[0]["projector"] = projector(model.vision_tower.vision_hidden_size, h)
     if reconstructs:
         stages[0]["prompt_pool"] = Parameters(whole=model.prompt_pool.pool_size * h)

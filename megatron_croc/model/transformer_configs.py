@@ -98,10 +98,12 @@ def language_model_config(
 def vision_tower_config(
     model: VisionTowerConfig, *, parallel: ParallelConfig, training: TrainingConfig
 ) -> TransformerConfig:
-    """Configuration of a CLIP or SigLIP encoder: tensor-parallel, on the first pipeline stage."""
+    """Configuration of a CLIP or SigLIP encoder, on the first pipeline stage."""
     recompute = training.recompute_vision and not training.freeze_ViT
+    common = _common(parallel, training)
+    common["tensor_model_parallel_size"] = parallel.vision_tensor_parallel_size
     return TransformerConfig(
-        **_common(parallel, training),
+        **common,
         num_layers=model.num_active_layers,
         hidden_size=model.vision_hidden_size,
         ffn_hidden_size=model.vision_ffn_hidden_size,

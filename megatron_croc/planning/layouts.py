@@ -16,6 +16,7 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 FIRST = "parallel.decoder_first_pipeline_num_layers"
 LAST = "parallel.decoder_last_pipeline_num_layers"
 CP = "parallel.context_parallel_size"
+VISION = "parallel.split_vision"
 MICRO_BATCH = "training.micro_batch_size"
 RECOMPUTE = "training.recompute_granularity"
 METHOD = "training.recompute_method"
@@ -25,8 +26,8 @@ OVERLAP = ("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather")
 Layout = dict[str, Any]
 """Dotted path of a setting -> its value."""
 
-LAYOUT = (TP, SP, PP, VPP, FIRST, LAST, CP, MICRO_BATCH, RECOMPUTE, METHOD, RECOMPUTED_LAYERS)
-LAYOUT += OVERLAP
+LAYOUT = (TP, SP, PP, VPP, FIRST, LAST, CP, VISION)
+LAYOUT += (MICRO_BATCH, RECOMPUTE, METHOD, RECOMPUTED_LAYERS, *OVERLAP)
 """Paths of all settings that the planner chooses."""
 
 
@@ -50,7 +51,8 @@ def layouts(base: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[La
         if world_size % (tp * pp * cp):
             continue
         overlaps = world_size > tp * pp
-        for vpp, first in _pipelines(layers, pp):
+        splits = ("heads", "images") if tp * cp > 1 else ("heads",)
+        for (vpp, first), split in itertools.product(_pipelines(layers, pp), splits):
             yield {
                 TP: tp,
                 SP: tp > 1,
@@ -59,6 +61,7 @@ def layouts(base: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[La
                 FIRST: first,
                 LAST: None,
                 CP: cp,
+                VISION: split,
                 MICRO_BATCH: mbs,
                 RECOMPUTE: recompute,
                 METHOD: "uniform",
@@ -97,7 +100,7 @@ def memory_savings(run: RunConfig, world_size: int, gpus_per_node: int) -> list[
     for layout in layouts(run, world_size, gpus_per_node):
         if layout[VPP] is not None or layout[FIRST] is not None:
             continue
-        kept = set(LAYOUT) - set(OVERLAP)
+        kept = set(LAYOUT) - set(OVERLAP) - {VISION}
         if layout[PP] == run.parallel.pipeline_model_parallel_size:
             kept -= {VPP, FIRST, LAST}
         if layout[RECOMPUTE] == "none" or recomputes_all:  # the run keeps what it recomputes

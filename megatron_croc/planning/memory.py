@@ -245,12 +245,14 @@ def _decoder_activations(
 def _vision_activations(run: RunConfig, images: float) -> float:
     """Bytes of vision tower and projector, for one micro-batch."""
     config, element = run.model.vision_tower, _bytes(run)
-    tp = run.parallel.tensor_model_parallel_size
-    tokens = images * (config.num_visual_tokens + (config.vision_model_type == "clip"))
+    tp, tower_tp = run.parallel.tensor_model_parallel_size, run.parallel.vision_tensor_parallel_size
+    per_image = config.num_visual_tokens + (config.vision_model_type == "clip")
+    tokens = images * per_image
+    own_tokens = math.ceil(images / run.parallel.image_share_size) * per_image
     h = config.vision_hidden_size
     # quick_gelu keeps its input and the sigmoid, gelu_tanh its input; both the output.
     widths = 3 if config.vision_activation == "quick_gelu" else 2
-    layer = 4 * h + (4 * h + widths * config.vision_ffn_hidden_size) / tp
+    layer = 4 * h + (4 * h + widths * config.vision_ffn_hidden_size) / tower_tp
     if run.training.freeze_ViT:
         tower = 0.0
     elif run.training.recompute_vision:
@@ -261,7 +263,7 @@ def _vision_activations(run: RunConfig, images: float) -> float:
     hidden = run.model.language_model.hidden_size
     is_trained = not (run.training.freeze_projector and run.training.freeze_ViT)
     projector = (h + 2 * hidden / tp + 2 * hidden) * is_trained
-    return tokens * element * (tower + projector)
+    return element * (own_tokens * tower + tokens * projector)
 
 
 def _head_activations(run: RunConfig, pack: Pack) -> float:

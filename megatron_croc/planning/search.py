@@ -8,7 +8,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.planning.fit import GIB, Fit, expected_fit, gpu_memory
 from megatron_croc.planning.gpus import Gpu
-from megatron_croc.planning.layouts import changed, layouts
+from megatron_croc.planning.layouts import VISION, changed, layouts
 from megatron_croc.planning.step_time import StepTime, estimate_step
 from megatron_croc.planning.workload import Workload
 
@@ -44,6 +44,8 @@ class Candidate:
             words.append(f"first{parallel.decoder_first_pipeline_num_layers}")
         if parallel.context_parallel_size > 1:
             words.append(f"cp{parallel.context_parallel_size}")
+        if parallel.split_vision == "images":
+            words.append("images")
         words.append(f"mbs{training.micro_batch_size}")
         if training.recompute_granularity == "full":
             words.append("recompute")
@@ -61,6 +63,7 @@ class Candidate:
             if (value := getattr(parallel, name)) is not None:
                 words.append(f"--{name.replace('_', '-')} {value}")
         words.append(f"--context-parallel-size {parallel.context_parallel_size}")
+        words.append(f"--split-vision {parallel.split_vision}")
         words.append(f"--micro-batch-size {training.micro_batch_size}")
         words.append(f"--recompute-granularity {training.recompute_granularity}")
         if training.recompute_granularity == "full":
@@ -82,14 +85,22 @@ def assess(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> Can
 def search(base: RunConfig, world_size: int, gpu: Gpu, workload: Workload) -> list[Candidate]:
     """Every accepted layout: those that fit first, of them the fastest (near ties: fewest cuts).
 
+    Of two that only split the vision tower differently, the better one.
+
     Raises:
         ConfigError: no layout of this recipe is possible at this world size.
     """
-    found = [
-        assess(run, world_size, gpu, workload)
-        for changes in layouts(base, world_size, gpu.gpus_per_node)
-        if not find_faults(run := changed(base, changes), world_size)
-    ]
+    best_split: dict[tuple, Candidate] = {}
+    for changes in layouts(base, world_size, gpu.gpus_per_node):
+        run = changed(base, changes)
+        if find_faults(run, world_size):
+            continue
+        candidate = assess(run, world_size, gpu, workload)
+        key = tuple(value for path, value in changes.items() if path != VISION)
+        other = best_split.setdefault(key, candidate)
+        if (candidate.free < 0, candidate.time.total) < (other.free < 0, other.time.total):
+            best_split[key] = candidate
+    found = list(best_split.values())
     if not found:
         raise ConfigError(
             f"--gpus {world_size}: no layout of this recipe divides over them; choose a multiple "

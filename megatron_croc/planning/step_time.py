@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_croc.config.parts import trained_parts
 from megatron_croc.config.run import RunConfig
-from megatron_croc.costs.flops import count_flops
+from megatron_croc.costs.flops import Flops, Work, count_flops
 from megatron_croc.model.parameters import stage_parameters
 from megatron_croc.planning.gpus import Gpu
 from megatron_croc.planning.replicas import balanced_imbalance
@@ -101,7 +101,8 @@ def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload)
                 parallel.pipeline_layers(config.num_layers)
             )
     traffic = _tensor_traffic(run, tokens, gpu) + _context_traffic(run, tokens, gpu)
-    vision = (flops["vision_tower"] + flops["projector"]) / tp / rate
+    vision = flops["projector"] / tp / rate + _tower_seconds(run, work, flops, tokens, gpu)
+    vision_traffic = _vision_traffic(run, work, gpu)
     matches = 0.0
     if run.reconstructs and run.model.prompt_pool.assign_mode == "hungarian":
         matches = math.ceil(work.num_images / tp / cp) * MATCHING_SECONDS
@@ -112,7 +113,7 @@ def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload)
     useful[0] += vision
     useful[-1] += last
     stages = useful + layers * (again + traffic)
-    stages[0] += matches
+    stages[0] += matches + vision_traffic
     hop = 0.0
     if pp > 1:
         width = config.hidden_size / (tp if parallel.sequence_parallel else 1)
@@ -131,7 +132,11 @@ def estimate_step(run: RunConfig, world_size: int, gpu: Gpu, workload: Workload)
     return StepTime(
         compute=count * float(useful[slow]),
         recompute=count * float(layers[slow] * again),
-        tensor_parallel=count * float(layers[slow]) * _tensor_traffic(run, tokens, gpu),
+        tensor_parallel=count
+        * (
+            float(layers[slow]) * _tensor_traffic(run, tokens, gpu)
+            + (vision_traffic if slow == 0 else 0.0)
+        ),
         context_parallel=count * float(layers[slow]) * _context_traffic(run, tokens, gpu),
         pipeline_traffic=count * hop,
         bubble=float(bubble),
@@ -174,6 +179,43 @@ def _tensor_traffic(run: RunConfig, tokens: float, gpu: Gpu) -> float:
     again = 4 if run.training.recompute_granularity == "full" else 0
     backward = 6 if run.parallel.sequence_parallel else 4
     return one * (4 + again + backward * (1 - HIDDEN_BACKWARD))
+
+
+def _tower_seconds(run: RunConfig, work: Work, flops: Flops, tokens: float, gpu: Gpu) -> float:
+    """Seconds of the vision tower for one micro-batch, on the rank with the most images."""
+    parallel = run.parallel
+    share = 1.0
+    if work.num_images:
+        share = math.ceil(work.num_images / parallel.image_share_size) / work.num_images
+    width = run.model.language_model.hidden_size / parallel.vision_tensor_parallel_size
+    rate = gpu.peak * gpu.efficiency * _fullness(width, tokens)
+    return flops["vision_tower"] * share / parallel.vision_tensor_parallel_size / rate
+
+
+def _vision_traffic(run: RunConfig, work: Work, gpu: Gpu) -> float:
+    """Seconds of one micro-batch that collectives of the vision tower add to the first stage.
+
+    heads: two all-reduces of each layer, in backward too if the tower is trained. images: one
+    gather of features, and in backward their sum over context-parallel ranks.
+    """
+    config, parallel = run.model.vision_tower, run.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if tp * cp == 1 or not work.num_images:
+        return 0.0
+    rate = gpu.link if tp * cp <= gpu.gpus_per_node else gpu.network
+    features = work.num_images * config.num_visual_tokens * config.vision_hidden_size
+    values = features * _element(run)
+    is_trained = not run.training.freeze_ViT
+    if parallel.split_vision == "images":
+        ranks = tp * cp
+        gather = values * (ranks - 1) / ranks / rate + LATENCY
+        total = 2 * values / tp * (cp - 1) / cp / rate + LATENCY * (cp > 1)
+        return gather + is_trained * total
+    if tp == 1:
+        return 0.0
+    all_reduce = 2 * (values * (tp - 1) / tp / rate + LATENCY)
+    again = is_trained * (1 + run.training.recompute_vision)
+    return config.num_active_layers * 2 * all_reduce * (1 + again)
 
 
 def _context_traffic(run: RunConfig, tokens: float, gpu: Gpu) -> float:

@@ -1,7 +1,9 @@
 """Building of model, optimizer, schedule and metrics writer from a RunConfig."""
 
 import logging
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -31,6 +33,7 @@ from megatron_croc.training.optimizer import build_optimizer, build_scheduler
 from megatron_croc.training.reporting.reporting import Reporter
 from megatron_croc.training.reporting.time_split import TimeSplit
 from megatron_croc.training.safety.heartbeat import enter
+from megatron_croc.training.shared_gradients import sum_over_tensor_parallel
 from megatron_croc.training.step import TrainStep
 
 logger = get_logger(__name__)
@@ -104,17 +107,27 @@ def wrap_model(
     ]
     hooks = [chunk.no_sync for chunk in chunks]
     config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]  # type: ignore[union-attr]
-    config.finalize_model_grads_func = _finalize  # type: ignore[union-attr]
+    config.finalize_model_grads_func = partial(  # type: ignore[union-attr]
+        _finalize, shared=models[0].image_shared_parameters()
+    )
     return chunks
 
 
-def _finalize(model: list[nn.Module], num_tokens: Tensor | None, **groups: object) -> None:
-    """Reduce gradients over DP, SP and tied embeddings, without dividing them.
+def _finalize(
+    model: list[nn.Module],
+    num_tokens: Tensor | None,
+    *,
+    shared: Set[Tensor],
+    pg_collection: ProcessGroupCollection,
+    **options: object,
+) -> None:
+    """Reduce gradients over DP, SP, tied embeddings and shared images, without dividing them.
 
     The losses are divided by their global denominators already.
     """
     enter("summing gradients", collective="reduce-scatter")
-    finalize_model_grads(model, None, **groups)  # type: ignore[arg-type]
+    finalize_model_grads(model, None, pg_collection=pg_collection, **options)  # type: ignore[arg-type]
+    sum_over_tensor_parallel(model[0], shared, pg_collection.tp)
 
 
 def build_training_state(

@@ -21,7 +21,7 @@ def train_from(changes: dict, first: int, last: int, save: str | None, load: str
     pg = start_distributed(run.parallel, seed=run.training.seed)
     training = build_training_state(run, pg, train_iters=10)
     assert training.state.iteration == first
-    rows = []
+    rows, rates = [], None
     for step in range(first, last):
         batches = make_step(run, step, dp_rank=pg.dp.rank(), dp_size=pg.dp.size(), images=IMAGES)
         metrics = training.train_step.train(batches, training.optimizer, training.scheduler)

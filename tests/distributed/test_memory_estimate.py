@@ -47,6 +47,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         },
     ),
     "cp2": ("finetune", 2, {"context_parallel_size": 2}),
+    "tp2, images shared": (
+        "finetune",
+        2,
+        {"tensor_model_parallel_size": 2, "split_vision": "images", "freeze_ViT": False},
+    ),
 }
 
 

@@ -217,6 +217,33 @@ def test_matching_takes_ten_milliseconds_an_image(run: RunConfig):
     assert step.matching == pytest.approx(4 * 2 * 0.01)
 
 
+def test_a_tower_is_split_by_heads_or_by_images(run: RunConfig):
+    run.parallel.tensor_model_parallel_size = run.parallel.context_parallel_size = 2
+    load = Workload(lengths=(2000.0,), images=3.0, peak_tokens=2000)
+    run.training.freeze_ViT = True
+    heads = estimate_step(run, 4, GPU, load)
+    run.parallel.split_vision = "images"
+    images = estimate_step(run, 4, GPU, load)
+    run.training.freeze_ViT = False
+    trained = estimate_step(run, 4, GPU, load)
+    # Features of three images, 576 x 1024 in 2 bytes: 3.54 ms for all of them over a link.
+    features = 3 * 576 * 1024 * 2 / 1e9
+    by_heads = 23 * 2 * 2 * (features / 2 + LATENCY)  # two all-reduces a layer
+    gather = features * 3 / 4 + LATENCY
+    difference = heads.tensor_parallel - images.tensor_parallel
+    assert difference == pytest.approx(8 * (by_heads - gather))
+    # Their sum over the two context-parallel ranks, of each tensor-parallel rank's own images.
+    own = 2 * features / 2 / 2 + LATENCY
+    difference = trained.tensor_parallel - images.tensor_parallel
+    assert difference == pytest.approx(8 * own)
+    tower = 2 * 576 * 3 * 14**2 * 1024 + 23 * (2 * 577 * 12 * 1024**2 + 4 * 577**2 * 1024)
+    # Two ranks halve three images; four ranks have one image each, and one rank has none.
+    difference = heads.compute - images.compute
+    assert difference == pytest.approx(
+        8 * tower * (3 / 2 / rate(2048, 1000) - 1 / rate(4096, 1000)), rel=1e-6
+    )
+
+
 def test_mfu():
     zero = dict.fromkeys(
         ("recompute", "tensor_parallel", "context_parallel", "pipeline_traffic", "matching"), 0.0
