@@ -3,9 +3,9 @@
     python benchmarks/attention.py [--out benchmarks/results] [--lengths 2048 4096 8192 32768]
 
 One run compares on the same tensors: causal flash (the floor), flip, flip with rows moved by torch
-operations (where Triton moves them by default), flex, dense SDPA one sample at a time (what `dense`
-is) and dense SDPA with one mask over the whole row. Rows: one Croc sample, a
-pack of Croc samples, a pack of samples with several images; masks `visual` and `prefix`; 32 x 128
+operations (where Triton moves them by default), flex, fa4, ffa, dense SDPA one sample at a time
+(what `dense` is) and dense SDPA with one mask over the whole row. Rows: one Croc sample, a pack of
+Croc samples, a pack of samples with several images; masks `visual` and `prefix`; 32 x 128
 heads, as many key heads (mha) or 8 (gqa); forward, and forward with backward.
 
     E = (causal time x pairs of the mask / pairs of the causal mask) / mixed time
@@ -39,6 +39,7 @@ from megatron_croc.ops.attention.backends import choose_backend
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import choose_flash
 from megatron_croc.ops.attention.flip import attend_flip
+from megatron_croc.ops.attention.measured import write_table
 from megatron_croc.ops.attention.position_ops import choose_position_ops
 from megatron_croc.ops.attention.torch_position_ops import TORCH_POSITION_OPS
 from megatron_croc.ops.mixed_mask import MixedMask
@@ -114,8 +115,8 @@ def contenders(mask: MixedMask, query: Tensor) -> Iterator[tuple[str, Callable[.
                 position_ops=TORCH_POSITION_OPS,
             ),
         )
-    yield "flex", functools.partial(run, mask=mask, backend="flex")
-    yield "dense", functools.partial(run, mask=mask, backend="dense")
+    for name in ("flex", "fa4", "ffa", "dense"):
+        yield name, functools.partial(run, mask=mask, backend=name)
     yield "sdpa + mask", functools.partial(sdpa_with_mask, visible=mask.visible())
 
 
@@ -291,6 +292,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20 if on_cuda else 3)
     parser.add_argument("--error-length", type=int, default=2048 if on_cuda else 256)
     parser.add_argument("--out", type=Path, help="folder for attention.json and attention.png")
+    parser.add_argument(
+        "--keep-for-auto",
+        action="store_true",
+        help="on a GPU: --attention-backend auto chooses by these times from now on",
+    )
     options = parser.parse_args()
 
     device, dtype = current_device(), getattr(torch, options.dtype)
@@ -313,6 +319,9 @@ def main() -> None:
                     ):
                         print(to_line(row), flush=True)
                         rows.append(row)
+    if options.keep_for_auto and on_cuda:
+        file = write_table(device_name(), options.head_dim, rows)
+        print(f"--attention-backend auto chooses by {file} from now on")
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,18 @@ KNOWN = {
         modules=("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
         assumed="the arguments of _flash_attn_forward and _backward",
     ),
+    "flash-attn-4": Known(
+        first=(4, 0),
+        last=(4, 0),
+        modules=("flash_attn.cute",),
+        assumed="the arguments of flash_attn_func and of its mask_mod",
+    ),
+    "magi-attention": Known(
+        first=(1, 1),
+        last=(1, 1),
+        modules=("magi_attention.functional",),
+        assumed="the arguments of flex_flash_attn_func",
+    ),
 }
 """Known versions by distribution."""
 

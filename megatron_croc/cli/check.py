@@ -36,6 +36,8 @@ ATTENTION_BACKENDS = {
     "flip": "two causal flash calls: CUDA, float16 or bfloat16, head dim a multiple of 8 up to 256",
     "flex": "FlexAttention: CUDA (on a CPU without gradients)",
     "dense": "SDPA with a dense mask: everywhere, memory quadratic in a sample's length",
+    "fa4": "FlashAttention 4 with a mask_mod: Hopper, float16 or bfloat16, package flash-attn-4",
+    "ffa": "MagiAttention's kernels: Hopper, float16 or bfloat16, package magi-attention",
 }
 """Values of `attention_backend` besides auto, in the order in which auto tries them on CUDA."""
 
@@ -242,7 +244,7 @@ def _flops_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
 def _attention_lines(run: RunConfig) -> Iterator[tuple[str, str]]:
     """The backends and what they need; the flash packages are looked for, not imported."""
     chosen = run.model.attention_backend
-    auto = f"{', then '.join(ATTENTION_BACKENDS)} on CUDA; dense on a CPU"
+    auto = "the fastest measured on this GPU; unmeasured: flip, flex, dense; on a CPU dense"
     for name, needs in {"auto": auto, **ATTENTION_BACKENDS}.items():
         yield f"{name} (chosen)" if name == chosen else name, needs
     for package, module in _FLASH_MODULES.items():

@@ -5,7 +5,7 @@ from typing import Literal
 
 MaskType = Literal["causal", "prefix", "visual"]
 
-AttentionBackend = Literal["auto", "flip", "flex", "dense"]
+AttentionBackend = Literal["auto", "flip", "flex", "dense", "fa4", "ffa"]
 
 
 @dataclass(kw_only=True)

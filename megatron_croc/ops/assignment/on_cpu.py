@@ -1,6 +1,7 @@
-"""Assignment on the CPU: scipy on a sufficient part of the cost, images in threads."""
+"""Assignment on the CPU: compiled code, else scipy on a part of the cost; images in threads."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from megatron_croc.log import get_logger, log_once
+from megatron_croc.ops.assignment import native
 from megatron_croc.ops.assignment.bounds import prove
 from megatron_croc.ops.assignment.restricted import (
     Columns,
@@ -18,6 +21,8 @@ from megatron_croc.ops.assignment.restricted import (
     match_entries,
     unmatched_share,
 )
+
+_logger = get_logger(__name__)
 
 SMALL = 2**17
 """Largest cost, in entries, that is searched whole; the choice of a part would take longer."""
@@ -35,20 +40,42 @@ Up to the first, more entries are likely to be enough. From the second, the same
 for all rows. Between them the whole cost is searched, because more entries may not help."""
 
 
-def solve_cpu(costs: Sequence[Cost], *, certify: bool) -> list[tuple[Columns, float]]:
-    """Return columns [n] and a lower bound for each cost [n, P].
+Solved = tuple[Columns, float] | None
+"""Columns and a lower bound; None where a cost is not finite."""
+
+
+def solve_cpu(costs: Sequence[Cost], *, certify: bool) -> list[Solved]:
+    """Return columns [n] and a lower bound for each cost [n, P]; None if it is not finite.
 
     Without `certify` the bound is NaN, except where the search computes it anyway.
     """
+    compiled = native.load()  # before the threads, which would compile it several times
+    if isinstance(compiled, str):
+        log_once(_logger, logging.WARNING, "tokens are matched by scipy, slower: %s", compiled)
     return _in_threads(functools.partial(_solve, certify=certify), costs)
 
 
-def solve_scipy(costs: Sequence[Cost], *, certify: bool) -> list[tuple[Columns, float]]:
+def solve_scipy(costs: Sequence[Cost], *, certify: bool) -> list[Solved]:
     """Same as `solve_cpu` by scipy alone, one image after the other: the reference."""
-    return [_solve_whole(cost, certify=certify) for cost in costs]
+    return [_solve_whole(cost, certify=certify) if _is_finite(cost) else None for cost in costs]
 
 
-def _solve(cost: Cost, *, certify: bool) -> tuple[Columns, float]:
+def _solve(cost: Cost, *, certify: bool) -> Solved:
+    compiled = native.load()
+    if not isinstance(compiled, str):
+        solved = compiled.solve(cost, certify=certify)
+        if solved is not None:
+            return solved
+    return _solve_in_parts(cost, certify=certify) if _is_finite(cost) else None
+
+
+def _is_finite(cost: Cost) -> bool:
+    # A sum takes a quarter of the time of isfinite. If it is finite, all terms are.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(cost.sum()) or np.isfinite(cost).all())
+
+
+def _solve_in_parts(cost: Cost, *, certify: bool) -> tuple[Columns, float]:
     match = _match_part(cost)
     if match is not None and match.proof.is_optimal:
         return match.columns, match.proof.bound
@@ -79,10 +106,8 @@ def _solve_whole(cost: Cost, *, certify: bool) -> tuple[Columns, float]:
     return columns, prove(cost, columns).bound if certify else np.nan
 
 
-def _in_threads(
-    solve: Callable[[Cost], tuple[Columns, float]], costs: Sequence[Cost]
-) -> list[tuple[Columns, float]]:
-    """Apply `solve` to each cost; scipy and numpy release the GIL."""
+def _in_threads(solve: Callable[[Cost], Solved], costs: Sequence[Cost]) -> list[Solved]:
+    """Apply `solve` to each cost; compiled code, scipy and numpy release the GIL."""
     if len(costs) < 2 or num_threads() < 2:
         return [solve(cost) for cost in costs]
     return list(_thread_pool(num_threads()).map(solve, costs))

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, NoReturn, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,27 +75,11 @@ def assign(
     backend = choose_backend(backend, cost.device)
     if backend == "triton":
         result = _solve_on_gpu(cost, rows, certify=certify)
-        if check and not result.solved.all():
-            _refuse(torch.nonzero(~result.solved).flatten().tolist())
-        return result
-    bad = _images_not_finite(cost, rows)
-    if bad and check:
-        _refuse(bad)
-    for image in bad:
-        rows[image] = 0
-    if backend == "torch":
-        solved = _solve_torch(cost, rows)
     else:
-        solved = _solve_numpy(cost, rows, plain=backend == "scipy", certify=certify)
-    index = torch.full(cost.shape[:2], -1, dtype=torch.int64)
-    for image, (columns, _) in enumerate(solved):
-        index[image, : rows[image]] = columns
-    bound = torch.tensor([bound for _, bound in solved], dtype=torch.float64)
-    index = index.to(cost.device)
-    is_solved = torch.tensor([image not in bad for image in range(len(rows))], dtype=torch.bool)
-    return Assignment(
-        index, _objective(cost, index), bound.to(cost.device), is_solved.to(cost.device)
-    )
+        result = _solve_on_host(cost, rows, backend, certify=certify)
+    if check and not result.solved.all():
+        _refuse(torch.nonzero(~result.solved).flatten().tolist())
+    return result
 
 
 def choose_backend(backend: Backend, device: torch.device) -> Backend:
@@ -158,21 +143,37 @@ def optimality_gap(cost: Tensor, index: Tensor) -> float:
     return float(gap)
 
 
-def _solve_numpy(
-    cost: Tensor, rows: list[int], *, plain: bool, certify: bool
-) -> list[tuple[Tensor, float]]:
+def _solve_on_host(cost: Tensor, rows: list[int], backend: Backend, *, certify: bool) -> Assignment:
     matrices = cost.cpu().numpy()
-    costs = [matrix[:length] for matrix, length in zip(matrices, rows, strict=True)]
-    solve = on_cpu.solve_scipy if plain else on_cpu.solve_cpu
-    return [(torch.from_numpy(c), bound) for c, bound in solve(costs, certify=certify)]
+    if backend == "torch":
+        solved = _solve_torch(cost, rows)
+    else:
+        solve = on_cpu.solve_scipy if backend == "scipy" else on_cpu.solve_cpu
+        costs = [matrix[:length] for matrix, length in zip(matrices, rows, strict=True)]
+        solved = solve(costs, certify=certify)
+    # In numpy: for one image the operations of torch took as long as the search.
+    num_images = len(rows)
+    index = np.full(matrices.shape[:2], -1)
+    objective, bound = np.zeros(num_images), np.full(num_images, np.nan)
+    for image, solution in enumerate(solved):
+        if solution is not None:
+            columns, bound[image] = solution
+            index[image, : len(columns)] = columns
+            taken = matrices[image, np.arange(len(columns)), columns]
+            objective[image] = taken.sum(dtype=np.float64)
+    is_solved = np.array([solution is not None for solution in solved], dtype=bool)
+    arrays = (index, objective, bound, is_solved)
+    return Assignment(*(torch.from_numpy(array).to(cost.device) for array in arrays))
 
 
-def _solve_torch(cost: Tensor, rows: list[int]) -> list[tuple[Tensor, float]]:
-    solutions = [
-        shortest_paths.solve_image(matrix[:length])
-        for matrix, length in zip(cost, rows, strict=True)
-    ]
-    return [(solution.columns.cpu(), float(solution.bound)) for solution in solutions]
+def _solve_torch(cost: Tensor, rows: list[int]) -> list[on_cpu.Solved]:
+    solved: list[on_cpu.Solved] = [None] * len(rows)
+    bad = _images_not_finite(cost, rows)
+    for image, length in enumerate(rows):
+        if image not in bad:
+            solution = shortest_paths.solve_image(cost[image, :length])
+            solved[image] = solution.columns.cpu().numpy(), float(solution.bound)
+    return solved
 
 
 def _solve_on_gpu(cost: Tensor, rows: list[int], *, certify: bool) -> Assignment:

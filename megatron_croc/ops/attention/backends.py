@@ -4,6 +4,8 @@
 |-------|----------------------------------------------------|------------------------------|
 | flip  | two causal flash calls (flip.py, flash.py)         | CUDA float16, bfloat16; CPU  |
 | flex  | FlexAttention with block lists (flex.py)           | CUDA; CPU without gradients  |
+| fa4   | FlashAttention 4 with a mask_mod (fa4.py)          | Hopper float16, bfloat16     |
+| ffa   | MagiAttention's rectangles (ffa.py)                | Hopper float16, bfloat16     |
 | dense | scaled-dot-product attention, dense mask (dense.py)| everywhere, quadratic memory |
 """
 
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from megatron_croc.errors import ConfigError
 from megatron_croc.log import get_logger, log_once
-from megatron_croc.ops.attention import dense, flex
+from megatron_croc.ops.attention import dense, fa4, ffa, flex, measured
 from megatron_croc.ops.attention.flash import choose_flash, flash_unsupported_reasons
 from megatron_croc.ops.attention.flip import attend_flip
+from megatron_croc.ops.attention.packages import gpu_name
 from megatron_croc.ops.mixed_mask import MixedMask
 
 Chunks = Sequence[tuple[int, int]]
@@ -84,9 +87,10 @@ def choose_backend(name: str, query: Tensor) -> str:
     """Return the name of the backend for tensors like `query`.
 
     Args:
-        name: auto (the fastest that can be used), or a name of the table above.
-        query: [R, H, d]; its device, dtype and head dim matter. The log names, once, each faster
-            backend that `auto` cannot use, with the reason.
+        name: auto (the fastest of those that can be used, as far as it was measured on this GPU,
+            see `measured`; else the first), or a name of the table above.
+        query: [R, H, d]; its device, dtype, head dim and, if measured, length matter. The log
+            names, once, what `auto` takes and what it cannot use, with the reasons.
 
     Raises:
         ConfigError: the name is unknown, or this backend does not run on such tensors.
@@ -107,14 +111,20 @@ def choose_backend(name: str, query: Tensor) -> str:
 
 
 def _fastest(query: Tensor) -> str:
+    able = []
     for name in _PREFERENCE["cuda" if query.is_cuda else "cpu"]:
         reason = _BACKENDS[name].unsupported_reason(query)
         if reason is None:
-            if query.is_cuda:
-                log_once(_logger, logging.INFO, "attention backend: %s", name)
-            return name
-        log_once(_logger, logging.INFO, "attention backend %s is not used: %s", name, reason)
-    raise AssertionError("dense runs everywhere")
+            able.append(name)
+        elif not able:
+            log_once(_logger, logging.INFO, "attention backend %s is not used: %s", name, reason)
+    if not query.is_cuda:
+        return able[0]
+    name, reason = measured.choose(
+        tuple(able), gpu_name(query.device), query.shape[-1], query.shape[0]
+    )
+    log_once(_logger, logging.INFO, "attention backend: %s (%s)", name, reason)
+    return name
 
 
 def attend(
@@ -192,11 +202,25 @@ def _positions(chunks: tuple[tuple[int, int], ...], device: torch.device) -> Ten
     return torch.cat([torch.arange(begin, end, device=device) for begin, end in chunks])
 
 
+def _fa4(inputs: _Inputs) -> Tensor:
+    return fa4.attend_fa4(
+        *inputs.tensors, inputs.mask, inputs.positions(), softmax_scale=inputs.softmax_scale
+    )
+
+
+def _ffa(inputs: _Inputs) -> Tensor:
+    return ffa.attend_ffa(
+        *inputs.tensors, inputs.mask, inputs.chunks, softmax_scale=inputs.softmax_scale
+    )
+
+
 _BACKENDS = {
     "dense": _Backend(_dense, lambda _: None),
     "flip": _Backend(_flip, _flip_unsupported_reason),
     "flex": _Backend(_flex, _flex_unsupported_reason),
+    "fa4": _Backend(_fa4, fa4.unsupported_reason),
+    "ffa": _Backend(_ffa, ffa.unsupported_reason),
 }
 
-_PREFERENCE = {"cuda": ("flip", "flex", "dense"), "cpu": ("dense",)}
-"""Backends that `auto` tries, in this order. On a CPU dense is faster than the emulated flash."""
+_PREFERENCE = {"cuda": ("flip", "flex", "dense", "fa4", "ffa"), "cpu": ("dense",)}
+"""Order of `auto` where nothing was measured. On a CPU dense is faster than the emulated flash."""

@@ -14,20 +14,23 @@ emulated_flash.py. None of the three has been run on a GPU so far; `pytest -m gp
 does that.
 """
 
-import functools
-import importlib
 import logging
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_croc.libraries import KNOWN, name_unknown_version
+from megatron_croc.libraries import name_unknown_version
 from megatron_croc.log import get_logger, log_once
 from megatron_croc.ops.attention.contract import QKV, Flash, FlashInputs, FlashOutput
 from megatron_croc.ops.attention.emulated_flash import EMULATED
+from megatron_croc.ops.attention.packages import (
+    capability,
+    kernels_of,
+    missing,
+    refused_by_cuda_kernels,
+    too_old,
+)
 from megatron_croc.ops.flip_plan import CausalCall
 
 MAX_HEAD_DIM = 256
@@ -67,15 +70,15 @@ class FlashAttention3:
 
     def unsupported_reason(self, query: Tensor) -> str | None:
         """See `Flash`."""
-        reason = _kernel_unsupported_reason(query) or _missing(self.distribution)
-        if reason is None and _capability(query.device)[0] != 9:
-            return f"compute capability {_capability(query.device)}, 9 (Hopper) is needed"
+        reason = refused_by_cuda_kernels(query, MAX_HEAD_DIM) or missing(self.distribution)
+        if reason is None and capability(query.device)[0] != 9:
+            return f"compute capability {capability(query.device)}, 9 (Hopper) is needed"
         return reason
 
     def forward(self, inputs: FlashInputs) -> FlashOutput:
         """See `Flash`."""
         call = inputs.call
-        out, lse, *_ = _kernels(self.distribution)._flash_attn_forward(
+        out, lse, *_ = kernels_of(self.distribution)._flash_attn_forward(
             *inputs.tensors,
             *(None,) * 4,  # new keys and values, qv, out
             *(call.cu_queries, call.cu_keys),
@@ -90,7 +93,7 @@ class FlashAttention3:
     def backward(self, grad: Tensor, inputs: FlashInputs, output: FlashOutput) -> QKV:
         """See `Flash`."""
         call, grads = inputs.call, _allocate(inputs.tensors)
-        _kernels(self.distribution)._flash_attn_backward(
+        kernels_of(self.distribution)._flash_attn_backward(
             *(grad, *inputs.tensors, *output),
             *(call.cu_queries, call.cu_keys),
             *(None, None),  # used lengths
@@ -112,20 +115,20 @@ class FlashAttention2:
     def unsupported_reason(self, query: Tensor) -> str | None:
         """See `Flash`."""
         return (
-            _kernel_unsupported_reason(query)
-            or _missing(self.distribution)
-            or _too_old(self.distribution)
+            refused_by_cuda_kernels(query, MAX_HEAD_DIM)
+            or missing(self.distribution)
+            or too_old(self.distribution)
         )
 
     def forward(self, inputs: FlashInputs) -> FlashOutput:
         """See `Flash`."""
-        kernels = _kernels(self.distribution)
+        kernels = kernels_of(self.distribution)
         out, lse, *_ = kernels._flash_attn_varlen_forward(*inputs.tensors, **self._common(inputs))
         return _check_output(out, lse, inputs)
 
     def backward(self, grad: Tensor, inputs: FlashInputs, output: FlashOutput) -> QKV:
         """See `Flash`."""
-        kernels = _kernels(self.distribution)
+        kernels = kernels_of(self.distribution)
         grads = _allocate(inputs.tensors)
         kernels._flash_attn_varlen_backward(
             *(grad, *inputs.tensors, *output, *grads),
@@ -161,9 +164,9 @@ class TorchFlash:
 
     def unsupported_reason(self, query: Tensor) -> str | None:
         """See `Flash`."""
-        reason = _kernel_unsupported_reason(query)
-        if reason is None and _capability(query.device) < (8, 0):
-            return f"compute capability {_capability(query.device)}, 8.0 or higher is needed"
+        reason = refused_by_cuda_kernels(query, MAX_HEAD_DIM)
+        if reason is None and capability(query.device) < (8, 0):
+            return f"compute capability {capability(query.device)}, 8.0 or higher is needed"
         return reason
 
     def forward(self, inputs: FlashInputs) -> FlashOutput:
@@ -190,61 +193,6 @@ class TorchFlash:
     @staticmethod
     def _pieces(call: CausalCall) -> tuple[Tensor, Tensor, int, int]:
         return call.cu_queries, call.cu_keys, *_max_lengths(call)
-
-
-def _kernel_unsupported_reason(query: Tensor) -> str | None:
-    """Reason against all CUDA kernels; None if there is none."""
-    if not query.is_cuda:
-        return f"the tensors are on {query.device}, CUDA is needed"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"{query.dtype} tensors, float16 or bfloat16 is needed"
-    head_dim = query.shape[-1]
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return f"head dim {head_dim}, a multiple of 8 up to {MAX_HEAD_DIM} is needed"
-    return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.get_device_module(device).get_device_capability(device)
-
-
-def _missing(distribution: str) -> str | None:
-    """Reason if `distribution` cannot be imported, else None."""
-    found = _import(distribution)
-    return found if isinstance(found, str) else None
-
-
-@functools.cache
-def _import(distribution: str) -> ModuleType | str:
-    """First module of `distribution` that can be imported, or the reason if none can."""
-    reasons: list[str] = []
-    for module in KNOWN[distribution].modules:
-        try:
-            return importlib.import_module(module)
-        except (ImportError, OSError) as error:
-            reasons.append(f"{module} cannot be imported ({error})")
-    return ", ".join(reasons)
-
-
-def _kernels(distribution: str) -> Any:
-    """Module of the kernels; call it only after `unsupported_reason` returned None."""
-    found = _import(distribution)
-    assert isinstance(found, ModuleType), found
-    return found
-
-
-@functools.cache
-def _too_old(distribution: str) -> str | None:
-    """Reason if the installed `distribution` is too old for this interface, else None."""
-    least = KNOWN[distribution].first
-    try:
-        found = version(distribution)
-    except PackageNotFoundError as error:
-        return f"its version is unknown ({error})"
-    if tuple(int(part) for part in found.split(".")[:2]) < least:
-        return f"{distribution} {found} is too old, {'.'.join(map(str, least))} or later is needed"
-    return None
 
 
 def _check_output(out: Tensor, lse: Tensor, inputs: FlashInputs) -> FlashOutput:

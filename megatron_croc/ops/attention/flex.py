@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,30 +57,32 @@ def attend_flex(
         [R, H, d]; padding is zero.
     """
     num_queries, num_keys = query.shape[0], key.shape[0]
-    block_mask, is_real = _block_mask(mask, positions)
-    q, k, v = (
-        pad(x, (0, 0, 0, 0, 0, -x.shape[0] % LENGTH_BUCKET)).transpose(0, 1).unsqueeze(0)
-        for x in (query, key, value)
-    )
+    blocks = blocks_of(mask, positions)
+    q, k, v = (padded(x).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     attention = _compiled() if query.is_cuda else flex_attention
     out = attention(
         q,
         k,
         v,
-        block_mask=block_mask,
+        block_mask=blocks.mask,
         scale=softmax_scale,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=kernel_options(query),
     )
     assert isinstance(out, Tensor) and num_keys == mask.length
-    return out.squeeze(0).transpose(0, 1)[:num_queries] * is_real[:, None, None]
+    return out.squeeze(0).transpose(0, 1)[:num_queries] * blocks.is_real[:, None, None]
+
+
+def padded(x: Tensor) -> Tensor:
+    """[n, heads, head dim], n filled up with zeros to a multiple of `LENGTH_BUCKET`."""
+    return pad(x, (0, 0, 0, 0, 0, -x.shape[0] % LENGTH_BUCKET))
 
 
 def kernel_options(query: Tensor) -> "torch_flex.FlexKernelOptions | None":
     """Kernel options for FlexAttention; None leaves the choice to torch, which uses Triton's."""
     if not query.is_cuda:
         return None
-    reason = _flash_unsupported_reason(query)
+    reason = _no_other_kernel() or flash_4_unsupported_reason(query)
     if reason is None:
         log_once(_logger, logging.INFO, "attention backend flex uses FlashAttention 4")
         return {"BACKEND": "FLASH"}
@@ -87,11 +90,16 @@ def kernel_options(query: Tensor) -> "torch_flex.FlexKernelOptions | None":
     return None
 
 
-def _flash_unsupported_reason(query: Tensor) -> str | None:
-    """Reason against FlashAttention 4 as the kernel of FlexAttention; None if it can be used."""
+def _no_other_kernel() -> str | None:
     options = getattr(torch_flex, "FlexKernelOptions", None)
-    if "BACKEND" not in getattr(options, "__annotations__", {}):
-        return f"torch {torch.__version__} has no other kernel"
+    has_choice = "BACKEND" in getattr(options, "__annotations__", {})
+    return None if has_choice else f"torch {torch.__version__} has no other kernel"
+
+
+def flash_4_unsupported_reason(query: Tensor) -> str | None:
+    """Reason against FlashAttention 4 under a mask; None if it can be used."""
+    if not query.is_cuda:
+        return f"the tensors are on {query.device}, CUDA is needed"
     if not _has_flash_attention_4():
         return "flash-attn-4 (flash_attn.cute) is not installed"
     major, minor = torch.cuda.get_device_capability(query.device)
@@ -119,36 +127,57 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)  # type: ignore[return-value]
 
 
-_latest: tuple[MixedMask, Tensor | None, BlockMask, Tensor] | None = None
+class Blocks(NamedTuple):
+    """Block lists of a mask, and the intervals that they come from."""
+
+    mask: BlockMask
+    """Lists of `padded` queries and keys."""
+
+    is_real: Tensor
+    """bool [R], False for padding of the pack."""
+
+    start: Tensor
+    """int32 [padded R]: a query sees the keys [start, end)."""
+
+    end: Tensor
+    """int32 [padded R]."""
+
+
+_latest: tuple[MixedMask, Tensor | None, Blocks] | None = None
 """State of the whole process, listed in docs/design.md."""
 
 
-def _block_mask(mask: MixedMask, positions: Tensor | None) -> tuple[BlockMask, Tensor]:
-    """Block mask, and bool [R], False for padding; all layers of a pass share them."""
+def blocks_of(mask: MixedMask, positions: Tensor | None) -> Blocks:
+    """Block lists of all queries of a mask, or of some; all layers of a pass share them."""
     global _latest
     if _latest is None or _latest[0] is not mask or _latest[1] is not positions:
         start, end = mask.intervals()
         is_real = torch.arange(mask.length, device=mask.device) < mask.bounds[-1]
         if positions is not None:
             start, end, is_real = start[positions], end[positions], is_real[positions]
-        _latest = (mask, positions, build_block_mask(start, end, mask.length), is_real)
-    return _latest[2], _latest[3]
+        start, end = padded_intervals(start, end)
+        blocks = build_block_mask(start, end, mask.length)
+        _latest = (mask, positions, Blocks(blocks, is_real, start.int(), end.int()))
+    return _latest[2]
+
+
+def padded_intervals(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of `padded` queries; one of this padding sees the first key only."""
+    padding = -start.numel() % LENGTH_BUCKET
+    return pad(start, (0, padding), value=0), pad(end, (0, padding), value=1)
 
 
 def build_block_mask(start: Tensor, end: Tensor, num_keys: int) -> BlockMask:
     """FlexAttention's block lists for queries that see the keys [start, end).
 
     Args:
-        start: int64 [R].
-        end: int64 [R].
+        start: int64 [padded R].
+        end: int64 [padded R].
         num_keys: keys of the pack.
 
     Returns:
-        block mask of queries and keys padded to multiples of LENGTH_BUCKET; a query of this padding
-        sees the first key only. No device sync.
+        block mask of `padded` queries and keys. No device sync.
     """
-    padding = -start.numel() % LENGTH_BUCKET
-    start, end = pad(start, (0, padding), value=0), pad(end, (0, padding), value=1)
     padded_keys = num_keys + -num_keys % LENGTH_BUCKET
     block = torch.arange(padded_keys // BLOCK_SIZE, device=start.device) * BLOCK_SIZE
     starts, ends = start.view(-1, BLOCK_SIZE, 1), end.view(-1, BLOCK_SIZE, 1)

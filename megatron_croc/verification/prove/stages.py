@@ -86,7 +86,8 @@ def _attention(place: Place) -> Sequence[Command]:
     if place.is_small:
         small = ("--heads", 2, "--groups", 1, "--head-dim", 16, "--image", 16, "--repeats", 1)
         return [place.benchmark("attention.py", *small, "--rows", "one sample", "--lengths", 64)]
-    return [place.benchmark("attention.py", "--lengths", 2048, 4096, 8192, 16384, 32768)]
+    lengths = (2048, 4096, 8192, 16384, 32768)
+    return [place.benchmark("attention.py", "--keep-for-auto", "--lengths", *lengths)]
 
 
 def _matching(place: Place) -> Sequence[Command]:

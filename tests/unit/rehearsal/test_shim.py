@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_croc.rehearsal import shim
+from megatron_croc.native_code import cache_folder
 from megatron_croc.rehearsal.shim import ShimError, build_shim
 
 
@@ -27,4 +27,4 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(ShimError, match=r"cannot compile fake_cuda\.cpp: .*no header"):
         build_shim()
-    assert not list(shim.cache_folder().iterdir())
+    assert not list(cache_folder().iterdir())
