@@ -82,8 +82,8 @@ def test_ranks_without_images_reduce_and_gather_buckets_in_the_order_of_the_othe
 
 
 def count_work(layout: str, changes: dict, images: tuple[int, ...]) -> dict[str, list[int]]:
-    """Images per call of the tower, and all-reduces inside it, on this rank."""
-    seen: dict[str, list[int]] = {"images": [], "all_reduces": []}
+    """Images of each call of the tower, all-reduces inside it, and weights marked as cut."""
+    seen: dict[str, list[int]] = {"images": [], "all_reduces": [], "cut": []}
     forward, all_reduce = VisionTower.forward, dist.all_reduce
     reduced = [0]
 
@@ -96,6 +96,8 @@ def count_work(layout: str, changes: dict, images: tuple[int, ...]) -> dict[str,
         features = forward(tower, pixels)
         seen["images"].append(len(pixels))
         seen["all_reduces"].append(reduced[0])
+        marks = [getattr(p, "tensor_model_parallel", False) for p in tower.parameters()]
+        seen["cut"].append(sum(marks))
         return features
 
     VisionTower.forward, dist.all_reduce = watched, counted  # type: ignore[method-assign]
@@ -111,6 +113,8 @@ def test_no_image_is_embedded_twice_and_no_layer_waits_for_others() -> None:
     shared = run_distributed(count_work, 4, "tp2+cp2", SHARED, UNEVEN)
     assert [rank["images"] for rank in shared] == [[1, 1, 1], [1, 1], [1], []]
     assert not any(sum(rank["all_reduces"]) for rank in shared)
+    # The gradient's norm counts a marked weight once on every tensor-parallel rank.
+    assert min(heads[0]["cut"]) > 0 and not any(sum(rank["cut"]) for rank in shared)
 
 
 def gather_shares() -> list[str]:
