@@ -206,7 +206,8 @@ class Turns:
         self.index = torch.empty(0)
 
     def take(self) -> None:
-        """One turn."""
+        """One turn; costs have just been read, as those that were just computed are."""
+        self.images.sum()
         wait()
         wall, cpu = time.perf_counter(), time.process_time()
         self.index = self.solve(self.images)
@@ -419,7 +420,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep rows of other cells in --out")
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument(
-        "--budget", type=float, default=1.5, help="CPU seconds of a solver in a cell"
+        "--budget", type=float, default=1.5, help="CPU seconds of a solver and cell"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="432x2048, batches of 1 and 4")

@@ -11,8 +11,9 @@ Backends of `assign`, each exact:
     solve.py           entry points: checks, choice of a backend, objective and bound
     on_gpu.py          triton: all images of a call at once, without waiting for the device
     triton_kernel.py   its kernel, imported only where it runs
-    on_cpu.py          cpu (part of the cost, images in threads) and scipy (the reference)
-    restricted.py      search in a part of the cost, for cpu
+    on_cpu.py          cpu (images in threads) and scipy (the reference)
+    native.py          compiled search for cpu (native.cpp), where there is a C++ compiler
+    restricted.py      search in a part of the cost, for cpu without a compiler
     shortest_paths.py  torch: readable reference of the algorithm of the kernel
     start.py           initial dual variables, for triton and torch
     bounds.py          lower bound on the optimum from an assignment (weak duality)

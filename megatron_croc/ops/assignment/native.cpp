@@ -40,6 +40,7 @@ namespace {
 
 constexpr int64_t WIDTH = 8;
 constexpr int64_t CHUNK = 8 * WIDTH;  // columns with a minimum of their own
+constexpr int64_t GROUPS = 4;  // of lanes that find the cheapest columns of a row
 constexpr int64_t SHORT_PATH = 24;  // rows of a path that is searched in shortlists
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
@@ -197,7 +198,7 @@ class Search {
   struct Shortlist {
     T limit;
     int64_t size;
-    std::pair<T, int64_t> entries[Full<T>::LANES];  // cost, column
+    std::pair<T, int64_t> entries[GROUPS * Full<T>::LANES];  // cost, column
   };
 
   // Lowest column of the least cost of a row, one pass in T; and the cheapest column of each lane,
@@ -206,18 +207,25 @@ class Search {
     typedef Full<T> F;
     constexpr T HIGHEST = std::numeric_limits<T>::infinity();
     const T* line = cost + row * P;
-    typename F::Values lowest = typename F::Values{} + HIGHEST, second = lowest, nothing{};
-    typename F::Places place{}, now{};
+    constexpr int64_t STRIDE = GROUPS * F::LANES;
+    typename F::Values lowest[GROUPS], second[GROUPS], nothing{};
+    typename F::Places place[GROUPS], now{};
+    for (int64_t group = 0; group < GROUPS; ++group) {
+      lowest[group] = second[group] = typename F::Values{} + HIGHEST;
+      place[group] = typename F::Places{};
+    }
     int64_t at = 0;
-    for (; at + F::LANES <= P; at += F::LANES) {
-      typename F::Values values;
-      std::memcpy(&values, line + at, sizeof(values));
-      nothing += values - values;  // not a number if a value is not finite
-      typename F::Places is_less = values < lowest;
-      typename F::Values other = is_less ? lowest : values;
-      second = other < second ? other : second;
-      lowest = is_less ? values : lowest;
-      place = is_less ? now : place;
+    for (; at + STRIDE <= P; at += STRIDE) {
+      for (int64_t group = 0; group < GROUPS; ++group) {
+        typename F::Values values;
+        std::memcpy(&values, line + at + group * F::LANES, sizeof(values));
+        nothing += values - values;  // not a number if a value is not finite
+        typename F::Places is_less = values < lowest[group];
+        typename F::Values other = is_less ? lowest[group] : values;
+        second[group] = other < second[group] ? other : second[group];
+        lowest[group] = is_less ? values : lowest[group];
+        place[group] = is_less ? now : place[group];
+      }
       now += 1;
     }
     T value = HIGHEST, limit = HIGHEST;
@@ -228,19 +236,24 @@ class Search {
       limit = std::min(limit, line[at]);
       if (line[at] < value) value = line[at], column = at;
     }
-    for (int64_t lane = 0; lane < F::LANES; ++lane) {
-      int64_t other = place[lane] * F::LANES + lane;
-      is_finite = is_finite && nothing[lane] == 0;
-      limit = std::min(limit, second[lane]);
-      if (lowest[lane] < value || (lowest[lane] == value && other < column))
-        value = lowest[lane], column = other;
+    for (int64_t lane = 0; lane < STRIDE; ++lane) {
+      int64_t group = lane / F::LANES, part = lane % F::LANES;
+      T cost_here = lowest[group][part];
+      int64_t other = place[group][part] * STRIDE + lane;
+      limit = std::min(limit, second[group][part]);
+      if (cost_here < value || (cost_here == value && other < column))
+        value = cost_here, column = other;
     }
+    for (int64_t lane = 0; lane < F::LANES; ++lane) is_finite = is_finite && nothing[lane] == 0;
     if (!is_finite) throw std::overflow_error("a cost is not finite");
     shortlist.limit = limit;
     shortlist.size = 0;
-    for (int64_t lane = 0; lane < F::LANES; ++lane)
-      if (lowest[lane] < limit)
-        shortlist.entries[shortlist.size++] = {lowest[lane], place[lane] * F::LANES + lane};
+    for (int64_t lane = 0; lane < STRIDE; ++lane) {
+      int64_t group = lane / F::LANES, part = lane % F::LANES;
+      if (lowest[group][part] < limit)
+        shortlist.entries[shortlist.size++] = {lowest[group][part],
+                                               place[group][part] * STRIDE + lane};
+    }
     return column;
   }
 

@@ -34,7 +34,6 @@ class Assignment(NamedTuple):
     """bool [B], False where the cost is not finite and `check` is False; the index is -1 there."""
 
 
-@torch.no_grad()
 def assign(
     cost: Tensor,
     lengths: Sequence[int] | Tensor | None = None,
@@ -163,7 +162,8 @@ def _solve_on_host(cost: Tensor, rows: list[int], backend: Backend, *, certify: 
             objective[image] = taken.sum(dtype=np.float64)
     is_solved = np.array([solution is not None for solution in solved], dtype=bool)
     arrays = (index, objective, bound, is_solved)
-    return Assignment(*(torch.from_numpy(array).to(cost.device) for array in arrays))
+    result = Assignment(*map(torch.from_numpy, arrays))
+    return result if cost.device.type == "cpu" else Assignment(*(x.to(cost.device) for x in result))
 
 
 def _solve_torch(cost: Tensor, rows: list[int]) -> list[on_cpu.Solved]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_croc.ops.attention import attend
+from megatron_croc.ops.attention.backends import _BACKENDS
 from megatron_croc.ops.attention.contract import QKV, FlashOutput
 from megatron_croc.ops.attention.dense import attend_formula
 from megatron_croc.ops.attention.flash import _KERNELS
@@ -100,12 +101,29 @@ def test_positions_past_two_to_the_31_elements_are_gathered():
     assert taken.key[:, 31, 127].tolist() == [7, 6, 5, 4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_flex_is_as_good_as_the_formula(dtype):
-    tensors, mask = draw(4, 2, 64, dtype), MASK.to("cuda")
-    out = attend(*tensors, mask, softmax_scale=0.125, backend="flex")
+@pytest.mark.parametrize("name", ["flex", "fa4", "ffa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_backend_is_as_good_as_the_formula(name, dtype, dim):
+    tensors, mask = draw(4, 2, dim, dtype), MASK.to("cuda")
+    if (reason := _BACKENDS[name].unsupported_reason(tensors[0])) is not None:
+        pytest.skip(reason)
+    out = attend(*tensors, mask, softmax_scale=dim**-0.5, backend=name)
+    assert out.isfinite().all()
     for ours, formula in errors(out, tensors, mask):
         assert ours <= 2 * formula + 1e-6
+
+
+@pytest.mark.parametrize("name", ["flip", "flex", "fa4", "ffa"])
+def test_chunks_of_a_backend_are_rows_of_the_whole(name):
+    query, key, value = draw(4, 2, 128, torch.bfloat16)
+    if (reason := _BACKENDS[name].unsupported_reason(query)) is not None:
+        pytest.skip(reason)
+    mask, chunks = MASK.to("cuda"), ((100, 356), (640, 896))
+    whole = attend(query, key, value, mask, softmax_scale=0.1, backend=name)
+    mine = torch.cat([torch.arange(begin, end) for begin, end in chunks]).cuda()
+    out = attend(query[mine], key, value, mask, softmax_scale=0.1, backend=name, chunks=chunks)
+    torch.testing.assert_close(out, whole[mine], rtol=2e-2, atol=2e-2)
 
 
 def test_padding_is_zero_whatever_memory_held_before():

@@ -1,4 +1,4 @@
-"""FlashAttention 4 and MagiAttention as backends: their arguments, evaluated densely, are the mask."""
+"""FlashAttention 4 and MagiAttention: their arguments, evaluated densely, are the mask."""
 
 import json
 from types import SimpleNamespace
@@ -200,14 +200,12 @@ def test_auto_asks_the_table_on_a_gpu_and_says_what_it_took(cache, monkeypatch):
         backends, "log_once", lambda _, level, *args: said.append(args[0] % args[1:])
     )
     monkeypatch.setattr(backends, "gpu_name", lambda _: "NVIDIA H100")
-    for name in ("flip", "flex", "fa4"):
-        reason = "it is not installed" if name == "fa4" else None
+    for name in backends._BACKENDS:
+        reason = "it is not installed" if name in ("fa4", "ffa") else None
         changed = backends._Backend(backends._BACKENDS[name].attend, lambda _, r=reason: r)
         monkeypatch.setitem(backends._BACKENDS, name, changed)
     assert backends.choose_backend("auto", gpu_query()) == "flip"
     assert "attention backend: flip (the first that can run; unmeasured on this GPU)" in said
     measured.write_table("NVIDIA H100", 128, [timed("flip", 2.0), timed("flex", 1.0)])
     assert backends.choose_backend("auto", gpu_query()) == "flex"
-    assert said[-1].startswith(
-        "attention backend: flex (1.00 ms at 2048 positions, measured beside"
-    )
+    assert said[-1].startswith("attention backend: flex (1.00 ms at 2048 positions, measured")

@@ -18,10 +18,10 @@ from megatron_croc.ops.attention.flash import (
     FlashAttention2,
     FlashAttention3,
     TorchFlash,
-    _import,
     choose_flash,
 )
 from megatron_croc.ops.attention.flip import attend_flip
+from megatron_croc.ops.attention.packages import _import
 from megatron_croc.ops.mixed_mask import MixedMask
 
 MASK = MixedMask.build([0, 1, 20, 31], [(3, 9), (9, 11), (22, 31)], length=36)
