@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_croc.errors import first_line
+from megatron_croc.rehearsal.cache import cache_folder
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
@@ -23,12 +24,6 @@ TIMEOUT = 180
 
 class ShimError(Exception):
     """The shim cannot be built or loaded; the message says why, in one line."""
-
-
-def cache_folder() -> Path:
-    """Folder of compiled shims: $XDG_CACHE_HOME/megatron_croc, or ~/.cache/megatron_croc."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "megatron_croc"
 
 
 def build_shim() -> Path:
