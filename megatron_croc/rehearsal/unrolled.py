@@ -56,12 +56,13 @@ def unrolled(trace: Trace, *, wanted: int) -> Trace:
     )
     if wanted == recorded:
         return trace
-    blocks = _blocks(_storages_numbered(trace.events))
-    passes = [block[0] for block in blocks]
-    for length in range(2, len(blocks) // 2 + 1):
+    blocks = _blocks(storages_numbered(trace.events))
+    passes = [block[0] for block in blocks[1:]]
+    for length in range(2, len(passes) // 2 + 1):
         # From the end: what the first micro-batches alone do (gather weights) lies behind.
         for begin in range(len(blocks) - 2 * length - 1, 0, -1):
-            shift = _shift(passes[begin : begin + length], passes[begin + length :][:length])
+            first_pass = begin - 1
+            shift = _shift(passes[first_pass:][:length], passes[first_pass + length :][:length])
             if shift is None or (wanted - recorded) % shift:
                 continue
             first = _joined(blocks[begin : begin + length])
@@ -80,7 +81,7 @@ def unrolled(trace: Trace, *, wanted: int) -> Trace:
     )
 
 
-def _storages_numbered(events: Sequence[Event]) -> list[Event]:
+def storages_numbered(events: Sequence[Event]) -> list[Event]:
     """The events with storages numbered in the order of their first send; addresses come again."""
     numbers: dict[int, int] = {}
     count, found = itertools.count(1), []
@@ -108,13 +109,13 @@ def _storages_numbered(events: Sequence[Event]) -> list[Event]:
 
 
 def _blocks(events: Sequence[Event]) -> list[list[Event]]:
-    """Events cut at the begin of each pass of a micro-batch; the first block is what lies before."""
-    blocks: list[list[Event]] = [[Mark()]]
+    """Events cut at the begin of each pass of a micro-batch; what lies before is the first block."""
+    blocks: list[list[Event]] = [[]]
     for event in events:
         if isinstance(event, Mark) and event.micro_batch is not None:
             blocks.append([])
         blocks[-1].append(event)
-    return [blocks[0][1:] or [Mark()], *blocks[1:]]
+    return blocks
 
 
 def _joined(blocks: Sequence[Sequence[Event]]) -> list[Event]:
