@@ -133,11 +133,13 @@ def perform_all(
     at_once: int,
     time_limit: float,
     tell: Callable[[str], None],
+    on_done: Callable[[Rehearsal], None] = lambda rehearsal: None,
 ) -> None:
     """Rehearse jobs for GPUs of one kind, one after the other, from a process that imports once.
 
-    Jobs that the time does not suffice for keep what was done: their `is_done` is False. Arguments
-    and errors are those of `perform`, but that the time is up is no error.
+    Calls `on_done` for each job as it is done, while others go on; jobs that the time does not
+    suffice for keep what was done, their `is_done` is False. Other arguments and errors are those
+    of `perform`, but that the time is up is no error.
     """
     began = time.monotonic()
     places: dict[Path, tuple[Rehearsal, RankClass]] = {}
@@ -155,11 +157,17 @@ def perform_all(
             raise RunError(f"a step needs backward passes: {reason}; install one, or set CXX")
         done = sum(len(its.outcomes) for its in rehearsals)
         tell(f"{done} of {len(places)}: {rehearsal.title}{_line(outcome)}")
-    for rehearsal in rehearsals:
-        order = [entry.rank for entry in rehearsal.classes()]
-        rehearsal.outcomes.sort(key=lambda outcome: order.index(outcome.of.rank))
-        reasons = [outcome.result.get("forward_only") for outcome in rehearsal.outcomes]
-        rehearsal.forward_only = next(filter(None, reasons), None)
+        if rehearsal.is_done:
+            _finish(rehearsal)
+            on_done(rehearsal)
+
+
+def _finish(rehearsal: Rehearsal) -> None:
+    """Put the outcomes in the order of the classes."""
+    order = [entry.rank for entry in rehearsal.classes()]
+    rehearsal.outcomes.sort(key=lambda outcome: order.index(outcome.of.rank))
+    reasons = [outcome.result.get("forward_only") for outcome in rehearsal.outcomes]
+    rehearsal.forward_only = next(filter(None, reasons), None)
 
 
 def _file(rehearsal: Rehearsal, entry: RankClass) -> Path:

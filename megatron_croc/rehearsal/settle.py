@@ -79,33 +79,38 @@ def settle(
     if world_size > MAX_WORLD:
         raise ConfigError(f"--replay takes up to {MAX_WORLD:,} GPUs, not {world_size:,}")
     require_rehearsable(candidates[0].run.training)
-    cache, known, missing = TimeCache(), {}, []
+    cache, known = TimeCache(), dict[int, Settled]()
     table = None if costs is None else costs.read_text()
-    for number, candidate in enumerate(candidates):
-        about = [settings_of(candidate.run), world_size, gpu.name, asdict(workload), table]
-        found = cache.read(about)
-        if found is None:
-            missing.append((number, about))
-        else:
-            known[number] = Settled(candidate=candidate, **found)
-    if known:
-        tell(f"{len(known)} of {len(candidates)} layouts were replayed before")
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
+        waiting: dict[int, tuple[int, list[Any]]] = {}  # by the identity of the rehearsal
         rehearsals = []
-        for number, _ in missing:
+        for number, candidate in enumerate(candidates):
+            about = [settings_of(candidate.run), world_size, gpu.name, asdict(workload), table]
+            if (found := cache.read(about)) is not None:
+                known[number] = Settled(candidate=candidate, **found)
+                continue
             folder = Path(name) / str(number)
             folder.mkdir()
-            rehearsal = _rehearsal(candidates[number], world_size, gpu, workload, folder)
+            rehearsal = _rehearsal(candidate, world_size, gpu, workload, folder)
             rehearsals.append(replace(rehearsal, costs=costs))
-        if rehearsals:
-            perform_all(rehearsals, at_once=at_once, time_limit=time_limit, tell=tell)
-        for (number, about), rehearsal in zip(missing, rehearsals, strict=True):
-            tell(f"replay of {candidates[number].name}")
-            known[number] = settled = _replayed(candidates[number], rehearsal, time_limit)
+            waiting[id(rehearsals[-1])] = number, about
+        if known:
+            tell(f"{len(known)} of {len(candidates)} layouts were replayed before")
+
+        def keep(rehearsal: Rehearsal) -> None:
+            number, about = waiting[id(rehearsal)]
+            known[number] = settled = _replayed(candidates[number], rehearsal)
             if settled.seconds is not None or settled.is_faulty:
                 kept = {key: value for key, value in vars(settled).items() if key != "candidate"}
                 cache.write(about, kept)
-    ordered = [known[number] for number in range(len(candidates))]
+
+        if rehearsals:
+            perform_all(rehearsals, at_once=at_once, time_limit=time_limit, tell=tell, on_done=keep)
+    late = f"not done after {time_limit / 60:g} minutes; what was done is kept, run it again"
+    ordered = [
+        known.get(number) or Settled(candidate=candidate, reason=late)
+        for number, candidate in enumerate(candidates)
+    ]
     return sorted(ordered, key=lambda s: (s.is_faulty, s.seconds is None, s.seconds or 0.0))
 
 
@@ -145,12 +150,7 @@ def relative_loads(run: RunConfig, workload: Workload, replicas: int) -> Loads:
     ]
 
 
-def _replayed(candidate: Candidate, rehearsal: Rehearsal, time_limit: float) -> Settled:
-    if not rehearsal.is_done:
-        return Settled(
-            candidate=candidate,
-            reason=f"not done after {time_limit / 60:g} minutes; raise --time-limit",
-        )
+def _replayed(candidate: Candidate, rehearsal: Rehearsal) -> Settled:
     try:
         findings = gather(rehearsal)
     except NoSteadyStateError as error:

@@ -109,7 +109,7 @@ def storages_numbered(events: Sequence[Event]) -> list[Event]:
 
 
 def _blocks(events: Sequence[Event]) -> list[list[Event]]:
-    """Events cut at the begin of each pass of a micro-batch; what lies before is the first block."""
+    """Events cut at the begin of each pass; what lies before the first pass is a block too."""
     blocks: list[list[Event]] = [[]]
     for event in events:
         if isinstance(event, Mark) and event.micro_batch is not None:

@@ -23,8 +23,13 @@ class Children:
     def __init__(self, of: Callable[[int], float | str | Exception | None]) -> None:
         self.of, self.jobs = of, []
 
-    def perform_all(self, rehearsals: list[Rehearsal], **_: Any) -> None:
+    def perform_all(
+        self, rehearsals: list[Rehearsal], *, on_done: Callable[[Rehearsal], None], **_: Any
+    ) -> None:
         self.jobs += rehearsals
+        for number, rehearsal in enumerate(rehearsals):
+            if self.of(number) is not None:  # else the time is up
+                on_done(rehearsal)
 
     def gather(self, rehearsal: Rehearsal) -> Any:
         found = self.of(self.jobs.index(rehearsal))
@@ -42,8 +47,6 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
         made = Children(of)
         monkeypatch.setattr(settle, "perform_all", made.perform_all)
         monkeypatch.setattr(settle, "gather", made.gather)
-        done = property(lambda its: of(made.jobs.index(its)) is not None)
-        monkeypatch.setattr(Rehearsal, "is_done", done)
         return made
 
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
@@ -69,7 +72,9 @@ def test_the_replay_settles_order_flags_and_file(
     text = captured.out
     assert layouts(text) == [by_formula[2], by_formula[0]]
     assert f"dropped: {by_formula[1]}: deadlock: 2 ranks\n" in text
-    assert f"not replayed: {by_formula[3]}: not done after 30 minutes; raise --time-limit" in text
+    assert (
+        f"not replayed: {by_formula[3]}: not done after 30 minutes; what was done is kept" in text
+    )
     assert f"not replayed: {by_formula[4]}: no steady state" in text
     assert re.search(r"\| 0\.200 \| \d\.\d{3} \|", text)  # the replay's, the formula's
     assert "replay: made up" in text
@@ -104,19 +109,20 @@ def test_few_micro_batches_are_rehearsed_and_all_are_replayed(
     children: Callable[..., Children],
 ) -> None:
     made = children(lambda number: 0.1)
-    words = [*PLAN.split(), "--replay", "--json", "--global-batch-size", "128"]
+    words = [*PLAN.split(), "--replay", "--json", "--global-batch-size", "256"]
     assert plan.main([*words, "--balance-replicas", "8"]) == 0
+    assert any(job.run.num_microbatches(8) < (job.micro_batches or 0) for job in made.jobs)
     for job in made.jobs:
         replicas = job.run.parallel.data_parallel_size(8)
         recorded = job.run.num_microbatches(8)
         assert job.micro_batches is not None and job.loads is not None
-        wanted = 128 // (replicas * job.run.training.micro_batch_size)
-        assert recorded < job.micro_batches == wanted
+        wanted = 256 // (replicas * job.run.training.micro_batch_size)
+        assert recorded <= job.micro_batches == wanted
         assert [len(its) for its in job.loads] == [wanted] * replicas
         every = [load["language_model"] for its in job.loads for load in its]
         assert sum(every) / len(every) == pytest.approx(1.0, abs=0.03)
         sums = [sum(load["language_model"] for load in its) for its in job.loads]
-        assert max(sums) / min(sums) < 1.02  # balanced
+        assert max(sums) / min(sums) < 1.003  # balanced; 1.04 and more as drawn
 
 
 @pytest.mark.parametrize(
