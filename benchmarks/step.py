@@ -7,7 +7,8 @@ of Croc's shape (35 tokens, an image, 300 tokens), the masks taken in turn so th
 alike. --sweep tries micro-batches of 1, 2, 4 and 8 samples with and without recomputing whole
 layers; a setting that does not fit has its reason in place of figures. A 7B model with its
 optimizer's state is 18 bytes a parameter, about 120 GB: it is meant for one GPU of 141 GB, and
---num-layers takes less of the language model. MFU counts the useful operations, those of
+--num-layers takes less of the language model. `matching` is the share of the step that waits for
+the one-to-one matching. MFU counts the useful operations, those of
 megatron_croc/costs/flops.py. On a CPU the tiny recipe runs, and its times say nothing about a
 GPU. Not run on a GPU so far.
 """
@@ -49,6 +50,7 @@ from megatron_croc.training.reporting.metrics import StepTotals
 from megatron_croc.training.reporting.reporting import peak_flops
 
 TEXT_BEFORE, TEXT_AFTER = 35, 300
+WAITED = "matching, waited for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ def configure(options: argparse.Namespace) -> RunConfig:
     run.parallel.tensor_model_parallel_size = 1
     run.parallel.sequence_parallel = False
     run.model.attention_backend = options.attention_backend
+    run.training.fp8_format = options.fp8_format
     if options.num_layers is not None:
         run.model.language_model.num_layers = options.num_layers
     return run
@@ -128,7 +131,10 @@ def work_of(training: TrainingState, batches: list[Batch]) -> Work:
 def measure(
     training: TrainingState, steps: dict[MaskType, list[Batch]], repeats: int
 ) -> dict[MaskType, tuple[float, dict[str, float]]]:
-    """Median seconds of a step under each mask, and the mean seconds of its parts."""
+    """Median seconds of a step under each mask, and the mean seconds of its parts.
+
+    `matching, waited for` is the matching that no other work hides, `matching, hidden` the rest.
+    """
     times: dict[MaskType, list[float]] = {name: [] for name in steps}
     parts: dict[MaskType, list[dict[str, float]]] = {name: [] for name in steps}
     watch = start_stopwatch()
@@ -138,11 +144,13 @@ def measure(
             synchronize()
             watch.read()
             started = time.perf_counter()
-            training.train_step.train(batches, training.optimizer, training.scheduler)
+            metrics = training.train_step.train(batches, training.optimizer, training.scheduler)
             synchronize()
             if repeat >= 2:
                 times[name].append(time.perf_counter() - started)
-                parts[name].append(watch.read())
+                waited, hidden = metrics.matching_seconds, metrics.matching_hidden_seconds
+                matching = {WAITED: waited or 0.0, "matching, hidden": hidden or 0.0}
+                parts[name].append(watch.read() | matching)
     drop_stopwatch()
     return {name: (statistics.median(found), _mean(parts[name])) for name, found in times.items()}
 
@@ -180,6 +188,7 @@ def rows_of(
                 "tflops": rate / 1e12,
                 "mfu": rate / flops_per_second if flops_per_second else None,
                 "peak_gib": peak or None,  # of all masks together; None on a CPU
+                "matching_share": parts[WAITED] / seconds,
                 "parts": parts,
             }
         )
@@ -194,13 +203,14 @@ def to_line(row: dict[str, Any]) -> str:
     peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     return (
         f"{row['setting']:<34} {row['mask']:<8} {row['seconds'] * 1e3:9.1f} {row['over']:+8.1%} "
-        f"{row['tokens_per_second']:10.0f} {row['samples_per_second']:10.2f} {mfu:>7} {peak:>7}"
+        f"{row['tokens_per_second']:10.0f} {row['samples_per_second']:10.2f} {mfu:>7} {peak:>7} "
+        f"{row['matching_share']:9.2%}"
     )
 
 
 HEADER = (
     f"{'setting':<34} {'mask':<8} {'ms':>9} {'over':>8} {'tokens/s':>10} {'samples/s':>10} "
-    f"{'MFU':>7} {'GiB':>7}"
+    f"{'MFU':>7} {'GiB':>7} {'matching':>9}"
 )
 
 
@@ -217,6 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--num-layers", type=int, help="of the language model; default: all")
     parser.add_argument("--recompute", action="store_true", help="whole layers, in the backward")
+    parser.add_argument("--fp8-format", choices=("hybrid", "e4m3"), help="needs Transformer Engine")
     parser.add_argument("--sweep", action="store_true", help="1 to 8 samples, both ways")
     parser.add_argument("--attention-backend", choices=get_args(AttentionBackend), default="auto")
     parser.add_argument("--repeats", type=int, default=10)

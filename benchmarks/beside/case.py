@@ -17,11 +17,12 @@ POOL_SIZE = 2048
 """Pool tokens; the released Croc has this number in its code."""
 
 CLIP_GRAD = 1.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Sizes of a tiny model and of its micro-batch."""
+    """Sizes of a model and of its micro-batch."""
 
     name: str
     hidden_size: int
@@ -124,6 +125,19 @@ SIZES = {
             vision_num_layers=6,
             vision_num_heads=4,
             text_lengths=(72, 120, 96),
+        ),
+        Size(  # for a GPU: the widths of the 7B model, and as many layers as fit twice into 80 GB
+            name="wide",
+            hidden_size=4096,
+            num_layers=8,
+            ffn_hidden_size=11008,
+            num_heads=32,
+            vocab_size=32000,
+            image_size=336,
+            vision_hidden_size=1024,
+            vision_num_layers=24,
+            vision_num_heads=16,
+            text_lengths=(230, 335, 290, 410),
         ),
     )
 }

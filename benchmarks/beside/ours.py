@@ -30,6 +30,7 @@ def build(size: Size, order: dict[str, Any]) -> TakeStep:
     )
     run = build_run(case, tp=1, pp=1, sequence_parallel=False)
     run.training.freeze_ViT = is_croc
+    run.training.bf16 = order["dtype"] == "bf16"
     optim = run.optimizer
     optim.lr = optim.min_lr = order["learning_rate"]
     optim.lr_decay_style, optim.lr_warmup_fraction = "constant", 0.0

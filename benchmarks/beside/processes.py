@@ -26,7 +26,11 @@ class Worker:
         self.process = subprocess.Popen(
             [python, "-m", module],
             cwd=ROOT / "benchmarks",
-            env={**os.environ, "PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}",
+                **({"CUDA_VISIBLE_DEVICES": ""} if order["device"] == "cpu" else {}),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,6 +76,8 @@ def start_pair(
     *,
     num_batches: int,
     learning_rate: float,
+    device: str = "cpu",
+    dtype: str = "fp32",
     with_control: bool = False,
 ) -> Iterator[Pair]:
     """Start the released code's process, then ours with the weights that it saved."""
@@ -90,6 +96,8 @@ def start_pair(
             "weights": f"{scratch}/weights.safetensors",
             "num_batches": num_batches,
             "learning_rate": learning_rate,
+            "device": device,
+            "dtype": dtype,
         }
         released = start(python, "beside.peer")
         ours = start(sys.executable, "beside.ours")

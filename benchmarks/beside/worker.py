@@ -92,7 +92,16 @@ _CPU_ATTENTION = {
 def _measure(take: Callable[[], dict[str, float]]) -> dict[str, Any]:
     cpu, wall = time.process_time(), time.perf_counter()
     found = take()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, **found}
+
+
+def _peak_mib() -> float:
+    """Peak memory of the GPU's tensors, or of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _measure_parts(take: Callable[[], dict[str, float]]) -> dict[str, Any]:
@@ -118,7 +127,9 @@ def serve(build: Callable[[Size, dict[str, Any]], TakeStep]) -> None:
     order = json.loads(sys.stdin.readline())
     size = size_from_json(order["size"])
     take_step = build(size, order)
-    versions = {"torch": torch.__version__}
+    versions: dict[str, str] = {"torch": str(torch.__version__)}
+    if torch.cuda.is_available():
+        versions["device"] = torch.cuda.get_device_name()
     if "transformers" in sys.modules:
         versions["transformers"] = sys.modules["transformers"].__version__
     print(json.dumps(versions), file=replies, flush=True)
@@ -127,5 +138,5 @@ def serve(build: Callable[[Size, dict[str, Any]], TakeStep]) -> None:
         inputs = make_inputs(size, request["step"], order["num_batches"])
         measure = _measure_parts if request.get("parts") else _measure
         reply = measure(partial(take_step, inputs, request["dropout"]))
-        reply["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        reply["peak_mib"] = _peak_mib()
         print(json.dumps(reply), file=replies, flush=True)

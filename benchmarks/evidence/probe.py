@@ -75,7 +75,9 @@ def measure(arm: ArmRun, data: Path, *, num_train: int, num_test: int) -> dict:
     """Probe one arm and seed."""
     train, train_facts = read_pictures(data, "pretrain_mlp.json", num_train)
     test, test_facts = read_pictures(data, "valid_pretrain_mlp.json", num_test)
-    with open_generator(arm.stages[-1].checkpoints, tokenizer=data / "tokenizer.model") as model:
+    last = arm.stages[-1]
+    tokenizer = Path(str(last.run.data.tokenizer_model))
+    with open_generator(last.checkpoints, tokenizer=tokenizer) as model:
         seen, _ = hidden_states(model, train)
         unseen, attention = hidden_states(model, test)
     accuracies = {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does stage 1.5 help? easy-VQA from its package to tables: about four hours of an idle CPU core (estimated).
+# Does stage 1.5 help? easy-VQA from its package to tables: about 100 minutes of one idle CPU core.
 # Usage: benchmarks/evidence/run.sh [FOLDER] [OPTION OF croc scaling ...]     (default runs/evidence)
 # Started again it goes on where it stopped; --minutes 60 ends it after an hour. Needs transformers.
 set -euo pipefail

@@ -16,16 +16,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def build(vocab_size: int) -> LlamaForCausalLM:
-    """Build a random language model of 3 layers of width 64."""
+def build(vocab_size: int, width: int, num_layers: int) -> LlamaForCausalLM:
+    """Build a random language model with heads of 16 numbers."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=num_layers,
+            num_attention_heads=width // 16,
+            num_key_value_heads=width // 16,
             max_position_embeddings=512,
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--vocab-size", type=int, default=512, help="ids of the tokenizer")
+    parser.add_argument("--width", type=int, default=64, help="a multiple of 16")
+    parser.add_argument("--num-layers", type=int, default=3)
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
-    build(options.vocab_size).save_pretrained(options.out)
+    build(options.vocab_size, options.width, options.num_layers).save_pretrained(options.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     croc prove --small                                  # the same list at sizes for a CPU
     croc prove --list
     croc prove --only attention --only step_croc_7b
+    croc prove --peer-croc FOLDER --python-croc PYTHON  # also the released code's step beside ours
 
 Stages run in order of worth, each in processes of its own with a part of the time. One that fails,
 crashes or hangs is reported, and the next one begins. Each result is written when it is there; the
@@ -15,7 +16,9 @@ stage failed.
 
 import argparse
 import math
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--cards-only: name their folder with --cards")
         return _write_cards(options.out, cards)
     checkout = _find_checkout(options.checkout)
+    peer = _peer(options)
 
     from megatron_croc.verification.prove.machine import look
     from megatron_croc.verification.prove.runner import Job, run_stages
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkout=checkout,
         machine=machine,
         is_small=options.small,
+        peer=peer,
     )
     job = Job(
         out=out,
@@ -97,8 +102,29 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
         "--cards-only", action="store_true", help="from the results in --out; nothing is run"
     )
     parser.add_argument("--checkout", type=Path, default=Path(), help="the repository (default: .)")
+    parser.add_argument(
+        "--peer-croc", type=Path, metavar="DIR", help="checkout of the released Croc"
+    )
+    parser.add_argument(
+        "--python-croc", metavar="FILE", help="interpreter that can import it (transformers 4.37.2)"
+    )
     parser.add_argument("--list", action="store_true", help="the stages, and exit")
     return parser
+
+
+def _peer(options: argparse.Namespace) -> tuple[Path, str] | None:
+    """The released code, refused before anything runs if it is not there."""
+    folder: Path | None = options.peer_croc
+    if folder is None:
+        if options.python_croc is not None:
+            raise ConfigError("--python-croc without --peer-croc: name the released code as well")
+        return None
+    if not (folder / "croc" / "model").is_dir():
+        raise ConfigError(f"--peer-croc {folder}: no folder croc/model in it")
+    python = options.python_croc or sys.executable
+    if shutil.which(python) is None:
+        raise ConfigError(f"--python-croc {python}: there is no such program")
+    return folder.resolve(), python
 
 
 def _write_cards(results: Path, folder: Path) -> int:

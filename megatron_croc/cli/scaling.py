@@ -14,6 +14,7 @@ A file with `arms` compares arms of several stages by the answers they give in t
 described in megatron_croc/scaling/arms.py. plan, launch, report and all take it, and need --data:
 
     croc scaling all ARMS.yaml --out DIR --data DATA [--at-once 2] [--minutes 60]
+    croc scaling all ARMS.yaml --out DIR --data DATA --profile gpu     # the file's other size
 """
 
 import argparse
@@ -54,6 +55,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, help="of arms: start no further run after so many minutes"
     )
+    parser.add_argument("--profile", help="of arms: one of the file's profiles")
+    parser.add_argument("--arms", nargs="+", help="of arms: launch these alone")
     parser.add_argument("--resamples", type=int, default=200, help="fits behind the intervals")
     return parser.parse_args(argv)
 
@@ -64,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     if is_plan_of_arms(options.grid):
         return compare_arms(options)
-    if options.minutes is not None:
-        raise ConfigError("--minutes is for a file with arms; a grid's runs have none")
+    for name in ("minutes", "profile", "arms"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} is for a file with arms; {options.grid} is a grid of runs")
     grid = read_grid(options.grid, options.out, data=options.data)
     refuse_unwritable("--out", options.out)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ def compare_arms(options: argparse.Namespace) -> int:
         raise ConfigError(f"{what}: {options.grid} has arms, which run here and are not fitted")
     if options.data is None:
         raise ConfigError("--data is not given: the folder of shards, tokenizer and questions")
-    arms = read_plan(options.grid, options.out, data=options.data)
+    arms = read_plan(options.grid, options.out, data=options.data, profile=options.profile)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command in ("plan", "all"):
         table = markdown_of_plan(arms)
@@ -95,7 +99,11 @@ def compare_arms(options: argparse.Namespace) -> int:
         from megatron_croc.scaling.arm_launch import launch_arms
 
         failed = launch_arms(
-            arms, at_once=options.at_once, nice=options.nice, minutes=options.minutes
+            arms,
+            only=options.arms,
+            at_once=options.at_once,
+            nice=options.nice,
+            minutes=options.minutes,
         )
         if failed:
             return 1

@@ -5,13 +5,13 @@ What is finished is skipped, so calling the same command again goes on where it 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 from megatron_croc.checkpoint.state import iteration_of, tracked_checkpoint
-from megatron_croc.config.base import raise_faults, to_yaml
+from megatron_croc.config.base import nearest, raise_faults, to_yaml
 from megatron_croc.scaling.arms import ArmRun, Plan, StageRun
 from megatron_croc.scaling.forked import run_forked
 
@@ -37,24 +37,35 @@ def is_finished(arm: ArmRun) -> bool:
 
 
 def launch_arms(
-    plan: Plan, *, at_once: int = 1, nice: int = 0, minutes: float | None = None
+    plan: Plan,
+    *,
+    only: Sequence[str] | None = None,
+    at_once: int = 1,
+    nice: int = 0,
+    minutes: float | None = None,
 ) -> list[str]:
     """Run what is not finished, in the order of the plan; returns the names that failed.
 
     Args:
         plan: the comparisons.
+        only: names of the arms to run; None: all.
         at_once: arms side by side; a stage that two of them share is run once.
         nice: niceness of the runs.
         minutes: time after which no further run is started; None: no limit.
 
     Raises:
-        ConfigError: an input is missing, or a folder holds a run of other settings.
+        ConfigError: an input is missing, there is no such arm, or a folder holds a run of other
+            settings.
     """
+    names = {arm.arm for arm in plan.runs}
+    unknown = [name for name in only or () if name not in names]
+    raise_faults([f"--arms: there is no {name}{nearest(name, names)}" for name in unknown])
     stages = {stage.name: stage for arm in plan.runs for stage in arm.stages}
     faults = [line for s in stages.values() if (line := _other_settings(s)) is not None]
     raise_faults([*_missing_inputs(plan), *faults])
     todo = [arm for arm in plan.runs if not is_finished(arm)]
     print(f"{len(plan.runs) - len(todo)} of {len(plan.runs)} arms are finished", flush=True)
+    todo = [arm for arm in todo if only is None or arm.arm in only]
     locks = {name: Lock() for name in stages}
     end = time.monotonic() + (math.inf if minutes is None else 60 * minutes)
 
@@ -82,10 +93,11 @@ def launch_arms(
 
 def _missing_inputs(plan: Plan) -> Iterator[str]:
     """Find inputs that are not there: a missing question would show after hours of training."""
-    names = ["tokenizer.model", QUESTIONS, BASELINE, IMAGES]
+    names = [QUESTIONS, BASELINE, IMAGES]
     needed = [plan.data / name for name in names]
     for stage in (stage for arm in plan.runs for stage in arm.stages):
-        needed += map(Path, (*stage.run.data.data_path, *stage.run.data.valid_data_path))
+        paths = (*stage.run.data.data_path, *stage.run.data.valid_data_path)
+        needed += map(Path, (*paths, str(stage.run.data.tokenizer_model)))
     for arm in plan.runs:
         if (start := arm.stages[0].run.checkpoint.pretrained_checkpoint) is not None:
             needed.append(Path(start))
@@ -127,7 +139,7 @@ def _answer(arm: ArmRun, data: Path, nice: int) -> bool:
     (arm.folder / ANSWERS).unlink(missing_ok=True)  # of a run that was stopped while it answered
     words = [
         *("generate", "--model", str(arm.stages[-1].checkpoints)),
-        *("--tokenizer", str(data / "tokenizer.model")),
+        *("--tokenizer", str(arm.stages[-1].run.data.tokenizer_model)),
         *("--input", str(data / QUESTIONS), "--image-folder", str(data / IMAGES)),
         *("--baseline", str(data / BASELINE)),
         *("--batch-size", str(BATCH_SIZE), "--max-new-tokens", str(MAX_NEW_TOKENS)),

@@ -13,6 +13,8 @@ arms:                                 # what differs from `stages`
   none: {pretrain_croc: null, finetune: {samples: 9600}}      # null: left out
 comparisons:
   main: {question: Does stage 1.5 help?, arms: [none, captions, croc], seeds: [1, 2, 3, 4, 5]}
+profiles:                             # optional; what differs in another size of the whole file
+  gpu: {stages: {pretrain_croc: {samples: 64000}, finetune: {samples: 64000}}}
 
 The first arm of a comparison is its reference: the others are compared with it, seed by seed. All
 arms of a comparison must see equally many samples. Stages of equal settings after equal stages are
@@ -38,7 +40,7 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError
 from megatron_croc.recipes import get_recipe
 
-_KEYS = ("recipe", "settings", "start", "seeds", "stages", "arms", "comparisons")
+_KEYS = ("recipe", "settings", "start", "seeds", "stages", "arms", "comparisons", "profiles")
 _NEEDED = ("recipe", "seeds", "stages", "arms", "comparisons")
 _STAGE_KEYS = ("samples", "settings", "as")
 _COMPARISON_KEYS = ("question", "arms", "seeds")
@@ -125,19 +127,21 @@ def is_plan_of_arms(path: Path) -> bool:
     return "arms" in read_yaml(path)
 
 
-def read_plan(path: Path, out: Path, *, data: Path) -> Plan:
+def read_plan(path: Path, out: Path, *, data: Path, profile: str | None = None) -> Plan:
     """Resolve and check every run.
 
     Args:
         path: the YAML file.
         out: runs go under `out`/runs.
-        data: folder with shards/STAGE, shards/valid_STAGE, tokenizer.model, and for the answers
-            valid_finetune.json, finetune.json and images.
+        data: folder with shards/STAGE, shards/valid_STAGE, tokenizer.model (or the folder
+            tokenizer, where the settings have `tokenizer_type: HuggingFaceTokenizer`), and for the
+            answers valid_finetune.json, finetune.json and images.
+        profile: one of the file's `profiles`; None: the file as it stands.
 
     Raises:
         ConfigError: has every fault of the file and of every run, a line each.
     """
-    tree = read_yaml(path)
+    tree = _of_profile(read_yaml(path), profile, source=str(path))
     faults = list(_form_faults(tree, str(path)))
     raise_faults(faults)
     comparisons = [
@@ -167,6 +171,31 @@ def read_plan(path: Path, out: Path, *, data: Path) -> Plan:
     plan = Plan(comparisons=comparisons, runs=list(runs.values()), data=data)
     raise_faults(list(dict.fromkeys(faults)) or list(_unequal(plan, str(path))))
     return plan
+
+
+def _of_profile(tree: dict[str, Any], profile: str | None, *, source: str) -> dict[str, Any]:
+    """Return the file's tree with the values of one profile in place of its own."""
+    profiles = tree.get("profiles") or {}
+    if not isinstance(profiles, dict) or not all(
+        isinstance(one, dict) and "profiles" not in one for one in profiles.values()
+    ):
+        raise ConfigError(f"{source}: profiles must be mappings of the file's other keys")
+    if profile is None:
+        return tree
+    if profile not in profiles:
+        raise ConfigError(f"{source}: there is no profile {profile}{nearest(profile, profiles)}")
+    return _merged(tree, profiles[profile])
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree with some of its values replaced, at any depth."""
+    result = dict(tree)
+    for key, value in changes.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)
+        result[key] = value
+    return result
 
 
 def _form_faults(tree: dict[str, Any], source: str) -> Iterator[str]:
@@ -277,7 +306,8 @@ def _stages(
         run.training.seed = seed
         run.data.data_path = (str(data / "shards" / name),)
         run.data.valid_data_path = (str(data / "shards" / f"valid_{name}"),)
-        run.data.tokenizer_model = str(data / "tokenizer.model")
+        is_file = run.data.tokenizer_type == "SentencePieceTokenizer"
+        run.data.tokenizer_model = str(data / ("tokenizer.model" if is_file else "tokenizer"))
         if previous is None and tree.get("start"):
             start = data / str(tree["start"]).replace("{seed}", str(seed))
             run.checkpoint.pretrained_checkpoint = str(start)

@@ -9,6 +9,7 @@ sizes:                               # optional; settings of each model size
   small: {model: {language_model: {hidden_size: 64}}}
 axes: {pool_size: [1024, 2048]}      # optional; any settings, by their leaf names
 seeds: [1, 2]                        # optional
+start: start/{size}-{seed}           # optional; initial weights, below --data
 """
 
 import copy
@@ -33,7 +34,7 @@ from megatron_croc.errors import ConfigError
 from megatron_croc.model.parameters import count_parameters
 from megatron_croc.recipes import get_recipe
 
-_KEYS = ("recipe", "world_size", "gpu", "settings", "sizes", "samples", "axes", "seeds")
+_KEYS = ("recipe", "world_size", "gpu", "settings", "sizes", "samples", "axes", "seeds", "start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ def read_grid(path: Path, out: Path, *, data: Path | None = None) -> Grid:
         if key in tree and not isinstance(tree[key], kind):
             name = "a mapping" if kind is dict else "a list"
             faults.append(f"{path}: {key} must be {name}, got {tree[key]!r}")
+    if tree.get("start") and data is None:
+        faults.append(f"{path}: start is a folder below --data, which is not given")
     raise_faults(faults)
     world_size = int(tree.get("world_size", 1))
     runs = list(_resolve(tree, out, faults, source=str(path), data=data))
@@ -128,6 +131,9 @@ def _resolve(
             words = [size, f"{samples}", *(f"{k}-{v}" for k, v in values)]
             name = "_".join(words + ([f"seed-{seed}"] if len(seeds) > 1 else []))
             run.training.seed = seed
+            if tree.get("start") and data is not None:
+                start = str(tree["start"]).replace("{size}", size).replace("{seed}", str(seed))
+                run.checkpoint.pretrained_checkpoint = str(data / start)
             yield _finish(run, name, size, samples, dict(values), out)
 
 

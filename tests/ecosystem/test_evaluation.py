@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ecosystem.test_ecosystem import FOLDER, croc, run
+from tests.ecosystem.test_ecosystem import FOLDER, ROOT, croc, run
 
 pytestmark = pytest.mark.ecosystem
 
@@ -103,7 +103,7 @@ def test_a_real_language_model(tmp_path: Path):
     import transformers
 
     llm, clip, start = (tmp_path / name for name in ("llm", "clip", "start"))
-    script = HERE / "smollm2_to_hf.py"
+    script = ROOT / "benchmarks" / "evidence" / "smollm2_to_hf.py"
     done = run(FOLDER / "smollm2" / "bin" / "python", "-W", "ignore", script, llm)
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr[-2000:]
     torch.manual_seed(0)

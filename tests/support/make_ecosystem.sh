@@ -51,6 +51,8 @@ site=$(site_of vllm)
 # vLLM asks for the version of a package `vllm`, which names its platform.
 mkdir -p "$site/vllm-0.32.0.dist-info"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0.dist-info/METADATA"
-# The torchvision that pip finds is built for CUDA: keep its image transforms, leave out its operators.
+# Torch's side packages that pip finds are built for CUDA. Without sound and video nothing is missed;
+# of torchvision keep the image transforms, leave out the operators.
+"$folder/vllm/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
 printf 'from .version import __version__\n' >"$site/torchvision/__init__.py"
 "$folder/vllm/bin/python" -m pip install --quiet --no-deps --force-reinstall "$root"

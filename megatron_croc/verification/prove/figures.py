@@ -45,8 +45,21 @@ def of_step(folder: Path) -> Figures:
         found[f"samples/s {where}"] = round(row["samples_per_second"], 2)
         if row["mfu"] is not None:
             found[f"MFU {where}"] = round(row["mfu"], 4)
+        found[f"waiting for the matching, of a step {where}"] = round(row["matching_share"], 5)
         if row["peak_gib"] is not None:
             found[f"GiB at the peak {where}"] = round(row["peak_gib"], 1)
+    return found
+
+
+def of_beside_release(folder: Path) -> Figures:
+    """Time of a step and peak memory, ours and the released code's."""
+    found: Figures = {}
+    comparisons = _content(folder / "step_beside_release.json").get("comparisons", {})
+    for name, row in comparisons.items():
+        found[f"time, ours / released ({name}, {row['clock']})"] = round(row["ratio"], 3)
+        for who in ("ours", "released"):
+            found[f"s a step ({name}, {who})"] = round(row[who][row["clock"]], 4)
+            found[f"GiB at the peak ({name}, {who})"] = round(row[who]["peak_mib"] / 1024, 2)
     return found
 
 

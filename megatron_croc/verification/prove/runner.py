@@ -1,6 +1,7 @@
 """Run the stages in their order: own processes, time boxes, results written at once."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -89,6 +90,8 @@ def _run_stage(stage: Stage, job: Job, deadline: float) -> Result:
     end = min(started + box, deadline)
     if end - started < min(5.0, 0.9 * box):  # its box is open, but the list is over
         return replace(blank, status="not reached", reason="the time of the list was used up")
+    if (place.folder / "0.log").exists():  # of an interrupted attempt; never another's folder
+        shutil.rmtree(place.folder)
     place.folder.mkdir(parents=True, exist_ok=True)
     commands = list(stage.commands(place))
     status: Status = "passed"

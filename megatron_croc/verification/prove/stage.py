@@ -29,6 +29,9 @@ class Place:
     is_small: bool
     """True for a dry run: the same commands at sizes for a CPU."""
 
+    peer: tuple[Path, str] | None = None
+    """Checkout of the released Croc, and the interpreter that can import it."""
+
     def croc(self, *words: object, **environment: str) -> "Command":
         """The command `croc` of this Python."""
         return self.python("-m", "megatron_croc", *words, **environment)

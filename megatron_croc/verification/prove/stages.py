@@ -100,29 +100,52 @@ def _matching(place: Place) -> Sequence[Command]:
     ]
 
 
+def _layers(place: Place, recipe: str) -> tuple[object, ...]:
+    """Options that take as many layers as fit.
+
+    A language model with its optimizer has 18 bytes a parameter: the 7B ones need 141 GB and
+    recomputation; on 80 GB, half of the layers.
+    """
+    half = {"croc_13b": 10, "victor_7b": 12}.get(recipe, 14)
+    large = {"croc_13b": 18}.get(recipe)
+    layers = half if place.machine.memory_gib < 120 else large
+    return ("--num-layers", layers) if layers else ()
+
+
 def _step(recipe: str) -> Stage:
     def commands(place: Place) -> Sequence[Command]:
         if place.is_small:
             small = ("--recipe", "tiny/pretrain_croc", "--masks", "causal", "visual")
             return [place.benchmark("step.py", *small, "--repeats", 1, "--micro-batch-sizes", 1)]
-        # A language model with its optimizer has 18 bytes a parameter: the 7B ones need 141 GB and
-        # recomputation; on 80 GB, half of the layers.
-        half = {"croc_13b": 10, "victor_7b": 12}.get(recipe, 14)
-        large = {"croc_13b": 18}.get(recipe)
-        layers = half if place.machine.memory_gib < 120 else large
         words = ("--recipe", f"{recipe}/pretrain_croc", "--masks", "causal", "visual", "--sweep")
-        cut = ("--num-layers", layers) if layers else ()
-        return [place.benchmark("step.py", *words, *cut, "--repeats", 5)]
+        return [place.benchmark("step.py", *words, *_layers(place, recipe), "--repeats", 5)]
 
     return Stage(
         name=f"step_{recipe}",
         shows=f"a training step of {recipe}/pretrain_croc with random weights: speed and memory",
-        minutes=5 if recipe == "croc_7b" else 1.5,
+        minutes=4 if recipe == "croc_7b" else 1.5,
         commands=commands,
         figures=figures.of_step,
         recipes=(recipe,),
         missing=_needs_gpu_unless_small if recipe == "croc_7b" else _needs_gpu,
     )
+
+
+def _step_fp8(place: Place) -> Sequence[Command]:
+    words = ("--recipe", "croc_7b/pretrain_croc", *_layers(place, "croc_7b"), "--masks", "visual")
+    sizes = ("--micro-batch-sizes", 4, 8, "--recompute", "--repeats", 5)
+    return [place.benchmark("step.py", *words, *sizes, "--fp8-format", "hybrid")]
+
+
+def _beside_release(place: Place) -> Sequence[Command]:
+    assert place.peer is not None, "left out without it"
+    folder, python = place.peer
+    words = ("--peer-croc", folder, "--python-croc", python)
+    if place.is_small:
+        small = ("--sizes", "tiny", "--vocabularies", 512, "--repeats", 1)
+        return [place.benchmark("step_beside_release.py", *words, *small)]
+    words += ("--device", "cuda", "--dtype", "bf16", "--sizes", "wide", "--vocabularies", 32000)
+    return [place.benchmark("step_beside_release.py", *words)]
 
 
 def _loader(place: Place) -> Sequence[Command]:
@@ -166,6 +189,18 @@ def _needs_gpus(place: Place) -> str | None:
     return None if place.is_small or place.machine.num_gpus > 1 else "needs two GPUs or more"
 
 
+def _needs_fp8(place: Place) -> str | None:
+    if not place.machine.has("transformer-engine"):
+        return "Transformer Engine is not installed"
+    return _needs_gpu(place)
+
+
+def _needs_peer(place: Place) -> str | None:
+    if place.peer is None:
+        return "needs --peer-croc, a checkout of the released code"
+    return _needs_gpu_unless_small(place)
+
+
 def _needs_dali(place: Place) -> str | None:
     return None if place.machine.has("nvidia-dali-cuda130") else "nvidia-dali is not installed"
 
@@ -181,7 +216,7 @@ STAGES = (
     Stage(
         name="kernels",
         shows="GPU tests: flash backends against the formula, Triton kernels, matching",
-        minutes=3,
+        minutes=2.5,
         commands=_kernels,
         recipes=("tiny", *REAL_RECIPES),
         missing=_needs_gpu_unless_small,
@@ -216,7 +251,7 @@ STAGES = (
     Stage(
         name="attention",
         shows="mixed attention beside causal flash (E: 1 is causal flash's speed per pair)",
-        minutes=3,
+        minutes=2.5,
         commands=_attention,
         figures=figures.of_attention,
         recipes=REAL_RECIPES,
@@ -232,6 +267,24 @@ STAGES = (
         missing=_needs_gpu_unless_small,
     ),
     *map(_step, REAL_RECIPES),
+    Stage(
+        name="step_fp8",
+        shows="the step of croc_7b/pretrain_croc with matrix products in fp8",
+        minutes=0.7,
+        commands=_step_fp8,
+        figures=figures.of_step,
+        recipes=("croc_7b",),
+        missing=_needs_fp8,
+    ),
+    Stage(
+        name="beside_release",
+        shows="a training step of 8 layers of the 7B widths beside the released code's, bf16",
+        minutes=2,
+        commands=_beside_release,
+        figures=figures.of_beside_release,
+        recipes=("croc_7b",),
+        missing=_needs_peer,
+    ),
     Stage(
         name="loader",
         shows="loading of images beside other loaders, and what a step waits for",

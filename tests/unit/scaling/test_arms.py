@@ -248,3 +248,32 @@ def test_the_command(tmp_path, capsys):
     for command, message in {"plan": "--data is not given", "fit": "has arms"}.items():
         assert main([command, *words]) != 0
         assert message in capsys.readouterr().err
+
+
+def test_a_profile_changes_parts_of_the_file(tmp_path):
+    path = tmp_path / "arms.yaml"
+    path.write_text(
+        PLAN + "profiles: {gpu: {arms: {none: {finetune: {samples: 480}}}, seeds: [7, 8],"
+        " stages: {pretrain_croc: {samples: 240}, finetune: {samples: 240}}}}\n"
+    )
+    plan = read_plan(path, tmp_path / "out", data=tmp_path / "data", profile="gpu")
+    assert {run.num_samples for run in plan.runs} == {488}
+    assert {run.seed for run in plan.runs if run.arm == "causal"} == {7, 8}
+    assert plan.run_of("none", 1).stages[-1].name == "none/seed-1/finetune"  # no stage came back
+    assert {run.num_samples for run in read(tmp_path, path.read_text()).runs} == {56}
+    with pytest.raises(ConfigError, match=r"there is no profile gpus \(did you mean gpu\?\)"):
+        read_plan(path, tmp_path / "out", data=tmp_path / "data", profile="gpus")
+    for wrong in ("profiles: 3", "profiles: {gpu: 3}", "profiles: {gpu: {profiles: {}}}"):
+        with pytest.raises(ConfigError, match="profiles must be mappings"):
+            read(tmp_path, PLAN + wrong)
+
+
+def test_a_hugging_face_tokenizer_is_a_folder(tmp_path):
+    settings = "data: {tokenizer_type: HuggingFaceTokenizer}, training:"
+    run = read(tmp_path, PLAN.replace("{training:", "{" + settings, 1)).runs[0]
+    assert run.stages[0].run.data.tokenizer_model == str(tmp_path / "data" / "tokenizer")
+
+
+def test_only_arms_that_exist_are_launched(tmp_path):
+    with pytest.raises(ConfigError, match=r"--arms: there is no croq \(did you mean croc\?\)"):
+        launch_arms(read(tmp_path), only=["croq"])

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.evidence import emoji
 from benchmarks.evidence.probe import probe
 from benchmarks.evidence.records import Asked, describe, main
 
@@ -80,3 +82,41 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     assert probe(states[:200], labels[:200], states[200:], labels[200:]) > 0.97
     # Without the label in the states it can only be guessed: 1/3, within five standard errors.
     assert probe(noise[:200], labels[:200], noise[200:], labels[200:]) < 1 / 3 + 5 * 0.047
+
+
+def test_emoji_of_two_packages(tmp_path, capsys):
+    datasource, base = (tmp_path / name for name in emoji.PACKAGES)
+    pictures = datasource / "img" / "google" / "64"
+    pictures.mkdir(parents=True)
+    (base / "en").mkdir(parents=True)
+    rows, about = [], []
+    for number in range(12):
+        code = f"1F{number:03d}"
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(pictures / f"{code}.png")
+        row = dict(unified=f"{code}-FE0F", non_qualified=code, image=f"{code}.png")
+        group = dict(category="Food", subcategory="food-fruit", has_img_google=number != 3)
+        rows.append(row | group)
+        tags = {"tags": ["sweet"]} if number else {}
+        about += [{"hexcode": code, "label": f"fruit {number}", **tags}] if number != 4 else []
+    (datasource / "emoji.json").write_text(json.dumps(rows))
+    (base / "en" / "data.json").write_text(json.dumps(about))
+    out = tmp_path / "out"
+    emoji.main(["--out", str(out), "--package", str(tmp_path)])
+    assert f"{out / 'valid_finetune.json'}: 2 records" in capsys.readouterr().out
+    read = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    # Of 12 pictures, one has no image and one no name; the tenth of the rest is held out.
+    assert [row["caption"] for row in read["valid_pretrain_mlp"]] == ["fruit 11."]
+    captions = [row["caption"] for row in read["pretrain_croc"]]
+    assert captions[0] == "The picture shows fruit 0. It belongs to Food: food fruit."
+    assert captions[1].startswith("The picture shows fruit 1. It stands for sweet.")
+    for row in read["finetune"]:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        if "group" in row["id"]:
+            assert answer == "Food"
+        else:  # the picture's number is its name's
+            is_own = question.endswith(f"fruit {int(row['image'][2:5])}?")
+            assert answer == ("yes" if is_own else "no")
+    answers = [row["conversations"][1]["value"] for row in read["finetune"]]
+    assert {"yes", "no"} <= set(answers)
+    with Image.open(out / "images" / "1F000.png") as picture:
+        assert picture.mode == "RGB" and picture.getpixel((5, 5)) == (255, 255, 255)

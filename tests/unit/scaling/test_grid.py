@@ -143,3 +143,13 @@ def test_the_smallest_grid_of_the_page_is_large_enough(tmp_path, capsys):
     assert "No law" not in shown
     fewer = re.sub(r", \d+\]", "]", text)
     assert fewer != text and "No law can be fitted" in plan(tmp_path, capsys, fewer)
+
+
+def test_initial_weights_of_each_size_and_seed(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID + "seeds: [1, 2]\nstart: 'start/{size}-{seed}'\n")
+    runs = read_grid(path, tmp_path / "out", data=tmp_path / "data").runs
+    starts = {run.name: run.run.checkpoint.pretrained_checkpoint for run in runs}
+    assert starts["c_100_pool_size-128_seed-2"] == str(tmp_path / "data" / "start" / "c-2")
+    with pytest.raises(ConfigError, match="start is a folder below --data, which is not given"):
+        read_grid(path, tmp_path / "out")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_croc.cli.prove import main
+from megatron_croc.errors import ConfigError
 from megatron_croc.verification.prove import figures
 from megatron_croc.verification.prove.card import card
 from megatron_croc.verification.prove.machine import Machine
@@ -20,6 +21,7 @@ from megatron_croc.verification.prove.runner import Job, run_stages
 from megatron_croc.verification.prove.stage import Command, Place, Stage
 from megatron_croc.verification.prove.stages import STAGES
 
+ROOT = Path(__file__).parents[3]
 MACHINE = Machine(
     device="NVIDIA H100 80GB HBM3",
     num_gpus=1,
@@ -140,7 +142,7 @@ def test_the_card_says_what_was_not_measured(job: Job):
 
 def test_figures_of_a_step(tmp_path: Path):
     row = dict(setting="micro-batch 1", mask="visual", seconds=0.5, tokens_per_second=1822.2)
-    row |= dict(samples_per_second=2.0, mfu=0.5, peak_gib=70.26)
+    row |= dict(samples_per_second=2.0, mfu=0.5, peak_gib=70.26, matching_share=0.004)
     rows = [row, {"setting": "micro-batch 8", "reason": "out of memory"}]
     (tmp_path / "step.json").write_text(json.dumps({"rows": rows}))
     assert figures.of_step(tmp_path) == {
@@ -148,6 +150,7 @@ def test_figures_of_a_step(tmp_path: Path):
         "tokens/s (micro-batch 1, visual)": 1822,
         "samples/s (micro-batch 1, visual)": 2.0,
         "MFU (micro-batch 1, visual)": 0.5,
+        "waiting for the matching, of a step (micro-batch 1, visual)": 0.004,
         "GiB at the peak (micro-batch 1, visual)": 70.3,
         "does not run (micro-batch 8)": "out of memory",
     }
@@ -200,3 +203,49 @@ def test_wrong_options_are_told_before_anything_starts(words, told, monkeypatch)
     with pytest.raises(ConfigError) as raised:
         main(words)
     assert told in str(raised.value)
+
+
+def test_the_released_code_is_looked_for_before_anything_runs(tmp_path: Path):
+    words = ["--small", "--out", str(tmp_path / "out"), "--checkout", str(ROOT)]
+    with pytest.raises(ConfigError, match=r"--peer-croc .*: no folder croc/model in it"):
+        main([*words, "--peer-croc", str(tmp_path)])
+    (tmp_path / "croc" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"--python-croc nowhere: there is no such program"):
+        main([*words, "--peer-croc", str(tmp_path), "--python-croc", "nowhere"])
+    with pytest.raises(ConfigError, match="--python-croc without --peer-croc"):
+        main([*words, "--python-croc", "nowhere"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_released_step_is_left_out_by_name(job: Job):
+    (found,) = run_stages([s for s in STAGES if s.name == "beside_release"], job)
+    assert (found.status, found.reason) == (
+        "skipped",
+        "needs --peer-croc, a checkout of the released code",
+    )
+
+
+def test_figures_of_the_released_step(tmp_path: Path):
+    row = {"clock": "wall", "ratio": 0.5, "ours": {"wall": 0.1, "peak_mib": 2048}}
+    row["released"] = {"wall": 0.2, "peak_mib": 4096}
+    content = {"comparisons": {"croc/wide/32000": row}}
+    (tmp_path / "step_beside_release.json").write_text(json.dumps(content))
+    assert figures.of_beside_release(tmp_path) == {
+        "time, ours / released (croc/wide/32000, wall)": 0.5,
+        "s a step (croc/wide/32000, ours)": 0.1,
+        "GiB at the peak (croc/wide/32000, ours)": 2.0,
+        "s a step (croc/wide/32000, released)": 0.2,
+        "GiB at the peak (croc/wide/32000, released)": 4.0,
+    }
+
+
+def test_what_an_interrupted_attempt_left_is_in_nobodys_way(job: Job):
+    left = job.out / "export" / "hf"
+    left.mkdir(parents=True)
+    (job.out / "export" / "0.log").touch()
+    (found,) = run_stages([stage("export", f"import os; os.mkdir({str(left)!r})")], job)
+    assert found.status == "passed", found.reason
+    another = job.out / "results" / "mine"
+    another.mkdir(parents=True)
+    run_stages([stage("results", "1")], job)
+    assert another.exists()
