@@ -21,7 +21,7 @@ class CompileError(Exception):
 
 
 def cache_folder() -> Path:
-    """Folder of compiled code: $XDG_CACHE_HOME/megatron_croc, or ~/.cache/megatron_croc."""
+    """Folder of what is kept between runs: $XDG_CACHE_HOME/megatron_croc, or ~/.cache/..."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "megatron_croc"
 

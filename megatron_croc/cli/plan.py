@@ -3,11 +3,13 @@
     croc plan --recipe croc_7b/pretrain_croc --gpus 64 --gpu h100 --text-tokens 200
     croc plan --recipe victor_7b/finetune --gpus 16 --gpu a100 --shards FOLDER --json
     croc plan --recipe croc_7b/pretrain_croc --gpus 16 --write run.yaml
+    croc plan --recipe croc_7b/pretrain_croc --gpus 64 --text-tokens 200 --replay
 
 Settings may follow as for `croc train` (--global-batch-size 512). --write makes a file of the first
-layout and the settings given, for --config. Memory is the estimate that `croc check` prints for the
-same samples; time is a model of compute, links and bubble (docs/planning.md says how far off it
-was). Neither torch nor a GPU is needed.
+layout and the settings given, for --config. --replay rehearses a step of each
+of the five (`croc rehearse`) and orders them by its replay, in minutes of CPU. Memory is the
+estimate that `croc check` prints for the same samples; time is a model of compute, links and bubble
+(docs/planning.md says how far off it was). No GPU is needed, and without --replay no torch.
 
     croc plan --published        # the time model against published throughputs
 """
@@ -20,6 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_croc.cli.errors import reports_errors
+from megatron_croc.cli.plan_replay import (
+    add_replay_options,
+    replay_as_dict,
+    replay_lines,
+    replayed,
+)
 from megatron_croc.cli.sample_options import add_sample_options, read_workload, sample_flags
 from megatron_croc.planning.fit import GIB
 from megatron_croc.planning.gpus import GPUS, Gpu, get_gpu
@@ -47,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sample_options(parser)
     parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the first layout")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--replay", action="store_true", help="settle the order by replayed steps")
+    add_replay_options(parser)
     options, run = parse_command(parser, words)
     gpu = get_gpu(options.gpu)
     workload = read_workload(options, run)
@@ -58,19 +68,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    shown = [candidate for candidate in candidates[:NUM_SHOWN] if candidate.free >= 0]
+    settled = None
+    if options.replay:
+        settled = replayed(options, shown, gpu, workload)
+        best = settled[0].candidate
+        if settled[0].seconds is None:
+            print(
+                f"error: no layout was replayed: {best.name}: {settled[0].reason}", file=sys.stderr
+            )
+            return 1
     if options.write is not None:
         comment = f"{best.name} for {options.gpus} x {gpu.name}\n{next_commands(options, gpu)}"
         text = as_run_file(best.run, options.recipe, always=LAYOUT, comment=comment)
         write_run_file(options.write, text)
     if options.json:
-        print(json.dumps([as_dict(c, options.gpus, gpu, best) for c in candidates[:NUM_SHOWN]]))
+        rows = [as_dict(c, options.gpus, gpu, candidates[0]) for c in shown]
+        if settled is not None:
+            order = [shown.index(entry.candidate) for entry in settled]
+            rows = [
+                {**rows[n], "replay": replay_as_dict(entry)}
+                for n, entry in zip(order, settled, strict=True)
+            ]
+        print(json.dumps(rows))
         return 0
     print(f"{options.gpus} x {gpu.name}, samples {describe(workload)}\n")
-    print(table(candidates[:NUM_SHOWN], options.gpus, gpu))
-    print(f"\nwhy {best.name}: {praise(best)}")
-    print("\npopular layouts, each at its best micro-batch:")
+    if settled is None:
+        print(table(candidates[:NUM_SHOWN], options.gpus, gpu))
+        print(f"\nwhy {best.name}: {praise(best)}")
+    else:
+        print("\n".join(replay_lines(settled)))
+    print("\npopular layouts by the formula, each at its best micro-batch:")
     for label, candidate in popular(candidates).items():
-        print(f"  {label:<32} {candidate.name:<26} {reason(candidate, best)}")
+        print(f"  {label:<32} {candidate.name:<26} {reason(candidate, candidates[0])}")
+    if settled is None:
+        print("\nthe order is a formula's; --replay settles it by replayed steps (minutes of CPU)")
     print(f"\n{best.flags}")
     if options.write is not None:
         print(f"\n{best.name} is written to {options.write}:\n{next_commands(options, gpu)}")

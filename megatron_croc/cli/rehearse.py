@@ -33,11 +33,8 @@ from megatron_croc.rehearsal.replay.chrome_trace import write_chrome_trace
 from megatron_croc.rehearsal.replay.costs import read_costs
 from megatron_croc.rehearsal.replay.picture import draw_timeline
 from megatron_croc.rehearsal.report import as_json, lines
-from megatron_croc.rehearsal.run import Rehearsal, children_at_once, perform
-from megatron_croc.rehearsal.versions import require_known_versions
-
-MAX_WORLD = 1024
-"""Largest number of GPUs; more ranks only make the groups slow to create."""
+from megatron_croc.rehearsal.run import MAX_WORLD, Rehearsal, children_at_once, perform
+from megatron_croc.rehearsal.versions import require_rehearsable
 
 
 @reports_errors
@@ -129,13 +126,7 @@ def _check(options: argparse.Namespace, run: RunConfig) -> None:
         from megatron_croc.data.order.blend import read_blend  # numpy: only where there is data
 
         read_blend(run.data.data_path)
-    if run.training.transformer_impl == "te" or run.training.fp8_format is not None:
-        setting = "transformer_impl=te" if run.training.fp8_format is None else "fp8_format"
-        raise ConfigError(
-            f"{setting}: Transformer Engine's kernels cannot be rehearsed; use transformer_impl="
-            "local without fp8_format, which has the same weights and communication"
-        )
-    require_known_versions()
+    require_rehearsable(run.training)
 
 
 @contextmanager

@@ -62,6 +62,32 @@ class _Job:
     """State of the order after the global batch; None except for its last micro-batch."""
 
 
+def packs_of_replica(
+    packs: Sequence[Pack], step: int, *, dp_rank: int, dp_size: int, micro_batch_size: int
+) -> np.ndarray:
+    """Numbers of a replica's packs in a global batch, int64 [micro-batches, MBS].
+
+    Every rank computes the shares of all of them from the same costs; nothing is exchanged.
+
+    Args:
+        packs: the global batch.
+        step: its number.
+        dp_rank: the replica.
+        dp_size: number of replicas.
+        micro_batch_size: MBS, packs of a micro-batch.
+    """
+    if packs[0][0].cost is None:
+        return np.arange(len(packs)).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
+    costs = [sum(slot.cost or 0.0 for slot in pack) for pack in packs]
+    return deal_micro_batches(
+        np.array(costs),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        micro_batch_size=micro_batch_size,
+        turn=step,
+    )
+
+
 class MicroBatchLoader(Iterator[Batch]):
     """Endless iterator over this rank's micro-batches. Close it, or use a `with` statement."""
 
@@ -143,28 +169,18 @@ class MicroBatchLoader(Iterator[Batch]):
         if not self._planned:
             step = self._stream.num_packs // self._global
             packs = self._stream.take(self._global)
-            own = self._own_packs(packs, step)
+            own = packs_of_replica(
+                packs,
+                step,
+                dp_rank=self._dp_rank,
+                dp_size=self._dp_size,
+                micro_batch_size=self._micro,
+            )
             for number, members in enumerate(own, start=1):
                 slots = list(chain.from_iterable(packs[i] for i in members))
                 state_after = self._stream.state if number == len(own) else None
                 self._planned.append(_Job(slots=slots, state_after=state_after))
         return self._planned.popleft()
-
-    def _own_packs(self, packs: list[Pack], step: int) -> np.ndarray:
-        """Numbers of this rank's packs in a global batch, int64 [micro-batches, MBS].
-
-        Every rank computes the shares of all of them from the same costs; nothing is exchanged.
-        """
-        if packs[0][0].cost is None:
-            return np.arange(self._global).reshape(-1, self._dp_size, self._micro)[:, self._dp_rank]
-        costs = [sum(slot.cost or 0.0 for slot in pack) for pack in packs]
-        return deal_micro_batches(
-            np.array(costs),
-            dp_rank=self._dp_rank,
-            dp_size=self._dp_size,
-            micro_batch_size=self._micro,
-            turn=step,
-        )
 
     def __next__(self) -> Batch:
         """Return the next micro-batch.

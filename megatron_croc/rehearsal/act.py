@@ -96,9 +96,10 @@ def rehearse(job: Job, recorder: Recorder, *, trace: Path) -> dict[str, Any]:
         if training and run.optimizer.overlap_grad_reduce:
             with phase(LATER_STEP):
                 step.train(batches, training.optimizer, training.scheduler)
-        with phase("evaluate"):
-            step.evaluate(batches)
-        if training:
+        if not job.step_only:
+            with phase("evaluate"):
+                step.evaluate(batches)
+        if training and not job.step_only:
             with phase("save"):
                 _save(training)
         ledger.end()

@@ -124,7 +124,7 @@ def _class(rehearsal: Rehearsal, outcome: Outcome) -> ClassFindings:
     stage = outcome.of.place["pp"]
     pack = Pack(**result["pack"])
     peaks = {p: result["peaks"][p]["total"] for p in PHASES if p in result["peaks"]}
-    step = result["peaks"].get("step", result["peaks"]["evaluate"])
+    step = result["peaks"]["step" if "step" in result["peaks"] else "evaluate"]
     return ClassFindings(
         rank=outcome.of.rank,
         name=outcome.of.name,

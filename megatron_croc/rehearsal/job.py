@@ -8,7 +8,7 @@ from typing import Any, Literal
 from megatron_croc.config.base import apply_changes, changes_from_tree, raise_faults, to_tree
 from megatron_croc.config.run import RunConfig
 
-RowKind = Literal["data", "longest", "drawn"]
+RowKind = Literal["data", "longest", "mean", "drawn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,8 @@ class Rows:
     """Origin of the micro-batches."""
 
     kind: RowKind
-    """`data`: the run's own plan; `longest`: what `croc check` expects at most; `drawn`: drawn from
-    the distribution of sample lengths."""
+    """`data`: the run's own plan; `longest`: what `croc check` expects at most; `mean`: equal
+    ones of mean samples; `drawn`: drawn from the distribution of sample lengths."""
 
     text_tokens: float = 200.0
     text_spread: float = 0.5
@@ -39,6 +39,9 @@ class Job:
     rows: Rows
     stands_for: list[int] = field(default_factory=list)
     """Global ranks of its class."""
+
+    step_only: bool = False
+    """End after the training step: no validation, no saving."""
 
     def run(self) -> RunConfig:
         """Build the run of the settings."""

@@ -8,16 +8,13 @@ from itertools import chain
 import numpy as np
 
 from megatron_croc.config.run import RunConfig
-from megatron_croc.data.loader import build_train_plan
+from megatron_croc.data.loader import build_train_plan, packs_of_replica
 from megatron_croc.data.order.row_plan import RowStream
 from megatron_croc.data.sample.tokenization import build_tokenizer
 from megatron_croc.data.store.sample_lengths import SampleLengths
 from megatron_croc.errors import DataError
 from megatron_croc.rehearsal.job import Rows
-from megatron_croc.rehearsal.rows import drawn_sizes
-
-Loads = list[list[dict[str, float]]]
-"""For each replica, for each micro-batch: part of the model -> its work."""
+from megatron_croc.rehearsal.sizes import Loads, drawn_loads, load_of, workload_of
 
 
 def replica_loads(run: RunConfig, rows: Rows, *, dp_size: int) -> Loads | None:
@@ -26,16 +23,11 @@ def replica_loads(run: RunConfig, rows: Rows, *, dp_size: int) -> Loads | None:
     Attention grows faster than tokens; that is left out. None if all micro-batches are equal, or if
     the dataset has no stored lengths.
     """
-    if rows.kind == "longest":
-        return None
+    if rows.kind == "data":
+        return _planned(run, dp_size)
     if rows.kind == "drawn":
-        count = run.training.global_batch_size // (run.training.micro_batch_size * dp_size)
-        return [
-            [_load(*map(sum, zip(*drawn_sizes(run, rows, replica, number), strict=True)))
-             for number in range(count)]
-            for replica in range(dp_size)
-        ]  # fmt: skip
-    return _planned(run, dp_size)
+        return drawn_loads(run, workload_of(run, rows), dp_size)
+    return None
 
 
 def _planned(run: RunConfig, dp_size: int) -> Loads | None:
@@ -45,20 +37,19 @@ def _planned(run: RunConfig, dp_size: int) -> Loads | None:
         lengths = SampleLengths(plan.blend.folders, tokenizer, data.conversation_template)
     except DataError:
         return None
-    micro, total = run.training.micro_batch_size, run.training.global_batch_size
-    packs = RowStream(plan).take(total)
+    training = run.training
+    packs = RowStream(plan).take(training.global_batch_size)
     loads: Loads = []
     for replica in range(dp_size):
+        own = packs_of_replica(
+            packs, 0, dp_rank=replica, dp_size=dp_size, micro_batch_size=training.micro_batch_size
+        )
         its: list[dict[str, float]] = []
-        for first in range(replica * micro, total, micro * dp_size):
-            slots = list(chain.from_iterable(packs[first : first + micro]))
+        for members in own:
+            slots = list(chain.from_iterable(packs[i] for i in members))
             text, images = lengths(np.array([slot.index for slot in slots]))
             visual = images * run.model.vision_tower.num_visual_tokens
             tokens = np.clip(text + visual, 1, data.seq_length)
-            its.append(_load(float(tokens.sum()), float(images.sum())))
+            its.append(load_of(float(tokens.sum()), float(images.sum())))
         loads.append(its)
     return loads
-
-
-def _load(tokens: float, images: float) -> dict[str, float]:
-    return {"language_model": tokens, "vision_tower": images, "projector": images}

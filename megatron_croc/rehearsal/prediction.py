@@ -16,6 +16,7 @@ from megatron_croc.rehearsal.trace import (
     Trace,
 )
 from megatron_croc.rehearsal.trace_file import read_trace
+from megatron_croc.rehearsal.unrolled import unrolled
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,15 @@ def predict(rehearsal: Rehearsal, costs: Costs | None = None) -> Prediction:
     faults = list(replay(traces, costs).faults)
     if faults or rehearsal.forward_only is not None:
         return Prediction(faults, None)
-    loads = rehearsal.outcomes[0].result.get("loads")
     steps = [step_of(trace) for trace in traces]
-    return Prediction(faults, replay(steps, costs, loads=loads).timeline)
+    if rehearsal.micro_batches is not None:
+        steps = [unrolled(step, wanted=rehearsal.micro_batches) for step in steps]
+    if rehearsal.loads is not None:
+        timeline = replay(steps, costs, loads=rehearsal.loads, are_relative=True).timeline
+    else:
+        loads = rehearsal.outcomes[0].result.get("loads")
+        timeline = replay(steps, costs, loads=loads).timeline
+    return Prediction(faults, timeline)
 
 
 def step_of(trace: Trace) -> Trace:
@@ -62,6 +69,7 @@ def _in_step(events: Sequence[Event]) -> list[Event]:
         phase = event.phase if isinstance(event, Mark) else phase
         phases.append(phase)
     if LATER_STEP in phases:
-        begin, end = phases.index(LATER_STEP), phases.index("evaluate")
+        begin = phases.index(LATER_STEP)
+        end = phases.index("evaluate") if "evaluate" in phases else len(phases)
         return list(events[begin:end])
     return [event for event, its in zip(events, phases, strict=True) if its in STEP_PHASES]

@@ -2,7 +2,7 @@
 
 It becomes a process that has a GPU, as far as torch can tell, and imports the model once. Each job
 then runs in a fork of it, so a job costs neither the imports nor their memory again. For each job
-that ends it prints a line: path, status, seconds.
+that ends it prints a line: status, seconds, path.
 
 It changes torch for the whole process, so nothing else may import it.
 """
@@ -53,7 +53,7 @@ def main(at_once: int, paths: list[Path]) -> None:
         child, status = os.wait()
         path, began = running.pop(child)
         seconds = time.monotonic() - began
-        print(f"{path.name} {os.waitstatus_to_exitcode(status)} {seconds:.1f}", flush=True)
+        print(f"{os.waitstatus_to_exitcode(status)} {seconds:.1f} {path}", flush=True)
 
 
 def become_device(gpu: str, recorder: Recorder) -> str | None:

@@ -14,11 +14,8 @@ from megatron_croc.data.sample.collate import ReadySample, expand_sample
 from megatron_croc.data.sample.tokenization import TokenizedSample
 from megatron_croc.data.synthetic import make_batch
 from megatron_croc.planning.memory import Pack
-from megatron_croc.planning.workload import Workload, from_numbers
 from megatron_croc.rehearsal.job import Rows
-
-_QUESTION = 4
-"""Text tokens without a label."""
+from megatron_croc.rehearsal.sizes import QUESTION, step_sizes, workload_of
 
 
 class Replay(Iterator[Batch]):
@@ -41,75 +38,33 @@ def make_rows(run: RunConfig, rows: Rows, *, dp_rank: int, dp_size: int) -> list
     Raises:
         DataError: the data of the run is missing, damaged or does not fit.
     """
-    count = run.training.global_batch_size // (run.training.micro_batch_size * dp_size)
     if rows.kind == "data":
+        count = run.training.global_batch_size // (run.training.micro_batch_size * dp_size)
         data = replace(run.data, num_workers=0, bad_sample_report=None)
         with build_train_loader(
             replace(run, data=data), dp_rank=dp_rank, dp_size=dp_size, state=None
         ) as loader:
             return [next(loader) for _ in range(count)]
+    workload = workload_of(run, rows)
+    step = step_sizes(run, rows.kind, workload, dp_rank=dp_rank, dp_size=dp_size)
     batches = []
-    for number in range(count):
+    for number, sizes in enumerate(step):
         rng = np.random.default_rng((run.training.seed, dp_rank, number))
-        if rows.kind == "longest":
-            sizes = _longest(run, _workload(run, rows))
-        else:
-            sizes = drawn_sizes(run, rows, dp_rank, number)
         batches.append(make_batch(run, [_sample(run, rng, *size) for size in sizes]))
     return batches
-
-
-def _workload(run: RunConfig, rows: Rows) -> Workload:
-    return from_numbers(
-        run, text_tokens=rows.text_tokens, images=rows.images, spread=rows.text_spread
-    )
-
-
-def _longest(run: RunConfig, workload: Workload) -> list[tuple[int, int]]:
-    """(tokens, images) of each sample of the largest pack that `croc check` expects."""
-    if not run.data.packing:
-        images = round(max(workload.images, 1.0))
-        return [(round(workload.peak_tokens), images)] * run.training.micro_batch_size
-    images = round(workload.images)
-    size = max(round(workload.mean), 1)
-    pack = [(size, images)] * (run.data.row_length // size)
-    if rest := run.data.row_length - size * len(pack):
-        pack.append((rest, 0))
-    return pack * run.training.micro_batch_size
-
-
-def drawn_sizes(run: RunConfig, rows: Rows, dp_rank: int, number: int) -> list[tuple[int, int]]:
-    """(tokens, images) of each sample of a micro-batch of a replica, drawn by the run's seed."""
-    workload = _workload(run, rows)
-    rng = np.random.default_rng((run.training.seed, dp_rank, number, 1))
-    sizes: list[tuple[int, int]] = []
-
-    def draw() -> tuple[int, int]:
-        images = int(workload.images + rng.random())
-        visual = (images - workload.images) * run.model.vision_tower.num_visual_tokens
-        length = round(float(rng.choice(workload.lengths)) + visual)
-        return max(length, _QUESTION + 1), images
-
-    for _ in range(run.training.micro_batch_size):
-        sizes.append(draw())
-        room = run.data.row_length - sizes[-1][0]
-        while run.data.packing and room >= (size := draw())[0]:
-            sizes.append(size)
-            room -= size[0]
-    return sizes
 
 
 def _sample(run: RunConfig, rng: np.random.Generator, tokens: int, num_images: int) -> ReadySample:
     """Sample of `tokens` tokens with visual ones: images first, then text."""
     per_image, size = run.model.vision_tower.num_visual_tokens, run.model.vision_tower.img_size
-    num_images = min(num_images, max(run.data.seq_length - _QUESTION - 1, 0) // per_image)
-    text = max(tokens - num_images * per_image, _QUESTION + 1)
+    num_images = min(num_images, max(run.data.seq_length - QUESTION - 1, 0) // per_image)
+    text = max(tokens - num_images * per_image, QUESTION + 1)
     ids = rng.integers(1, run.model.language_model.vocab_size, text).tolist()
-    question = [IMAGE_TOKEN_INDEX] * num_images + ids[:_QUESTION]
+    question = [IMAGE_TOKEN_INDEX] * num_images + ids[:QUESTION]
     sample = TokenizedSample(
         sample_id="rehearsed",
-        input_ids=np.array(question + ids[_QUESTION:]),
-        labels=np.array([IGNORE_INDEX] * len(question) + ids[_QUESTION:]),
+        input_ids=np.array(question + ids[QUESTION:]),
+        labels=np.array([IGNORE_INDEX] * len(question) + ids[QUESTION:]),
     )
     pixels = torch.zeros((num_images, 3, size, size), dtype=torch.uint8)
     return ReadySample(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ from megatron_croc.config.run import RunConfig
 from megatron_croc.errors import ConfigError, RunError
 from megatron_croc.rehearsal.classes import RankClass, rank_classes
 from megatron_croc.rehearsal.job import Job, Rows, settings_of
+from megatron_croc.rehearsal.replay.programs import Loads
+
+MAX_WORLD = 1024
+"""Largest number of GPUs; more ranks only make the groups slow to create."""
 
 CHILD_BYTES = 1.2e9
 """Memory of one child, for the number that run at once (0.5 to 1.1 GiB were seen)."""
@@ -53,8 +57,29 @@ class Rehearsal:
     costs: Path | None = None
     """Table of measured costs; None: peak x efficiency of the GPU."""
 
+    step_only: bool = False
+    """End after the training step: no validation, no saving."""
+
+    micro_batches: int | None = None
+    """Micro-batches of the step that is timed, if it is unrolled from one of fewer."""
+
+    loads: Loads | None = None
+    """Work of every replica relative to the rehearsed rows; None: what the first rank found."""
+
+    title: str = ""
+    """Begin of its lines of progress, where there are several jobs."""
+
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
+
+    def classes(self) -> list[RankClass]:
+        """Classes of ranks of the job."""
+        return rank_classes(self.run.parallel, self.world_size)
+
+    @property
+    def is_done(self) -> bool:
+        """Return True if every class has an outcome."""
+        return len(self.outcomes) == len(self.classes())
 
 
 def free_memory() -> float:
@@ -75,12 +100,7 @@ def children_at_once(jobs: int | None) -> int:
 
 
 def perform(
-    rehearsal: Rehearsal,
-    *,
-    at_once: int,
-    time_limit: float,
-    tell: Callable[[str], None],
-    classes: Sequence[RankClass] | None = None,
+    rehearsal: Rehearsal, *, at_once: int, time_limit: float, tell: Callable[[str], None]
 ) -> None:
     """Rehearse every class; fills `outcomes` in the order of the classes.
 
@@ -89,42 +109,76 @@ def perform(
         at_once: children that run at once.
         time_limit: seconds for all of them.
         tell: takes a line of progress.
-        classes: default `rank_classes`.
 
     Raises:
         ConfigError: a child refused the job, for example its data.
         RunError: the time is up, or the children could not start.
     """
-    began = time.monotonic()
-    chosen = classes or rank_classes(rehearsal.run.parallel, rehearsal.world_size)
+    chosen = rehearsal.classes()
     tell(
         f"{len(chosen)} classes of ranks stand for {rehearsal.world_size}; "
         f"{min(at_once, len(chosen))} at once"
     )
-    by_file = {f"rank_{entry.rank:05d}": entry for entry in chosen}
-    outcomes: dict[int, Outcome] = {}
-    for name, seconds, status in _children(rehearsal, by_file, at_once, time_limit):
-        entry = by_file[name]
-        outcomes[entry.rank] = outcome = _read(rehearsal, entry, seconds, status)
+    perform_all([rehearsal], at_once=at_once, time_limit=time_limit, tell=tell)
+    if not rehearsal.is_done:
+        raise RunError(
+            f"{len(rehearsal.outcomes)} of {len(chosen)} classes were done after "
+            f"{time_limit / 60:g} minutes; raise --time-limit, or --jobs where there are more cores"
+        )
+
+
+def perform_all(
+    rehearsals: Sequence[Rehearsal],
+    *,
+    at_once: int,
+    time_limit: float,
+    tell: Callable[[str], None],
+    on_done: Callable[[Rehearsal], None] = lambda rehearsal: None,
+) -> None:
+    """Rehearse jobs for GPUs of one kind, one after the other, from a process that imports once.
+
+    Calls `on_done` for each job as it is done, while others go on; jobs that the time does not
+    suffice for keep what was done, their `is_done` is False. Other arguments and errors are those
+    of `perform`, but that the time is up is no error.
+    """
+    began = time.monotonic()
+    places: dict[Path, tuple[Rehearsal, RankClass]] = {}
+    for rehearsal in rehearsals:
+        for entry in rehearsal.classes():
+            places[_file(rehearsal, entry)] = rehearsal, entry
+    for path, seconds, status in _children(places, at_once, time_limit):
+        rehearsal, entry = places[path]
+        outcome = _read(rehearsal, entry, seconds, status)
+        rehearsal.outcomes.append(outcome)
+        rehearsal.seconds = time.monotonic() - began
         if "refused" in outcome.result:  # it says the same on every rank
             raise ConfigError(str(outcome.result["refused"]))
-        tell(f"{len(outcomes)} of {len(chosen)}: {_line(outcome)}")
-    if len(outcomes) < len(chosen):
-        raise RunError(
-            f"{len(outcomes)} of {len(chosen)} classes were done after {time_limit / 60:g} "
-            "minutes; raise --time-limit, or --jobs where there are more cores"
-        )
-    reasons = [entry.result.get("forward_only") for entry in outcomes.values()]
+        if rehearsal.step_only and (reason := outcome.result.get("forward_only")):
+            raise RunError(f"a step needs backward passes: {reason}; install one, or set CXX")
+        done = sum(len(its.outcomes) for its in rehearsals)
+        tell(f"{done} of {len(places)}: {rehearsal.title}{_line(outcome)}")
+        if rehearsal.is_done:
+            _finish(rehearsal)
+            on_done(rehearsal)
+
+
+def _finish(rehearsal: Rehearsal) -> None:
+    """Put the outcomes in the order of the classes."""
+    order = [entry.rank for entry in rehearsal.classes()]
+    rehearsal.outcomes.sort(key=lambda outcome: order.index(outcome.of.rank))
+    reasons = [outcome.result.get("forward_only") for outcome in rehearsal.outcomes]
     rehearsal.forward_only = next(filter(None, reasons), None)
-    rehearsal.outcomes = [outcomes[entry.rank] for entry in chosen]
-    rehearsal.seconds = time.monotonic() - began
+
+
+def _file(rehearsal: Rehearsal, entry: RankClass) -> Path:
+    return rehearsal.folder / f"rank_{entry.rank:05d}"
 
 
 def _children(
-    rehearsal: Rehearsal, by_file: dict[str, RankClass], at_once: int, time_limit: float
-) -> Iterator[tuple[str, float, int]]:
-    """(name of the job's file, seconds, status) of each job as it ends, until the time is up."""
-    for name, entry in by_file.items():
+    places: Mapping[Path, tuple[Rehearsal, RankClass]], at_once: int, time_limit: float
+) -> Iterator[tuple[Path, float, int]]:
+    """(file of the job, seconds, status) of each job as it ends, until the time is up."""
+    for path, (rehearsal, entry) in places.items():
         Job(
             settings=settings_of(rehearsal.run),
             rank=entry.rank,
@@ -132,17 +186,17 @@ def _children(
             gpu=rehearsal.gpu,
             rows=rehearsal.rows,
             stands_for=list(entry.stands_for),
-        ).write(rehearsal.folder / name)
+            step_only=rehearsal.step_only,
+        ).write(path)
         for ending in (".result.json", ".trace.jsonl", ".log"):  # of an earlier rehearsal
-            (rehearsal.folder / name).with_suffix(ending).unlink(missing_ok=True)
-    paths = [str(rehearsal.folder / name) for name in by_file]
+            path.with_suffix(ending).unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    log = rehearsal.folder / "children.log"
+    log = next(iter(places)).with_name("children.log")
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_croc.rehearsal.rank", str(at_once), *paths],
+            [sys.executable, "-m", "megatron_croc.rehearsal.rank", str(at_once), *places],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
@@ -160,8 +214,8 @@ def _children(
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                name, status, seconds = line.split()
-                yield name, float(seconds), int(status)
+                status, seconds, path = line.rstrip("\n").split(" ", 2)
+                yield Path(path), float(seconds), int(status)
             status = process.wait()
         finally:
             clock.cancel()
@@ -173,7 +227,7 @@ def _children(
 
 
 def _read(rehearsal: Rehearsal, entry: RankClass, seconds: float, status: int) -> Outcome:
-    path = rehearsal.folder / f"rank_{entry.rank:05d}"
+    path = _file(rehearsal, entry)
     try:
         result = json.loads(path.with_suffix(".result.json").read_text())
     except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from megatron_croc.config.training import TrainingConfig
 from megatron_croc.errors import ConfigError
 
 KNOWN = {"torch": ("2.13",), "megatron-core": ("0.16.1", "0.19.2")}
@@ -31,3 +32,18 @@ def require_known_versions() -> None:
                 f"croc rehearse replaces parts of {name} and was tried with "
                 f"{' and '.join(KNOWN[name])}, not with {found}; install one of them"
             )
+
+
+def require_rehearsable(training: TrainingConfig) -> None:
+    """Refuse unknown versions, and kernels of Transformer Engine.
+
+    Raises:
+        ConfigError: names the version or the setting.
+    """
+    if training.transformer_impl == "te" or training.fp8_format is not None:
+        setting = "transformer_impl=te" if training.fp8_format is None else "fp8_format"
+        raise ConfigError(
+            f"{setting}: Transformer Engine's kernels cannot be rehearsed; use transformer_impl="
+            "local without fp8_format, which has the same weights and communication"
+        )
+    require_known_versions()

@@ -74,13 +74,20 @@ class Job:
     """Axis -> coordinates that are simulated, for each axis of which some are left out."""
 
 
-def make_job(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None) -> Job:
+def make_job(
+    traces: Sequence[Trace],
+    costs: Costs,
+    *,
+    loads: Loads | None = None,
+    are_relative: bool = False,
+) -> Job:
     """Give every rank its trace, fold equal ranks, and give every kernel its seconds.
 
     Args:
         traces: one for each class of ranks; together they stand for every rank once.
         costs: seconds of kernels.
-        loads: work of every replica, those of the traces among them; None: all are equal.
+        loads: work of every replica; None: all are equal.
+        are_relative: the loads are relative to the traces'; else traces have their replica's.
 
     Raises:
         DataError: a rank has no trace or two, traces are of different jobs, or `loads` is of
@@ -110,7 +117,7 @@ def make_job(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = Non
             events=programs[owner[rank]],
             groups={g.name: _moved(header, g, shift) for g in trace.header.groups},
             stands_for=number,
-            loads=() if loads is None else _relative(loads[coordinates["dp"]], loads[own["dp"]]),
+            loads=_member_loads(loads, coordinates["dp"], None if are_relative else own["dp"]),
             _shift=shift,
             _header=header,
         )
@@ -120,10 +127,13 @@ def make_job(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = Non
     return Job(header, members, folded)
 
 
-def _relative(mine: Sequence[Load], recorded: Sequence[Load]) -> list[Load]:
+def _member_loads(loads: Loads | None, mine: int, recorded: int | None) -> Sequence[Load]:
+    """Loads of replica `mine` over those of `recorded`, or as they are."""
+    if loads is None or recorded is None:
+        return () if loads is None else loads[mine]
     return [
         {part: amount / base[part] for part, amount in load.items() if base.get(part)}
-        for load, base in zip(mine, recorded, strict=True)
+        for load, base in zip(loads[mine], loads[recorded], strict=True)
     ]
 
 

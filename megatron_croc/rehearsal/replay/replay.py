@@ -42,19 +42,26 @@ def _no_collector() -> Iterator[None]:
 
 
 @_no_collector()
-def replay(traces: Sequence[Trace], costs: Costs, *, loads: Loads | None = None) -> Replay:
+def replay(
+    traces: Sequence[Trace],
+    costs: Costs,
+    *,
+    loads: Loads | None = None,
+    are_relative: bool = False,
+) -> Replay:
     """Take all ranks of a job through their traces by the rules of its backend.
 
     Args:
         traces: one for each class of ranks; together they stand for every rank once.
         costs: seconds of kernels, collectives and transfers.
         loads: work of every replica's micro-batches; None: all are equal.
+        are_relative: the loads are relative to the traces'; else traces have their replica's.
 
     Raises:
         DataError: traces are of different jobs, leave a rank out, use a group they do not name,
             or name a backend without rules; a kernel has no cost.
     """
-    job = make_job(traces, costs, loads=loads)
+    job = make_job(traces, costs, loads=loads, are_relative=are_relative)
     if job.header.backend not in RULES:
         raise DataError(
             f"the trace is of backend {job.header.backend}; there are rules for {', '.join(RULES)}"
