@@ -36,8 +36,9 @@ if [[ ! -e $DATA/smollm2/latest_checkpointed_iteration.txt ]]; then
     croc convert import --from-hf "$DATA/tokenizer" --vision "$DATA/tower" --save "$DATA/smollm2"
 fi
 
-# 3. Arms, answers and tables.
-croc scaling all benchmarks/evidence/smollm2.yaml --out "$OUT" --data "$DATA" "$@"
+# 3. Arms and their answers.
+plan() { croc scaling "$1" benchmarks/evidence/smollm2.yaml --out "$OUT" --data "$DATA" "${@:2}"; }
+plan launch "$@"
 
 # 4. An export of the first seed of `croc`, whose numbers are the checkpoint's.
 trained=$OUT/runs/croc/seed-1/finetune/checkpoints
@@ -45,3 +46,6 @@ if [[ -e $trained/latest_checkpointed_iteration.txt && ! -e $OUT/croc-hf/config.
     croc convert export --load "$trained" --to "$OUT/croc-hf" --tokenizer "$DATA/tokenizer"
     croc convert verify --load "$trained" --hf "$OUT/croc-hf"
 fi
+
+# 5. Tables: they need two arms with two seeds each.
+plan report "$@" || true
