@@ -26,6 +26,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <type_traits>
@@ -41,6 +42,7 @@ namespace {
 constexpr int64_t WIDTH = 8;
 constexpr int64_t CHUNK = 8 * WIDTH;  // columns with a minimum of their own
 constexpr int64_t GROUPS = 4;  // of lanes that find the cheapest columns of a row
+constexpr int64_t SHORT_LIST = 24;  // columns of a shortlist
 constexpr int64_t SHORT_PATH = 24;  // rows of a path that is searched in shortlists
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
@@ -132,7 +134,7 @@ class Search {
   // Steps; CROWDED if `asked` rows have fewer different first choices than `fewest`.
   int64_t whole(int64_t asked, int64_t fewest) {
     if (first_choices(std::min(asked, n)) < std::min(fewest, n)) return CROWDED;
-    shortlists.resize(n);
+    shortlists.reset(new Shortlist[n]);
     for (int64_t row = 0; row < n; ++row) {
       int64_t column = cheapest(row, shortlists[row]);
       if (row_of[column] < 0) {  // its v is 0, that of others at most 0: it is the best
@@ -197,8 +199,8 @@ class Search {
   // Some of the cheapest columns of a row: of those it misses, none costs less than `limit`.
   struct Shortlist {
     T limit;
-    int64_t size;
-    std::pair<T, int64_t> entries[GROUPS * Full<T>::LANES];  // cost, column
+    int32_t size;
+    std::pair<T, int32_t> entries[SHORT_LIST];  // cost, column
   };
 
   // Lowest column of the least cost of a row, one pass in T; and the cheapest column of each lane,
@@ -250,9 +252,14 @@ class Search {
     shortlist.size = 0;
     for (int64_t lane = 0; lane < STRIDE; ++lane) {
       int64_t group = lane / F::LANES, part = lane % F::LANES;
-      if (lowest[group][part] < limit)
-        shortlist.entries[shortlist.size++] = {lowest[group][part],
-                                               place[group][part] * STRIDE + lane};
+      T cost_here = lowest[group][part];
+      if (!(cost_here < limit)) continue;
+      if (shortlist.size < SHORT_LIST) {
+        int32_t column_here = int32_t(place[group][part] * STRIDE + lane);
+        shortlist.entries[shortlist.size++] = {cost_here, column_here};
+      } else {
+        shortlist.limit = std::min(shortlist.limit, cost_here);
+      }
     }
     return column;
   }
@@ -493,7 +500,7 @@ class Search {
   std::vector<int64_t> column_of;
   std::vector<Scanned> scanned;
   std::vector<int64_t> touched;
-  std::vector<Shortlist> shortlists;
+  std::unique_ptr<Shortlist[]> shortlists;
   std::vector<std::vector<double>> transposed;
   int64_t num_steps = 0;  // rows and columns that were read one after the other
 };

@@ -100,11 +100,15 @@ class Native:
             return 0, index, bound.value
         size = 0 if part is None else len(part)
         steps = self._assign[cost.dtype](
-            *(cost.ctypes.data, num_rows, num_columns, asked, fewest),
-            *(None if array is None else array.ctypes.data for array in (part, duals)),
-            *(size, index.ctypes.data, ctypes.addressof(bound) if certify else None),
+            *(_address(cost), num_rows, num_columns, asked, fewest),
+            *(None if array is None else _address(array) for array in (part, duals)),
+            *(size, _address(index), ctypes.addressof(bound) if certify else None),
         )
         return steps, index, bound.value
+
+
+def _address(array: NDArray[Any]) -> int:
+    return array.__array_interface__["data"][0]  # a third of the time of array.ctypes.data
 
 
 def columns_of_agreement(cost: Cost) -> Columns | None:

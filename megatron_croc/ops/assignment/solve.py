@@ -74,11 +74,10 @@ def assign(
     backend = choose_backend(backend, cost.device)
     if backend == "triton":
         result = _solve_on_gpu(cost, rows, certify=certify)
-    else:
-        result = _solve_on_host(cost, rows, backend, certify=certify)
-    if check and not result.solved.all():
-        _refuse(torch.nonzero(~result.solved).flatten().tolist())
-    return result
+        if check and not result.solved.all():
+            _refuse(torch.nonzero(~result.solved).flatten().tolist())
+        return result
+    return _solve_on_host(cost, rows, backend, certify=certify, check=check)
 
 
 def choose_backend(backend: Backend, device: torch.device) -> Backend:
@@ -142,7 +141,9 @@ def optimality_gap(cost: Tensor, index: Tensor) -> float:
     return float(gap)
 
 
-def _solve_on_host(cost: Tensor, rows: list[int], backend: Backend, *, certify: bool) -> Assignment:
+def _solve_on_host(
+    cost: Tensor, rows: list[int], backend: Backend, *, certify: bool, check: bool
+) -> Assignment:
     matrices = cost.cpu().numpy()
     if backend == "torch":
         solved = _solve_torch(cost, rows)
@@ -150,6 +151,9 @@ def _solve_on_host(cost: Tensor, rows: list[int], backend: Backend, *, certify: 
         solve = on_cpu.solve_scipy if backend == "scipy" else on_cpu.solve_cpu
         costs = [matrix[:length] for matrix, length in zip(matrices, rows, strict=True)]
         solved = solve(costs, certify=certify)
+    bad = [image for image, solution in enumerate(solved) if solution is None]
+    if bad and check:
+        _refuse(bad)
     # In numpy: for one image the operations of torch took as long as the search.
     num_images = len(rows)
     index = np.full(matrices.shape[:2], -1)
@@ -160,7 +164,8 @@ def _solve_on_host(cost: Tensor, rows: list[int], backend: Backend, *, certify: 
             index[image, : len(columns)] = columns
             taken = matrices[image, np.arange(len(columns)), columns]
             objective[image] = taken.sum(dtype=np.float64)
-    is_solved = np.array([solution is not None for solution in solved], dtype=bool)
+    is_solved = np.ones(num_images, dtype=bool)
+    is_solved[bad] = False
     arrays = (index, objective, bound, is_solved)
     result = Assignment(*map(torch.from_numpy, arrays))
     return result if cost.device.type == "cpu" else Assignment(*(x.to(cost.device) for x in result))
