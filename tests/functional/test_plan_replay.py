@@ -25,7 +25,6 @@ OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 PP2 = ("--pipeline-model-parallel-size", "2")
 
 SCHEDULES = {
-    "pp2": (PP2, 4, 9),
     "pp2 vpp2": ((*PP2, "--virtual-pipeline-model-parallel-size", "2"), 4, 14),
     "dp2": ((), 2, 8),
 }
