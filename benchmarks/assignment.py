@@ -433,7 +433,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    shapes = [tuple(int(size) for size in text.split("x")) for text in options.shapes]
+    sizes = [list(map(int, text.split("x"))) for text in options.shapes]
+    shapes = [(num_rows, num_columns) for num_rows, num_columns in sizes]
     cells = [(kind, shape) for shape in shapes for kind in options.distributions]
     if options.checkpoint is not None:
         cells = [("checkpoint", (0, 0))]

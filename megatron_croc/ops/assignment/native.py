@@ -63,14 +63,14 @@ class Native:
 
         None if memory, or the range of float64, does not suffice.
         """
-        steps, *result = self.search(
+        steps, columns, bound = self.search(
             cost, certify=certify, asked=NUM_ROWS_ASKED, fewest=FEWEST_CHOICES
         )
         if steps == CROWDED:
             part = columns_of_agreement(cost)
             duals = None if part is None else duals_of(np.take(cost, part, axis=1))
-            steps, *result = self.search(cost, certify=certify, part=part, duals=duals)
-        return None if steps < 0 else (result[0], result[1])
+            steps, columns, bound = self.search(cost, certify=certify, part=part, duals=duals)
+        return None if steps < 0 else (columns, bound)
 
     def search(
         self,
