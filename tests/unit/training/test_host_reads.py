@@ -16,11 +16,8 @@ ON_HOST = {
 }
 """Places that read tensors of the host."""
 
-CPU_SEARCH = {
-    "megatron_croc/ops/assignment/solve.py:_images_not_finite",
-    "megatron_croc/ops/assignment/solve.py:_solve_numpy",
-}
-"""Places in the CPU's assignment search; a GPU uses Triton's search instead."""
+CPU_SEARCH = {"megatron_croc/ops/assignment/solve.py:_solve_on_host"}
+"""Place of the CPU's assignment search; a GPU uses Triton's search instead."""
 
 
 @pytest.mark.parametrize(
