@@ -14,21 +14,13 @@ PLAN=${PLAN:-benchmarks/evidence/easy_vqa.yaml}
 export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
 croc() { "$PYTHON" -m megatron_croc "$@"; }
 
-# 1. Records and shards.
-if [[ ! -e $DATA/shards/.done ]]; then
-    "$PYTHON" benchmarks/evidence/records.py --out "$DATA"
-    [[ -e $DATA/tokenizer.model ]] || croc data tokenizer \
-        --input "$DATA/pretrain_croc.json" "$DATA/finetune.json" --output "$DATA/tokenizer.model"
-    for name in {,valid_}{pretrain_mlp,pretrain_croc,finetune}; do
-        croc data preprocess --input "$DATA/$name.json" --image-folder "$DATA/images" \
-            --output "$DATA/shards/$name"
-    done
-    touch "$DATA/shards/.done"
-fi
+# 1. Records, shards, a tower that sees, and a tokenizer.
+source benchmarks/evidence/prepare.sh
+prepare "$DATA"
+[[ -e $DATA/tokenizer.model ]] || croc data tokenizer \
+    --input "$DATA/pretrain_croc.json" "$DATA/finetune.json" --output "$DATA/tokenizer.model"
 
-# 2. A tower that sees, and the random language model of each seed beside it.
-[[ -e $DATA/tower/zero_shot.json ]] ||
-    "$PYTHON" benchmarks/evidence/tower.py --data "$DATA" --out "$DATA/tower"
+# 2. The random language model of each seed, beside the tower.
 for seed in "${SEEDS[@]}"; do
     start=$DATA/start/seed-$seed
     [[ ! -e $start/latest_checkpointed_iteration.txt ]] || continue

@@ -16,16 +16,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD
 croc() { "$PYTHON" -m megatron_croc "$@"; }
 
 # 1. Records, shards and the tower.
-if [[ ! -e $DATA/shards/.done ]]; then
-    "$PYTHON" benchmarks/evidence/records.py --out "$DATA" --held-out "$HELD_OUT"
-    for name in {,valid_}{pretrain_mlp,pretrain_croc,finetune}; do
-        croc data preprocess --input "$DATA/$name.json" --image-folder "$DATA/images" \
-            --output "$DATA/shards/$name"
-    done
-    touch "$DATA/shards/.done"
-fi
-[[ -e $DATA/tower/zero_shot.json ]] ||
-    "$PYTHON" benchmarks/evidence/tower.py --data "$DATA" --out "$DATA/tower"
+source benchmarks/evidence/prepare.sh
+prepare "$DATA" --held-out "$HELD_OUT"
 
 # 2. The language model, its tokenizer, and both imported.
 if [[ ! -e $DATA/smollm2/latest_checkpointed_iteration.txt ]]; then
